@@ -1,0 +1,42 @@
+"""Where SGD goes after the loss is zero: geometry of zero-loss manifolds in JAX.
+
+    loss ─► manifold ─┬─► flow ─► solve ─► Solution
+             noise ───┘
+"""
+
+from manifoldflow import linalg as linalg, models as models, theory as theory
+from manifoldflow._solution import Info as Info, RESULTS as RESULTS, Solution as Solution
+from manifoldflow._tree import split as split
+from manifoldflow.flows import (
+    AbstractFlow as AbstractFlow,
+    GradientFlow as GradientFlow,
+    LimitDiffusion as LimitDiffusion,
+    load_checkpoint as load_checkpoint,
+    Projected as Projected,
+    RiemannianGradientFlow as RiemannianGradientFlow,
+    solve as solve,
+    Stationary as Stationary,
+)
+from manifoldflow.losses import (
+    AbstractLoss as AbstractLoss,
+    AbstractResidualLoss as AbstractResidualLoss,
+    FunctionLoss as FunctionLoss,
+    LeastSquares as LeastSquares,
+    PerExampleLoss as PerExampleLoss,
+)
+from manifoldflow.manifolds import (
+    AbstractManifold as AbstractManifold,
+    LevelSet as LevelSet,
+    limit_map as limit_map,
+    limit_map_with_info as limit_map_with_info,
+    MinimizerManifold as MinimizerManifold,
+    riemannian_gradient as riemannian_gradient,
+    ZeroLossManifold as ZeroLossManifold,
+)
+from manifoldflow.noise import (
+    AbstractNoise as AbstractNoise,
+    IsotropicNoise as IsotropicNoise,
+    LabelNoise as LabelNoise,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,62 @@
+"""Checks of what a user hands in, and the sentences that say what is wrong."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+def is_traced(tree: PyTree[Any]) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def shapes_of(tree: PyTree[Any]) -> str:
+    """The shapes and dtypes of a PyTree, short enough for an error message."""
+    text = eqx.tree_pformat(tree, width=100)
+    return text if len(text) < 600 else text[:600] + " …"
+
+
+def checked_data(name: str, tree: PyTree[Any]) -> PyTree[Array]:
+    """Arrays with one common leading axis and without NaN or inf."""
+    arrays = jax.tree.map(jnp.asarray, tree)
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(arrays)}
+    if len(lengths) != 1 or lengths & {None, 0}:
+        raise ValueError(
+            f"{name} needs arrays with one common, non-empty leading example axis; got "
+            f"{shapes_of(arrays)}. Stack the examples along axis 0."
+        )
+    return jax.tree.map(lambda leaf: _finite(name, leaf), arrays)
+
+
+def _finite(name: str, array: Array) -> Array:
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    message = (
+        f"{name} contains NaN or infinite entries. Remove or impute those examples "
+        "before building a loss from them."
+    )
+    if isinstance(array, jax.core.Tracer):
+        return eqx.error_if(array, ~jnp.all(jnp.isfinite(array)), message)
+    bad = np.argwhere(~np.isfinite(np.asarray(array)))
+    if len(bad):
+        raise ValueError(f"{message} First one at index {tuple(bad[0].tolist())}.")
+    return array
+
+
+def checked_nonnegative(name: str, value: Any, mend: str) -> Array:
+    """A scalar array that is finite and at least zero."""
+    array = jnp.asarray(value)
+    if array.ndim:
+        raise ValueError(f"{name} must be a scalar; got shape {array.shape}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.result_type(float))
+    wrong = ~((array >= 0) & jnp.isfinite(array))
+    message = f"{name} must be finite and not negative. {mend}"
+    if isinstance(array, jax.core.Tracer):
+        return eqx.error_if(array, wrong, message)
+    if wrong:
+        raise ValueError(f"{message} Got {value!r}.")
+    return array

@@ -1,0 +1,136 @@
+"""What a search or a solve gives back, and how it says that it went wrong."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Flag, Point, Scalar
+
+
+class RESULTS(eqx.Enumeration):
+    """How a search or a solve ended. Compare with `==`; print to read the message."""
+
+    successful = ""
+    stopped_early = "The solve was ended by `until` before `end_time`."
+    max_steps_reached = (
+        "The step limit was reached first. Raise `max_steps`, loosen the tolerances, or "
+        "start nearer to the manifold."
+    )
+    not_on_manifold = (
+        "No point of the manifold was found: the constraint could not be lowered to "
+        "tolerance. The start may lie in another basin, the set may be empty, or the "
+        "constraints may contradict each other (repeated inputs with different targets). "
+        "Try `limit_map`, which follows gradient flow, or another start."
+    )
+    rank_zero = (
+        "The constraint's Jacobian vanishes there, so that the set has no normal space. "
+        "Write the constraint so that its derivative has full rank on the set, e.g. f in "
+        "place of f²."
+    )
+    not_a_minimum = (
+        "A stationary point was found whose Hessian is not positive on the normal space: "
+        "a saddle. Check `rank`, or start elsewhere."
+    )
+    nonfinite = (
+        "NaN or infinity appeared. Check the model at the start, lower the step size or "
+        "tighten the tolerances."
+    )
+    step_too_small = (
+        "The adaptive step size fell below what the precision can resolve. The flow may "
+        "leave the region where the manifold is one, or float64 may be needed."
+    )
+
+
+class Info(eqx.Module):
+    """What a search did.
+
+    Attributes:
+        result: a member of `RESULTS`.
+        defect: ‖J†f‖ at the end, an estimate of the distance to the manifold.
+        num_steps: accepted steps.
+        num_factorizations: factorisations of a Gram matrix or a Hessian.
+    """
+
+    result: RESULTS
+    defect: Scalar
+    num_steps: Int[Array, ""]
+    num_factorizations: Int[Array, ""]
+
+    @property
+    def is_successful(self) -> Flag:
+        return self.result == RESULTS.successful
+
+
+def delivered(value: PyTree[Array], info: Info, throw: bool) -> PyTree[Array]:
+    """The value if the search succeeded; else an error (`throw`) or NaN leaves."""
+    failed = ~info.is_successful
+    if throw:
+        return info.result.error_if(value, failed)
+    return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), value)
+
+
+class Solution(eqx.Module):
+    """A path on (or towards) a manifold, at the saved times.
+
+    Attributes:
+        times: (saves,), the start included, on the clock of the flow.
+        points: the coordinates at those times, each leaf with a leading axis `saves`.
+        observables: name → array with a leading axis `saves`.
+        stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect.
+        result: a member of `RESULTS`.
+        final: the user's object at the end of the path.
+    """
+
+    times: Float[Array, " saves"]
+    points: Coordinates
+    observables: Mapping[str, PyTree[Array]]
+    stats: Mapping[str, Array]
+    result: RESULTS
+    final_coordinates: Coordinates
+    frozen: PyTree[Array]
+    remainder: _tree.Static = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        times: Array,
+        points: Coordinates,
+        observables: Mapping[str, PyTree[Array]],
+        stats: Mapping[str, Array],
+        result: RESULTS,
+        final_coordinates: Coordinates,
+        remainder: Point,
+    ):
+        self.times = times
+        self.points = points
+        self.observables = dict(observables)
+        self.stats = dict(stats)
+        self.result = result
+        self.final_coordinates = final_coordinates
+        self.frozen, static = eqx.partition(remainder, eqx.is_array)
+        self.remainder = _tree.Static(static)
+
+    def _rebuild(self, coordinates: Coordinates) -> Point:
+        return eqx.combine(coordinates, self.frozen, self.remainder.tree)
+
+    @property
+    def final(self) -> Point:
+        """The user's object at the end of the path."""
+        return self._rebuild(self.final_coordinates)
+
+    def point(self, index: int) -> Point:
+        """The user's object at save number `index`; negative counts from the end."""
+        return self._rebuild(jax.tree.map(lambda leaf: leaf[index], self.points))
+
+    @property
+    def is_successful(self) -> Flag:
+        """Reached the end, or stopped early on request."""
+        return (self.result == RESULTS.successful) | (self.result == RESULTS.stopped_early)
+
+
+Observables = Mapping[str, Callable[[Point], PyTree[Any]]]

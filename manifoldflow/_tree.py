@@ -1,0 +1,173 @@
+"""Points as coordinates and a remainder, and the linear algebra of tangents.
+
+A point is any PyTree. `split` takes its coordinates out; tangents are PyTrees like the
+coordinates; nothing here flattens a point into one long vector unless it says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow._errors import shapes_of
+from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
+
+
+class Static:
+    """Any PyTree without arrays as one hashable value, fit for a static field."""
+
+    def __init__(self, tree: PyTree[Any]):
+        leaves, self._treedef = jax.tree.flatten(tree)
+        self._leaves = tuple(leaves)
+
+    @property
+    def tree(self) -> PyTree[Any]:
+        return jax.tree.unflatten(self._treedef, self._leaves)
+
+    def __hash__(self) -> int:
+        return hash((self._treedef, self._leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Static)
+            and self._treedef == other._treedef
+            and self._leaves == other._leaves
+        )
+
+
+def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable that plain `jax.jit` takes as an argument.
+
+    A module keeps its arrays as leaves; a bare function becomes static.
+    """
+    is_bare = jax.tree.leaves(fn) == [fn] if not isinstance(fn, eqx.Module) else False
+    return jax.tree_util.Partial(fn) if is_bare else fn
+
+
+def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
+    """Take a point apart: `(coordinates, remainder)`, joined again by `join`."""
+    coordinates, remainder = eqx.partition(point, eqx.is_inexact_array)
+    if trainable is not None:
+        try:
+            kept, frozen = eqx.partition(coordinates, trainable.tree)
+        except ValueError as error:
+            raise ValueError(
+                "`trainable` must be True, False, a function of a leaf, or a PyTree "
+                f"prefix of the point {shapes_of(point)}."
+            ) from error
+        coordinates, remainder = kept, eqx.combine(remainder, frozen)
+    leaves = jax.tree.leaves(coordinates)
+    if not leaves:
+        raise ValueError(
+            "A point needs at least one floating-point array among its leaves; got "
+            f"{shapes_of(point)}. Python numbers and integer arrays are not coordinates."
+        )
+    if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves):
+        raise ValueError(
+            f"Complex leaves are not supported; got {shapes_of(coordinates)}. Write the "
+            "model with real and imaginary parts as two real leaves."
+        )
+    return jax.tree.map(jnp.asarray, coordinates), remainder
+
+
+def join(coordinates: Coordinates, remainder: Point) -> Point:
+    return eqx.combine(coordinates, remainder)
+
+
+def as_tangent(coordinates: Coordinates, vector: PyTree[Any], name: str = "vector") -> Tangent:
+    """The vector as a tangent at a point with these coordinates, or a clear error."""
+    marks = jax.tree.map(lambda _: True, coordinates)
+    try:
+        tangent = jax.tree.map(lambda _, leaf: jnp.asarray(leaf), marks, vector)
+        fits = jax.tree.map(lambda c, t: c.shape == t.shape, coordinates, tangent)
+    except (ValueError, TypeError, AttributeError):
+        # A whole model is taken too: its static leaves are dropped.
+        tangent = eqx.filter(vector, eqx.is_inexact_array)
+        if jax.tree.structure(tangent) != jax.tree.structure(coordinates):
+            fits = False
+        else:
+            fits = jax.tree.map(lambda c, t: c.shape == t.shape, coordinates, tangent)
+    if not all(jax.tree.leaves(fits)):
+        raise ValueError(
+            f"{name} must have the structure and shapes of the point's coordinates "
+            f"{shapes_of(coordinates)}; got {shapes_of(vector)}. Gradients taken with "
+            "`eqx.filter_grad` and the results of `random_tangent` have them."
+        )
+    return jax.tree.map(lambda c, t: t.astype(c.dtype), coordinates, tangent)
+
+
+def dtype_of(tree: PyTree[Any]) -> Any:
+    return jnp.result_type(*jax.tree.leaves(tree))
+
+
+def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
+    """Floating leaves in `dtype`, so that data never promote the point's precision."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def size(tree: PyTree[Any]) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def structure_of(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+    return jax.eval_shape(lambda: tree)
+
+
+def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def add(x: Tangent, y: Tangent) -> Tangent:
+    return jax.tree.map(jnp.add, x, y)
+
+
+def subtract(x: Tangent, y: Tangent) -> Tangent:
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def scale(factor: Any, x: Tangent) -> Tangent:
+    return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), x)
+
+
+def inner(x: Tangent, y: Tangent) -> Scalar:
+    products = jax.tree.map(
+        lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), x, y
+    )
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype_of(x)))
+
+
+def norm(x: PyTree[Array]) -> Scalar:
+    """Euclidean norm, with derivative zero (not NaN) at zero."""
+    square = inner(x, x)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def where(condition: Any, x: PyTree[Any], y: PyTree[Any]) -> PyTree[Any]:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def all_finite(tree: PyTree[Any]) -> Array:
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks))
+
+
+def random_normal_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jr.split(key, len(leaves))
+    drawn = [jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def ravel(tree: PyTree[Any]) -> tuple[Float[Array, " D"], Callable[[Array], PyTree[Array]]]:
+    """One long vector and the way back: for dense methods on small problems only."""
+    vector, unravel = jax.flatten_util.ravel_pytree(tree)
+    return vector, unravel

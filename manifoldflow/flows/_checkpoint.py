@@ -1,0 +1,101 @@
+"""The saves of a running solve in a file, so that a killed run loses only its last leg."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point
+
+Saved = tuple[Coordinates, dict[str, PyTree[Array]]]
+
+
+class Checkpoint:
+    """An .npz file with `times` (all save times) and, for those done, `point_i` and `name`.
+
+    Each save rewrites the file under another name and moves it into place: whatever
+    moment a run is killed at, the file is whole.
+    """
+
+    def __init__(self, path: str, times: Array, coordinates: Coordinates):
+        self.path = path if path.endswith(".npz") else path + ".npz"
+        self._times = np.asarray(times)
+        self._start, self._treedef = jax.tree.flatten(coordinates)
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def load(self) -> int:
+        """How many saves the file holds already; 0 without a file.
+
+        Raises:
+            ValueError: the file belongs to a solve with another start or other times.
+        """
+        if not os.path.exists(self.path):
+            return 0
+        with np.load(self.path) as stored:
+            columns = {name: stored[name] for name in stored.files}
+        times = columns.pop("times")
+        same_times = times.shape == self._times.shape and np.allclose(times, self._times)
+        starts = [columns.get(f"point_{i}") for i in range(len(self._start))]
+        same_start = all(
+            there is not None and there.shape[1:] == here.shape and np.allclose(there[0], here)
+            for there, here in zip(starts, self._start)
+        )
+        if not (same_times and same_start):
+            raise ValueError(
+                f"The checkpoint {self.path} belongs to a solve with "
+                f"{'another start' if same_times else 'other save times'}. Delete it, or "
+                "give this solve another file."
+            )
+        self._columns = {name: list(column) for name, column in columns.items()}
+        return len(self._columns["point_0"])
+
+    def last_point(self) -> Coordinates:
+        """The coordinates of the last save in the file."""
+        leaves = [self._columns[f"point_{i}"][-1] for i in range(len(self._start))]
+        return jax.tree.unflatten(self._treedef, [jax.numpy.asarray(leaf) for leaf in leaves])
+
+    def write(self, time: Any, coordinates: Coordinates, observables: PyTree[Array]) -> None:
+        """Take in one save and write the file."""
+        row = {f"point_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(coordinates))}
+        row |= flat_names(observables)
+        num_done = int(np.searchsorted(self._times, np.asarray(time)))
+        for name, value in row.items():
+            column = self._columns.setdefault(name, [])
+            del column[num_done:]
+            column.append(np.asarray(value))
+        partial = self.path + ".partial"
+        with open(partial, "wb") as file:
+            np.savez(file, times=self._times, **{n: np.stack(c) for n, c in self._columns.items()})
+        os.replace(partial, self.path)
+
+    def before(self, num_done: int, name: str) -> np.ndarray:
+        """The first `num_done` entries of a column."""
+        return np.stack(self._columns[name][:num_done])
+
+
+def flat_names(observables: PyTree[Array]) -> dict[str, Array]:
+    """Observables under one name each, `loss` or `spectrum['top']`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(observables)
+    return {"observed" + jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, Point]:
+    """The time and the point of the last save in a checkpoint file.
+
+    Args:
+        path: the file that was given to `solve(checkpoint=…)`.
+        point: any point of the same kind, for its structure.
+    """
+    coordinates, remainder = _tree.split(point)
+    leaves, treedef = jax.tree.flatten(coordinates)
+    with np.load(os.fspath(path)) as stored:
+        columns = [stored.get(f"point_{i}") for i in range(len(leaves))]
+        times = stored["times"]
+    if any(c is None or c.shape[1:] != x.shape for c, x in zip(columns, leaves)):
+        raise ValueError(f"The checkpoint {path} holds a point of another structure.")
+    last = [jax.numpy.asarray(column[-1]) for column in columns]
+    time = jax.numpy.asarray(times[len(columns[0]) - 1])
+    return time, _tree.join(jax.tree.unflatten(treedef, last), remainder)

@@ -1,0 +1,54 @@
+"""Gradient flows: of a loss in the whole space, of any function along a manifold."""
+
+from collections.abc import Callable
+from typing import Any
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.manifolds import AbstractManifold, riemannian_gradient
+
+
+class GradientFlow(AbstractFlow):
+    """θ' = −∇L(θ), on the clock kη of gradient descent.
+
+    Stiff: to reach its limit use `limit_map`, which takes implicit steps.
+
+    Args:
+        loss: any loss.
+    """
+
+    loss: AbstractLoss
+
+    @property
+    def manifold(self) -> None:
+        return None
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        return self.loss.split(point)
+
+    def drift(self, point: Point) -> Tangent:
+        return _tree.scale(-1, self.loss.gradient(point))
+
+
+class RiemannianGradientFlow(AbstractFlow):
+    """θ' = −P∇F(θ), the steepest descent of a function along a manifold.
+
+    Args:
+        manifold: where the flow stays.
+        fn: the function F, point → scalar, on and near the manifold.
+    """
+
+    manifold: AbstractManifold
+    fn: Callable[..., Any]
+
+    def __init__(self, manifold: AbstractManifold, fn: Callable[[Point], Any]):
+        self.manifold = manifold
+        self.fn = _tree.as_pytree_callable(fn)
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        return self.manifold.split(point)
+
+    def drift(self, point: Point) -> Tangent:
+        return _tree.scale(-1, riemannian_gradient(self.manifold, self.fn, point))

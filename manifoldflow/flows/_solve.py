@@ -1,0 +1,377 @@
+"""Solving a flow by Diffrax: one driver for every flow, the same `Solution` for all."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._errors import is_traced
+from manifoldflow._solution import Observables, RESULTS, Solution
+from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
+from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.flows._checkpoint import Checkpoint, flat_names
+from manifoldflow.flows._projected import Projected
+
+Report = Callable[[Any, Coordinates, PyTree[Array]], None]
+
+
+class Stationary(eqx.Module):
+    """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
+
+    tolerance: float
+
+
+def solve(
+    flow: AbstractFlow,
+    point: Point,
+    *,
+    end_time: Any,
+    num_saves: int = 1,
+    save_times: Any = None,
+    solver: dfx.AbstractSolver | None = None,
+    step_size: Any = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    adjoint: dfx.AbstractAdjoint | None = None,
+    observe: Observables | None = None,
+    key: Key | None = None,
+    until: Callable[[Point], Any] | Stationary | None = None,
+    progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    throw: bool = True,
+    max_steps: int = 16384,
+) -> Solution:
+    """Follow a flow from a point until `end_time`.
+
+    Every accepted step and every saved point lies on the flow's manifold. Works under
+    jit, vmap and grad; repeated calls on new data of the same shapes do not retrace.
+
+    Args:
+        flow: what to follow.
+        point: where to start; it is projected on the flow's manifold first.
+        end_time: on the clock of the flow, positive.
+        num_saves: saves at equal distances up to `end_time`, besides the start.
+        save_times: increasing times in (0, end_time] to save at instead, besides the
+            start.
+        solver: a Diffrax solver, by default `diffrax.Tsit5()`.
+        step_size: a fixed step; by default steps are adaptive.
+        rtol: relative tolerance of adaptive steps: 1e-6 in float64, 1e-4 in float32.
+        atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32.
+        adjoint: by default reverse mode works; `diffrax.ForwardMode()` for jvp.
+        observe: name → function of a point, evaluated at every save.
+        key: for stochastic flows; all present flows are ordinary differential equations
+            and ignore it.
+        until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
+            after every step. The remaining saves then repeat the final point.
+        progress: True prints percentages, a Diffrax progress meter shows itself, a
+            function is called at every save with a dict of time and observables.
+        checkpoint: an .npz file for the saves so far, rewritten at every save. If it is
+            there already and belongs to this solve, the solve goes on from its last save.
+        throw: raise when the solve fails. With `throw=False` look at
+            `solution.result`; what was not reached is NaN.
+        max_steps: attempted steps before the solve gives up.
+
+    Returns:
+        A `Solution` with `len(times) == saves + 1`. In its `stats`, `num_gradients`
+        counts the drift evaluations of all attempted steps, `num_factorizations` those
+        and the factorisations of the projections after accepted steps.
+
+    Raises:
+        ValueError: wrong options, structure or shapes.
+        EquinoxRuntimeError: a failed solve, with the message of its `RESULTS` member.
+    """
+    del key
+    coordinates, remainder = flow.split(point)
+    dtype = _tree.dtype_of(coordinates)
+    times = _save_times(end_time, num_saves, save_times, dtype)
+    options = _Options(
+        solver=_solver(solver, step_size),
+        step_size=None if step_size is None else jnp.asarray(step_size, dtype),
+        rtol=_tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
+        atol=_tolerance("atol", atol, 1e-8, 1e-6, dtype),
+        adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+        observe=_checked_observables(observe),
+        until=until,
+        meter=_meter(progress),
+        reports=(_RowReport(progress),) if _is_row_report(progress) else (),
+        max_steps=max_steps,
+        throw=throw,
+    )
+    end_time = jnp.asarray(end_time, dtype)
+    if checkpoint is None:
+        return _solve(flow, point, times, end_time, options)
+    if is_traced((point, times)):
+        raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
+    start = _started(flow, coordinates, remainder)[0]
+    file = Checkpoint(os.fspath(checkpoint), times, start)
+    num_done = max(file.load(), 1)
+    if num_done > 1:
+        point = _tree.join(file.last_point(), remainder)
+    options = eqx.tree_at(
+        lambda o: o.reports, options, (*options.reports, file.write), is_leaf=callable
+    )
+    solution = _solve(flow, point, times[num_done - 1 :], end_time, options)
+    return _joined(file, num_done - 1, times, solution)
+
+
+class _Options(eqx.Module):
+    """What `solve` was asked for, ready to be passed through jit."""
+
+    solver: dfx.AbstractSolver
+    step_size: Scalar | None
+    rtol: Scalar
+    atol: Scalar
+    adjoint: dfx.AbstractAdjoint
+    observe: dict[str, Callable[[Point], PyTree[Any]]]
+    until: Callable[[Point], Any] | Stationary | None
+    meter: dfx.AbstractProgressMeter
+    reports: tuple[Report, ...]
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+
+
+class _Save(eqx.Module):
+    coordinates: Coordinates
+    observables: dict[str, PyTree[Array]]
+    defect: Scalar
+
+
+@eqx.filter_jit
+def _solve(
+    flow: AbstractFlow,
+    point: Point,
+    times: Float[Array, " saves"],
+    end_time: Scalar,
+    options: _Options,
+) -> Solution:
+    coordinates, remainder = flow.split(point)
+    start, start_ok = _started(flow, coordinates, remainder)
+
+    def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
+        # Saves between steps are interpolated, and so off the manifold: project again.
+        saved = at_end(t, y, args)
+        for report in options.reports:
+            jax.debug.callback(report, t, saved.coordinates, saved.observables)
+        return saved
+
+    def at_end(t: Scalar, y: Coordinates, args: Any) -> _Save:
+        del t, args
+        y, defect = _landed(flow, y, remainder)
+        here = _tree.join(y, remainder)
+        observables = {name: jnp.asarray(fn(here)) for name, fn in options.observe.items()}
+        return _Save(y, observables, defect)
+
+    subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
+    has_manifold = flow.manifold is not None
+    solver = options.solver
+    if has_manifold:
+        solver = Projected(solver, flow.manifold, like=_tree.join(start, remainder))
+    solution = dfx.diffeqsolve(
+        flow.terms(point),
+        solver,
+        times[0],
+        end_time,
+        options.step_size,
+        start,
+        saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
+        stepsize_controller=_controller(options, end_time),
+        adjoint=options.adjoint,
+        event=None if options.until is None else dfx.Event(_Until(flow, remainder, options.until)),
+        max_steps=options.max_steps,
+        throw=False,
+        progress_meter=options.meter,
+    )
+    saved, last = solution.ys
+    last = jax.tree.map(lambda leaf: leaf[0], last)
+    reached = jnp.isfinite(solution.ts[0])
+    max_defect = jnp.maximum(jnp.max(jnp.where(reached, saved.defect, 0)), last.defect)
+    result = _result(flow, solution.result, start_ok, last, max_defect)
+    is_early = result == RESULTS.stopped_early
+    is_fine = is_early | (result == RESULTS.successful)
+
+    def filled(leaf: Array, end: Array) -> Array:
+        end = jnp.where(is_early, end, jnp.full_like(end, jnp.nan))
+        mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(mask, leaf, end.astype(leaf.dtype))
+
+    saved = jax.tree.map(filled, saved, last)
+    final = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), last.coordinates)
+    if options.throw:
+        final = result.error_if(final, ~is_fine)
+    return Solution(
+        times=jnp.where(reached | ~is_early, times, solution.ts[1][0]),
+        points=saved.coordinates,
+        observables=saved.observables,
+        stats=_stats(solution, options, max_defect),
+        result=result,
+        final_coordinates=final,
+        remainder=remainder,
+    )
+
+
+class _Until(eqx.Module):
+    flow: AbstractFlow
+    remainder: Point
+    until: Callable[[Point], Any] | Stationary
+
+    def __call__(self, t: Scalar, y: Coordinates, args: Any, **kwargs: Any) -> Flag:
+        del t, args, kwargs
+        point = _tree.join(y, self.remainder)
+        if isinstance(self.until, Stationary):
+            return _tree.norm(self.flow.drift(point)) <= self.until.tolerance
+        return jnp.asarray(self.until(point), bool)
+
+
+def _landed(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
+    """The point on the flow's manifold, and its defect (inf where there is none)."""
+    if flow.manifold is None:
+        return y, jnp.zeros((), _tree.dtype_of(y))
+    point, info = flow.manifold.project_with_info(_tree.join(y, remainder))
+    return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
+
+
+def _started(
+    flow: AbstractFlow, coordinates: Coordinates, remainder: Point
+) -> tuple[Coordinates, Flag]:
+    start, defect = _landed(flow, coordinates, remainder)
+    is_ok = jnp.isfinite(defect)
+    return _tree.where(is_ok, start, coordinates), is_ok
+
+
+def _controller(options: _Options, end_time: Scalar) -> dfx.AbstractStepSizeController:
+    if options.step_size is not None:
+        return dfx.ConstantStepSize()
+    smallest = jnp.finfo(end_time.dtype).eps * end_time
+    return dfx.PIDController(options.rtol, options.atol, dtmin=smallest, force_dtmin=False)
+
+
+def _result(
+    flow: AbstractFlow, result: dfx.RESULTS, start_ok: Flag, last: _Save, max_defect: Scalar
+) -> RESULTS:
+    ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
+    for theirs, mine in (
+        (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
+        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
+        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
+    ):
+        ours = RESULTS.where(result == theirs, mine, ours)
+    # Fixed steps never fail in Diffrax's eyes, whatever they run into: look at the end.
+    ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
+    finite = _tree.all_finite((last.coordinates, jax.tree.leaves(last.observables)))
+    ours = RESULTS.where(ended & ~finite, RESULTS.nonfinite, ours)
+    if flow.manifold is not None:
+        lost = ended & finite & ~jnp.isfinite(max_defect)
+        ours = RESULTS.where(lost, RESULTS.not_on_manifold, ours)
+    return RESULTS.where(start_ok, ours, RESULTS.not_on_manifold)
+
+
+def _stats(solution: dfx.Solution, options: _Options, max_defect: Scalar) -> dict[str, Array]:
+    attempted = solution.stats["num_steps"]
+    tableau = getattr(options.solver, "tableau", None)
+    stages = getattr(tableau, "num_stages", 1)
+    first_step = 0 if options.step_size is not None else 2
+    num_gradients = jnp.asarray(attempted) * stages + first_step
+    num_factorizations = jnp.zeros_like(num_gradients)
+    if solution.solver_state is not None:
+        num_factorizations = num_gradients + solution.solver_state.num_factorizations
+        max_defect = jnp.maximum(max_defect, solution.solver_state.max_defect)
+    return {
+        "num_steps": jnp.asarray(solution.stats["num_accepted_steps"]),
+        "num_rejected": jnp.asarray(solution.stats["num_rejected_steps"]),
+        "num_gradients": num_gradients,
+        "num_factorizations": num_factorizations,
+        "max_defect": max_defect,
+    }
+
+
+def _joined(file: Checkpoint, num_before: int, times: Array, solution: Solution) -> Solution:
+    """The saves that a checkpoint held before, and those of the solve that went on."""
+    if num_before == 0:
+        return solution
+    names = [f"point_{i}" for i in range(len(jax.tree.leaves(solution.points)))]
+    names += list(flat_names(solution.observables))
+    leaves, treedef = jax.tree.flatten((solution.points, solution.observables))
+    joined = [
+        jnp.concatenate([jnp.asarray(file.before(num_before, name)), leaf])
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    points, observables = jax.tree.unflatten(treedef, joined)
+    all_times = jnp.concatenate([times[:num_before], solution.times])
+    return eqx.tree_at(
+        lambda s: (s.times, s.points, s.observables), solution, (all_times, points, observables)
+    )
+
+
+def _save_times(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:
+    if not is_traced(end_time) and not float(end_time) > 0:
+        raise ValueError(f"end_time must be positive and finite; got {end_time}.")
+    if save_times is None:
+        if not isinstance(num_saves, int) or num_saves < 1:
+            raise ValueError(f"num_saves must be a positive integer; got {num_saves!r}.")
+        fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
+        return fractions * jnp.asarray(end_time, dtype)
+    wanted = jnp.asarray(save_times, dtype)
+    if wanted.ndim != 1 or wanted.size == 0:
+        raise ValueError(f"save_times must be a sequence of times; got shape {wanted.shape}.")
+    times = jnp.concatenate([jnp.zeros(1, dtype), wanted])
+    if not is_traced((wanted, end_time)):
+        increasing = bool(jnp.all(jnp.diff(times) >= 0))
+        if not increasing or float(times[-1]) > float(jnp.asarray(end_time, dtype)):
+            raise ValueError(
+                f"save_times must increase from 0 to at most end_time={end_time}; got {save_times}."
+            )
+    return times
+
+
+def _tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> Scalar:
+    if value is None:
+        value = wide if jnp.finfo(dtype).eps < 1e-10 else narrow
+    elif not is_traced(value) and not float(value) > 0:
+        raise ValueError(f"{name} must be positive; got {value}.")
+    return jnp.asarray(value, dtype)
+
+
+def _solver(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.AbstractSolver:
+    solver = dfx.Tsit5() if solver is None else solver
+    if step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"{type(solver).__name__} estimates no error, so it cannot choose its own steps. "
+            "Pass step_size=…, or wrap it in diffrax.HalfSolver."
+        )
+    return solver
+
+
+def _checked_observables(observe: Observables | None) -> dict[str, Callable[[Point], Any]]:
+    observe = dict(observe or {})
+    for name, fn in observe.items():
+        if not callable(fn):
+            raise ValueError(
+                f"observe maps names to functions of a point; got {fn!r} for {name!r}."
+            )
+    return observe
+
+
+def _meter(progress: Any) -> dfx.AbstractProgressMeter:
+    if progress is True:
+        return dfx.TextProgressMeter()
+    return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
+
+
+def _is_row_report(progress: Any) -> bool:
+    return callable(progress) and not isinstance(progress, dfx.AbstractProgressMeter)
+
+
+class _RowReport(eqx.Module):
+    """Calls a user's function with one dict for each save."""
+
+    fn: Callable[[dict[str, Any]], None]
+
+    def __call__(self, time: Any, coordinates: Coordinates, observables: Any) -> None:
+        del coordinates
+        self.fn({"time": time, **observables})

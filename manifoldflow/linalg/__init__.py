@@ -1,0 +1,26 @@
+"""Linear algebra of Jacobians, Gram matrices and singular Hessians. Operators in, operators out."""
+
+from manifoldflow.linalg._gram import (
+    AbstractGram as AbstractGram,
+    AbstractGramSolve as AbstractGramSolve,
+    condition_number as condition_number,
+    DenseGram as DenseGram,
+    normal_component as normal_component,
+    numerical_rank as numerical_rank,
+    pseudo_inverse_mv as pseudo_inverse_mv,
+)
+from manifoldflow.linalg._jacobian import (
+    AbstractJacobian as AbstractJacobian,
+    DenseJacobian as DenseJacobian,
+    gauss_newton as gauss_newton,
+    gram as gram,
+    jacobian as jacobian,
+)
+from manifoldflow.linalg._range import (
+    log_pseudo_determinant as log_pseudo_determinant,
+    lyapunov_operator as lyapunov_operator,
+    lyapunov_solve as lyapunov_solve,
+    pseudo_inverse as pseudo_inverse,
+    range_projection as range_projection,
+    range_spectrum as range_spectrum,
+)

@@ -1,0 +1,150 @@
+"""Symmetric matrices that are singular on purpose: everything on their range.
+
+H is a Hessian with a null space (the tangent space) and a range (the normal space).
+Which eigenvalues belong to the range is told by `rank`: a count, or a relative size. The
+derivatives divide only by differences between range and null space, so that repeated
+eigenvalues do no harm.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Float
+
+from manifoldflow._types import Scalar
+
+Matrix = Float[Array, "n n"]
+
+
+Rank = int | float | None
+
+
+def range_spectrum(
+    matrix: Matrix, rank: Rank = None
+) -> tuple[Float[Array, " n"], Matrix, Bool[Array, " n"]]:
+    """Eigenvalues (ascending), eigenvectors (columns) and which of them make the range.
+
+    Args:
+        matrix: symmetric, (n, n).
+        rank: an integer counts the largest eigenvalues; a float below 1 takes those with
+            |λ| > rank·max|λ|; None takes those with |λ| > n·eps·max|λ|.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    if isinstance(rank, int):
+        return values, vectors, jnp.arange(len(values)) >= len(values) - rank
+    cutoff = len(values) * float(jnp.finfo(values.dtype).eps) if rank is None else rank
+    return values, vectors, jnp.abs(values) > cutoff * jnp.max(jnp.abs(values))
+
+
+def _rotate(vectors: Array, matrix: Array) -> Array:
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(jnp.matmul(vectors, matrix, precision=highest), vectors.T, precision=highest)
+
+
+def _difference_quotients(
+    values: Array, inside: Bool[Array, " n"], applied: Array, both: Array
+) -> Array:
+    """(g(λⱼ) − g(λₖ))/(λⱼ − λₖ), where g vanishes outside the range."""
+    across = inside[:, None] ^ inside[None, :]
+    gap = jnp.where(across, values[:, None] - values[None, :], 1)
+    between = (applied[:, None] - applied[None, :]) / gap
+    within = inside[:, None] & inside[None, :]
+    return jnp.where(across, between, jnp.where(within, both, 0))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
+    """H†, the Moore-Penrose inverse of a symmetric matrix, on its range.
+
+    Args:
+        matrix: symmetric, (n, n).
+        rank: which eigenvalues make the range, see `range_spectrum`.
+    """
+    values, vectors, inside = range_spectrum(matrix, rank)
+    return _rotate(vectors, jnp.diag(jnp.where(inside, 1 / jnp.where(inside, values, 1), 0)))
+
+
+@pseudo_inverse.defjvp
+def _pseudo_inverse_jvp(rank, primals, tangents):
+    (matrix,), (matrix_dot,) = primals, tangents
+    values, vectors, inside = range_spectrum(matrix, rank)
+    inverse = jnp.where(inside, 1 / jnp.where(inside, values, 1), 0)
+    both = -inverse[:, None] * inverse[None, :]
+    quotients = _difference_quotients(values, inside, inverse, both)
+    rotated = _rotate(vectors.T, matrix_dot)
+    return _rotate(vectors, jnp.diag(inverse)), _rotate(vectors, quotients * rotated)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def range_projection(matrix: Matrix, rank: Rank = None) -> Matrix:
+    """The orthogonal projector on the range of a symmetric matrix."""
+    _, vectors, inside = range_spectrum(matrix, rank)
+    return _rotate(vectors, jnp.diag(inside.astype(matrix.dtype)))
+
+
+@range_projection.defjvp
+def _range_projection_jvp(rank, primals, tangents):
+    (matrix,), (matrix_dot,) = primals, tangents
+    values, vectors, inside = range_spectrum(matrix, rank)
+    ones = inside.astype(matrix.dtype)
+    quotients = _difference_quotients(values, inside, ones, jnp.zeros((), matrix.dtype))
+    rotated = _rotate(vectors.T, matrix_dot)
+    return _rotate(vectors, jnp.diag(ones)), _rotate(vectors, quotients * rotated)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def log_pseudo_determinant(matrix: Matrix, rank: Rank = None) -> Scalar:
+    """ln|H|₊, the logarithm of the product of the eigenvalues on the range.
+
+    The derivative at constant rank is tr(H†·dH).
+    """
+    values, _, inside = range_spectrum(matrix, rank)
+    return jnp.sum(jnp.where(inside, jnp.log(jnp.where(inside, values, 1)), 0))
+
+
+@log_pseudo_determinant.defjvp
+def _log_pseudo_determinant_jvp(rank, primals, tangents):
+    (matrix,), (matrix_dot,) = primals, tangents
+    change = jnp.sum(pseudo_inverse(matrix, rank) * matrix_dot)
+    return log_pseudo_determinant(matrix, rank), change
+
+
+def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
+    """S ↦ HS + SH on matrices, a self-adjoint lineax operator."""
+
+    def mv(s: Matrix) -> Matrix:
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.matmul(matrix, s, precision=highest) + jnp.matmul(s, matrix, precision=highest)
+
+    structure = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
+    return lx.FunctionLinearOperator(mv, structure, lx.symmetric_tag)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
+    """The S with HS + SH = rhs whose rows and columns lie in the range of H.
+
+    What of `rhs` lies outside the range is ignored [LiWangArora2022, Lemma 4.5].
+    """
+    values, vectors, inside = range_spectrum(matrix, rank)
+    within = inside[:, None] & inside[None, :]
+    sums = jnp.where(within, values[:, None] + values[None, :], 1)
+    rotated = _rotate(vectors.T, rhs)
+    return _rotate(vectors, jnp.where(within, rotated / sums, 0))
+
+
+@lyapunov_solve.defjvp
+def _lyapunov_solve_jvp(rank, primals, tangents):
+    (matrix, rhs), (matrix_dot, rhs_dot) = primals, tangents
+    highest = jax.lax.Precision.HIGHEST
+    solution = lyapunov_solve(matrix, rhs, rank)
+    moved = jnp.matmul(matrix_dot, solution, precision=highest)
+    moved_t = jnp.matmul(solution, matrix_dot, precision=highest)
+    inner = lyapunov_solve(matrix, rhs_dot - moved - moved_t, rank)
+    # The range itself turns with H: S = ΠSΠ, so dS has a part dΠ S + S dΠ.
+    _, turn = jax.jvp(lambda m: range_projection(m, rank), (matrix,), (matrix_dot,))
+    turned = jnp.matmul(turn, solution, precision=highest)
+    turned_t = jnp.matmul(solution, turn, precision=highest)
+    return solution, inner + turned + turned_t

@@ -1,0 +1,12 @@
+"""Losses: value, residuals, derivatives, traces. No geometry."""
+
+from manifoldflow.losses._base import (
+    AbstractLoss as AbstractLoss,
+    AbstractResidualLoss as AbstractResidualLoss,
+)
+from manifoldflow.losses._function import (
+    FunctionLoss as FunctionLoss,
+    SquaredNorm as SquaredNorm,
+)
+from manifoldflow.losses._least_squares import LeastSquares as LeastSquares
+from manifoldflow.losses._per_example import PerExampleLoss as PerExampleLoss

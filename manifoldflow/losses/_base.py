@@ -1,0 +1,110 @@
+"""What a loss is: a number at every point, and its derivatives as operators."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
+
+
+class AbstractLoss(eqx.Module):
+    """A loss L on points. Subclasses say what it is; derivatives are the same for all."""
+
+    trainable: eqx.AbstractVar[_tree.Static | None]
+
+    @abc.abstractmethod
+    def __call__(self, point: Point) -> Scalar:
+        """L(point)."""
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        """`(coordinates, remainder)` of a point; frozen leaves are in the remainder."""
+        return _tree.split(point, self.trainable)
+
+    def gradient(self, point: Point) -> Tangent:
+        """∇L(point), with the structure of the point's coordinates."""
+        coordinates, remainder = self.split(point)
+        return jax.grad(lambda x: self(_tree.join(x, remainder)))(coordinates)
+
+    def hessian(self, point: Point) -> lx.AbstractLinearOperator:
+        """∇²L(point), a self-adjoint lineax operator on tangents, never a matrix."""
+        coordinates, remainder = self.split(point)
+
+        def gradient(x: Coordinates, args: Any) -> Tangent:
+            del args
+            return jax.grad(lambda x: self(_tree.join(x, remainder)))(x)
+
+        return lx.JacobianLinearOperator(gradient, coordinates, tags=lx.symmetric_tag)
+
+    def trace_hessian(self, point: Point) -> Scalar:
+        """tr ∇²L(point), exactly, by one Hessian-vector product for each coordinate.
+
+        Costs D gradients. On the zero-loss manifold of a residual loss
+        `trace_gauss_newton` gives the same number for a few.
+        """
+        coordinates, remainder = self.split(point)
+        flat, unravel = _tree.ravel(coordinates)
+
+        def gradient(x: Array) -> Array:
+            return jax.grad(lambda x: self(_tree.join(unravel(x), remainder)))(x)
+
+        def diagonal_entry(index: Array) -> Array:
+            direction = jnp.zeros_like(flat).at[index].set(1)
+            return jax.jvp(gradient, (flat,), (direction,))[1][index]
+
+        return jnp.sum(jax.lax.map(diagonal_entry, jnp.arange(flat.size), batch_size=64))
+
+
+class AbstractResidualLoss(AbstractLoss):
+    """A loss that is minimal exactly where n scalar residuals vanish.
+
+    Near its zero-loss manifold L = (scale/2)·Σᵢ rᵢ² up to third order. Subclasses say
+    what the residuals of one example are; the Jacobian of all of them follows.
+    """
+
+    data: eqx.AbstractVar[PyTree[Array]]
+    scale: eqx.AbstractVar[Scalar]
+
+    @abc.abstractmethod
+    def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
+        """The residuals of one example, k numbers."""
+
+    @abc.abstractmethod
+    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
+        """A with AᵀA = the Gauss-Newton matrix of L at this point (anywhere, not only on Γ)."""
+
+    def residual(self, point: Point) -> Float[Array, " n"]:
+        """All residuals r, in the order of the examples."""
+        coordinates, remainder = self.split(point)
+        data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
+        point = _tree.join(coordinates, remainder)
+        return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
+
+    def jacobian(self, point: Point) -> linalg.AbstractJacobian:
+        """J = ∂r, a lineax operator from tangents to n residuals."""
+        coordinates, remainder = self.split(point)
+        data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
+        return linalg.jacobian(
+            lambda x, example: self.example_residual(_tree.join(x, remainder), example),
+            coordinates,
+            data,
+        )
+
+    def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
+        """scale·JᵀJ on tangents, equal to ∇²L on the zero-loss manifold."""
+        jacobian = self.jacobian(point)
+        return linalg.gauss_newton(jacobian, self.scale.astype(jacobian.out_structure().dtype))
+
+    def trace_gauss_newton(self, point: Point) -> Scalar:
+        """scale·‖J‖²_F, equal to tr ∇²L on the zero-loss manifold.
+
+        Off the manifold the full trace has the extra term scale·Σᵢ rᵢ tr∇²rᵢ:
+        see `trace_hessian`.
+        """
+        norms = self.jacobian(point).row_norms_squared()
+        return self.scale.astype(norms.dtype) * jnp.sum(norms)

@@ -1,0 +1,83 @@
+"""Losses given as plain functions of a point."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Example, Point, Scalar
+from manifoldflow.losses._base import AbstractLoss, AbstractResidualLoss
+
+
+class FunctionLoss(AbstractLoss):
+    """Any smooth function of a point, minimal on a manifold.
+
+    Args:
+        fn: point → scalar.
+        trainable: which leaves may move, as for `LeastSquares`.
+    """
+
+    fn: Callable[..., Any]
+    trainable: _tree.Static | None = eqx.field(static=True)
+
+    def __init__(self, fn: Callable[[Point], Any], *, trainable: PyTree[Any] | None = None):
+        self.fn = _tree.as_pytree_callable(fn)
+        self.trainable = None if trainable is None else _tree.Static(trainable)
+
+    def __call__(self, point: Point) -> Scalar:
+        value = jnp.asarray(self.fn(point))
+        if value.shape != ():
+            raise ValueError(
+                f"FunctionLoss needs a function of the point with a scalar value; got shape "
+                f"{value.shape}. Sum over the rest, or use LeastSquares."
+            )
+        return value
+
+
+class SquaredNorm(AbstractResidualLoss):
+    """L(θ) = ½‖fn(θ)‖² of a function with any array as value.
+
+    Args:
+        fn: point → array.
+        trainable: which leaves may move, as for `LeastSquares`.
+    """
+
+    fn: Callable[..., Any]
+    trainable: _tree.Static | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable[[Point], Any],
+        *,
+        trainable: _tree.Static | None = None,
+    ):
+        self.fn = _tree.as_pytree_callable(fn)
+        self.trainable = trainable
+
+    @property
+    def data(self) -> PyTree[Array]:
+        return jnp.zeros(1)  # one example that holds everything
+
+    @property
+    def scale(self) -> Scalar:
+        return jnp.ones(())
+
+    def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
+        del example
+        return ravel_value(self.fn(point))
+
+    def __call__(self, point: Point) -> Scalar:
+        return 0.5 * jnp.sum(self.residual(point) ** 2)
+
+    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
+        """J itself."""
+        return self.jacobian(point)
+
+
+def ravel_value(value: PyTree[Any]) -> Float[Array, " n"]:
+    """A function's value, an array or a PyTree of arrays, as one vector."""
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(value)])

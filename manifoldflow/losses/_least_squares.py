@@ -1,0 +1,100 @@
+"""The squared loss, whose zero set is the manifold of interpolating models."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree, linalg
+from manifoldflow._errors import checked_data, checked_nonnegative
+from manifoldflow._types import Example, Point, Scalar
+from manifoldflow.losses._base import AbstractResidualLoss
+from manifoldflow.losses._predict import call_point, model_output
+
+
+class LeastSquares(AbstractResidualLoss):
+    """L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
+
+    Args:
+        inputs: PyTree of arrays with a leading axis of N examples; integers are welcome.
+        targets: array (N, *output); integers are cast to the point's dtype.
+        predict: `predict(point, x)` maps one example to its output; by default `point(x)`.
+        scale: the factor s above. Default 1/n, n = N × outputs: half the mean square.
+            `scale=2` is the sum of squares of Gatmiry2024, 1/N the mean of LiWangArora2022.
+        trainable: which leaves of the point may move: a PyTree prefix of booleans or
+            functions of a leaf, as for `equinox.partition`. Default: all floating arrays.
+
+    Raises:
+        ValueError: lengths differ, NaN or inf in the data, a negative scale; when called,
+            an output whose shape differs from that of its target.
+    """
+
+    inputs: PyTree[Array]
+    targets: Float[Array, "N ..."]
+    predict: Callable[..., Any]
+    scale: Scalar
+    trainable: _tree.Static | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        inputs: PyTree[Any],
+        targets: Any,
+        *,
+        predict: Callable[[Point, Example], Array] | None = None,
+        scale: Any = None,
+        trainable: PyTree[Any] | None = None,
+    ):
+        self.inputs, targets = checked_data("LeastSquares", (inputs, targets))
+        if not jnp.issubdtype(targets.dtype, jnp.inexact):
+            targets = targets.astype(jnp.result_type(float))
+        self.targets = targets
+        self.predict = _tree.as_pytree_callable(call_point if predict is None else predict)
+        scale = 1 / targets.size if scale is None else scale
+        self.scale = checked_nonnegative("LeastSquares: scale", scale, "Try scale=None, 1/n.")
+        self.trainable = None if trainable is None else _tree.Static(trainable)
+
+    @property
+    def data(self) -> PyTree[Array]:
+        return self.inputs, self.targets
+
+    @property
+    def num_residuals(self) -> int:
+        """n = examples × outputs."""
+        return math.prod(self.targets.shape)
+
+    def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
+        x, target = example
+        return (model_output(self.predict, point, x, target.shape) - target).reshape(-1)
+
+    def __call__(self, point: Point) -> Scalar:
+        residual = self.residual(point)
+        return 0.5 * self.scale.astype(residual.dtype) * jnp.sum(residual**2)
+
+    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
+        """√scale·J."""
+        coordinates, remainder = self.split(point)
+        dtype = _tree.dtype_of(coordinates)
+        root = jnp.sqrt(self.scale).astype(dtype)
+        return linalg.jacobian(
+            lambda x, example: root * self.example_residual(_tree.join(x, remainder), example),
+            coordinates,
+            _tree.cast_floats(self.data, dtype),
+        )
+
+    def select(self, indices: Any) -> "LeastSquares":
+        """The loss on some of the examples, scaled to stay an unbiased estimate."""
+        inputs, targets = jax.tree.map(lambda leaf: leaf[indices], self.data)
+        factor = len(self.targets) / len(targets)
+        return eqx.tree_at(
+            lambda loss: (loss.inputs, loss.targets, loss.scale),
+            self,
+            (inputs, targets, self.scale * factor),
+        )
+
+    def shift_targets(self, change: Float[Array, "N ..."]) -> "LeastSquares":
+        """The loss with `change` added to the targets, as label noise does."""
+        return eqx.tree_at(lambda loss: loss.targets, self, self.targets + change)

@@ -1,0 +1,59 @@
+"""One example through a user's model, with the errors that users meet first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from manifoldflow._types import Example, Point
+
+_STOCHASTIC_LAYERS = (eqx.nn.Dropout, eqx.nn.BatchNorm)
+
+
+def call_point(point: Point, x: Example) -> Array:
+    """The default prediction: the point is a model and is called on one example."""
+    if not callable(point):
+        raise ValueError(
+            f"The point (a {type(point).__name__}) is not callable; tell the loss how it "
+            "predicts, as predict=lambda point, x: …."
+        )
+    return point(x)
+
+
+def model_output(
+    predict: Callable[..., Any], point: Point, x: Example, shape: tuple[int, ...] | None
+) -> Array:
+    """predict(point, x), checked against the shape that is expected of it."""
+    _refuse_randomness(point)
+    output = predict(point, x)
+    if not isinstance(output, jax.Array):
+        raise ValueError(
+            f"The model must map one example to one array; got {type(output).__name__}. "
+            "Stateful layers return more: apply `eqx.nn.inference_mode` to the model, or "
+            "give the loss a `predict` that returns the array alone."
+        )
+    if shape is not None and output.shape != shape:
+        raise ValueError(
+            f"The model's output for one example has shape {output.shape}, its target has "
+            f"shape {shape}. Reshape the targets to (examples, *{output.shape}) or the "
+            "output to the target's shape; they are never broadcast."
+        )
+    return jnp.asarray(output)
+
+
+def _refuse_randomness(point: Point) -> None:
+    """Dropout and batch statistics make the loss something other than a function."""
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, _STOCHASTIC_LAYERS)
+
+    layers = [node for node in jax.tree.leaves(point, is_leaf=is_layer) if is_layer(node)]
+    if any(not getattr(layer, "inference", True) for layer in layers):
+        names = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(
+            f"The model has {', '.join(names)} in training mode, so its loss is random or "
+            "stateful. Use `eqx.nn.inference_mode(model)`."
+        )

@@ -1,0 +1,111 @@
+"""The manifold of a residual: {fn = 0} of any function, and {r = 0} of any residual loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from manifoldflow import _tree, linalg
+from manifoldflow._errors import shapes_of
+from manifoldflow._types import Point
+from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._normal_space import Constraint, GramNormalSpace
+
+
+class LevelSet(AbstractManifold):
+    """{θ : fn(θ) = 0} for any smooth function of a PyTree.
+
+    Args:
+        fn: point → array or PyTree of arrays, n numbers in all.
+        gram: how Gram matrices are solved; by default `linalg.DenseGram()`.
+        trainable: which leaves are coordinates, as for `LeastSquares`.
+
+    Raises:
+        ValueError: when used, if fn has more values than the point has coordinates.
+    """
+
+    fn: Callable[..., Any]
+    gram: linalg.AbstractGram
+    trainable: _tree.Static | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable[[Point], PyTree[Any]],
+        *,
+        gram: linalg.AbstractGram | None = None,
+        trainable: PyTree[Any] | None = None,
+    ):
+        self.fn = _tree.as_pytree_callable(fn)
+        self.gram = linalg.DenseGram() if gram is None else gram
+        self.trainable = None if trainable is None else _tree.Static(trainable)
+
+    @property
+    def loss(self) -> SquaredNorm:
+        """½‖fn‖²."""
+        return SquaredNorm(self.fn, trainable=self.trainable)
+
+    def codimension(self, point: Point) -> int:
+        return _tree.size(jax.eval_shape(self.loss.residual, point))
+
+    def constraint(self, point: Point) -> Constraint:
+        return self.loss.residual(point)
+
+    def normal_space(self, point: Point) -> GramNormalSpace:
+        check_codimension(self, point)
+        return gram_normal_space(self.loss, self.gram, point)
+
+
+class ZeroLossManifold(AbstractManifold):
+    """Γ = {θ : r(θ) = 0}, the models that fit the data of a residual loss exactly.
+
+    Args:
+        loss: `LeastSquares`, `PerExampleLoss`, or another residual loss.
+        gram: how Gram matrices are solved; by default `linalg.DenseGram()`.
+
+    Raises:
+        ValueError: when used, if there are more residuals than coordinates.
+    """
+
+    loss: AbstractResidualLoss
+    gram: linalg.AbstractGram
+
+    def __init__(self, loss: AbstractResidualLoss, *, gram: linalg.AbstractGram | None = None):
+        if not isinstance(loss, AbstractResidualLoss):
+            raise ValueError(
+                f"ZeroLossManifold needs a loss with residuals; got {type(loss).__name__}. For "
+                "the minimisers of any other loss use MinimizerManifold(loss, rank)."
+            )
+        self.loss = loss
+        self.gram = linalg.DenseGram() if gram is None else gram
+
+    def codimension(self, point: Point) -> int:
+        """The number of scalar residuals."""
+        del point
+        return self.loss.num_residuals
+
+    def constraint(self, point: Point) -> Constraint:
+        return self.loss.residual(point)
+
+    def normal_space(self, point: Point) -> GramNormalSpace:
+        check_codimension(self, point)
+        return gram_normal_space(self.loss, self.gram, point)
+
+
+def gram_normal_space(
+    loss: AbstractResidualLoss, gram: linalg.AbstractGram, point: Point
+) -> GramNormalSpace:
+    jacobian = loss.jacobian(point)
+    return GramNormalSpace(jacobian, gram(jacobian))
+
+
+def check_codimension(manifold: AbstractManifold, point: Point) -> None:
+    codimension, dimension = manifold.codimension(point), manifold.dimension(point)
+    if dimension < 0:
+        raise ValueError(
+            f"{type(manifold).__name__} needs at most as many constraints as coordinates; got "
+            f"{codimension} residuals and {codimension + dimension} coordinates in "
+            f"{shapes_of(manifold.split(point)[0])}. Use fewer examples or a wider model."
+        )

@@ -1,0 +1,65 @@
+"""The manifold of minimisers of any loss with a known Hessian rank, for small models."""
+
+import equinox as eqx
+import jax
+from jaxtyping import Array
+
+from manifoldflow import _tree
+from manifoldflow._types import Point
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._normal_space import Constraint, HessianNormalSpace
+
+
+class MinimizerManifold(AbstractManifold):
+    """The local minimisers of a loss whose Hessian has constant rank on them.
+
+    Uses the dense D×D Hessian: for models with up to a few thousand coordinates.
+
+    Args:
+        loss: any loss, e.g. `FunctionLoss`.
+        rank: the rank of ∇²L on the manifold, an integer; or a float below 1: eigenvalues
+            above rank·λ_max count, and `dimension` is then not known beforehand.
+
+    Assumes:
+        L is C³ with ∇²L of constant rank and positive on its range [LiWangArora2022,
+        Assumption 3.2].
+    """
+
+    loss: AbstractLoss
+    rank_rule: int | float = eqx.field(static=True)
+
+    def __init__(self, loss: AbstractLoss, rank: int | float):
+        if isinstance(rank, bool) or (isinstance(rank, int) and rank < 1) or rank <= 0:
+            raise ValueError(
+                f"MinimizerManifold needs a positive rank; got {rank!r}. At rank 0 every "
+                "point is a minimiser and there is no normal space."
+            )
+        self.loss = loss
+        self.rank_rule = rank
+
+    def codimension(self, point: Point) -> int:
+        """The rank of the Hessian."""
+        if not isinstance(self.rank_rule, int):
+            raise ValueError(
+                "The codimension of a MinimizerManifold is its rank as an integer; got "
+                f"rank={self.rank_rule}. Measure it with `rank(point)`, then build it anew."
+            )
+        return self.rank_rule
+
+    def constraint(self, point: Point) -> Constraint:
+        """∇L."""
+        return self.loss.gradient(point)
+
+    def normal_space(self, point: Point) -> HessianNormalSpace:
+        coordinates, remainder = self.split(point)
+        flat, unravel = _tree.ravel(coordinates)
+        if isinstance(self.rank_rule, int) and self.rank_rule > flat.size:
+            raise ValueError(
+                f"MinimizerManifold: rank {self.rank_rule} exceeds the {flat.size} coordinates."
+            )
+
+        def loss(x: Array) -> Array:
+            return self.loss(_tree.join(unravel(x), remainder))
+
+        return HessianNormalSpace(jax.hessian(loss)(flat), self.rank_rule, coordinates)

@@ -1,0 +1,128 @@
+"""The normal space of a manifold at one point: the one solve that all geometry needs."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Coordinates, Scalar, Tangent
+
+Constraint = PyTree[Array]
+
+
+class AbstractNormalSpace(eqx.Module):
+    """What the derivative J of a constraint f says at one point."""
+
+    @abc.abstractmethod
+    def normal(self, vector: Tangent) -> Tangent:
+        """P⊥v, the part of a vector in the range of Jᵀ."""
+
+    @abc.abstractmethod
+    def mv(self, vector: Tangent) -> Constraint:
+        """J v."""
+
+    @abc.abstractmethod
+    def pseudo_inverse(self, constraint: Constraint) -> Tangent:
+        """J†f, the shortest v with J v = f."""
+
+    @abc.abstractmethod
+    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
+        """Jᵀ(J Jᵀ + damping·I)⁻¹ f."""
+
+    @abc.abstractmethod
+    def eigenvalues(self) -> Float[Array, " n"]:
+        """The spectrum of J Jᵀ, ascending."""
+
+    @abc.abstractmethod
+    def largest_eigenvalue_bound(self) -> Scalar:
+        """tr(J Jᵀ), the scale against which damping is measured."""
+
+    @abc.abstractmethod
+    def is_minimum(self) -> Array:
+        """Whether the loss behind the constraint curves upwards on the normal space."""
+
+    def tangent(self, vector: Tangent) -> Tangent:
+        """P v = v − P⊥v."""
+        return _tree.subtract(vector, self.normal(vector))
+
+    def rank(self) -> Int[Array, ""]:
+        """The numerical rank of J."""
+        return linalg.numerical_rank(self.eigenvalues())
+
+
+class GramNormalSpace(AbstractNormalSpace):
+    """Normal space of {f = 0} for f with n ≤ D values, through the n×n Gram matrix."""
+
+    jacobian: linalg.AbstractJacobian
+    gram: linalg.AbstractGramSolve
+
+    def normal(self, vector: Tangent) -> Tangent:
+        return linalg.normal_component(self.jacobian, self.gram, vector)
+
+    def mv(self, vector: Tangent) -> Constraint:
+        return self.jacobian.mv(vector)
+
+    def pseudo_inverse(self, constraint: Constraint) -> Tangent:
+        return linalg.pseudo_inverse_mv(self.jacobian, self.gram, constraint)
+
+    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
+        return self.jacobian.transpose_mv(self.gram.damped_solve(constraint, damping))
+
+    def eigenvalues(self) -> Float[Array, " n"]:
+        return self.gram.eigenvalues()
+
+    def largest_eigenvalue_bound(self) -> Scalar:
+        return jnp.sum(self.jacobian.row_norms_squared())
+
+    def is_minimum(self) -> Array:
+        return jnp.asarray(True)
+
+
+class HessianNormalSpace(AbstractNormalSpace):
+    """Range of a dense Hessian H = ∂(∇L) whose null space is the tangent space."""
+
+    hessian: Float[Array, "D D"]
+    rank_rule: int | float = eqx.field(static=True)
+    coordinates: Coordinates
+
+    def _flat(self, vector: Tangent) -> Array:
+        return _tree.ravel(vector)[0]
+
+    def _tangent(self, vector: Array) -> Tangent:
+        return _tree.ravel(self.coordinates)[1](vector)
+
+    def normal(self, vector: Tangent) -> Tangent:
+        projector = linalg.range_projection(self.hessian, self.rank_rule)
+        return self._tangent(_matmul(projector, self._flat(vector)))
+
+    def mv(self, vector: Tangent) -> Constraint:
+        return self._tangent(_matmul(self.hessian, self._flat(vector)))
+
+    def pseudo_inverse(self, constraint: Constraint) -> Tangent:
+        inverse = linalg.pseudo_inverse(self.hessian, self.rank_rule)
+        return self._tangent(_matmul(inverse, self._flat(constraint)))
+
+    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
+        values, vectors, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
+        # Steps follow −∇L also where the Hessian still curves downwards.
+        weights = jnp.where(inside, jnp.abs(values) / (values**2 + damping), 0)
+        rotated = _matmul(vectors.T, self._flat(constraint))
+        return self._tangent(_matmul(vectors, weights * rotated))
+
+    def eigenvalues(self) -> Float[Array, " n"]:
+        values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
+        return jnp.sort(jnp.where(inside, values**2, 0))
+
+    def largest_eigenvalue_bound(self) -> Scalar:
+        return jnp.sum(self.hessian**2)
+
+    def is_minimum(self) -> Array:
+        values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
+        return jnp.all(jnp.where(inside, values > 0, True))
+
+
+def _matmul(matrix: Array, vector: Array) -> Array:
+    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,3 @@
+"""Worked problems: data and models on which the theory can be tried."""
+
+from manifoldflow.models._digits import digits as digits

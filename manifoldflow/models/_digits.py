@@ -1,0 +1,44 @@
+"""Handwritten digits that come with scikit-learn: real data without a download."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+NUM_TRAIN = 1000
+
+
+def digits(
+    num_examples: int | None = None, *, test: bool = False, seed: int = 0
+) -> tuple[Float[Array, "N 64"], Float[Array, "N 10"]]:
+    """Images and one-hot labels of 8×8 handwritten digits.
+
+    The 1,797 images are shuffled once; 1,000 are for training, 797 for testing.
+
+    Args:
+        num_examples: how many; by default all.
+        test: from the test part in place of the training part.
+        seed: of the shuffle.
+
+    Returns:
+        Images (N, 64) with pixels in [0, 1] and labels (N, 10), in JAX's default float.
+
+    Raises:
+        ImportError: scikit-learn is missing; `pip install manifoldflow[demo]`.
+        ValueError: more examples than there are.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "models.digits needs scikit-learn: python -m pip install 'manifoldflow[demo]'"
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(images))
+    part = order[NUM_TRAIN:] if test else order[:NUM_TRAIN]
+    if num_examples is not None and not 1 <= num_examples <= len(part):
+        raise ValueError(
+            f"digits: num_examples must be between 1 and {len(part)}; got {num_examples}."
+        )
+    part = part[:num_examples]
+    return jnp.asarray(images[part] / 16.0), jax.nn.one_hot(labels[part], 10)

@@ -1,0 +1,38 @@
+"""The same Gaussian noise on every coordinate."""
+
+from typing import Any
+
+import jax.random as jr
+import lineax as lx
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_nonnegative
+from manifoldflow._types import Key, Point, Scalar, Tangent
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise._base import AbstractNoise
+
+
+class IsotropicNoise(AbstractNoise):
+    """∇L + std·ξ with ξ standard normal in every coordinate; covariance std²·I.
+
+    Args:
+        std: standard deviation of every coordinate of the gradient.
+
+    References:
+        [LiWangArora2022, Corollary 5.1].
+    """
+
+    std: Scalar
+
+    def __init__(self, std: Any = 1.0):
+        self.std = checked_nonnegative("IsotropicNoise: std", std, "It is a standard deviation.")
+
+    def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
+        gradient = loss.gradient(point)
+        drawn = _tree.random_normal_like(key, gradient)
+        return _tree.add(gradient, _tree.scale(self.std, drawn))
+
+    def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
+        coordinates, _ = loss.split(point)
+        std = self.std.astype(_tree.dtype_of(coordinates))
+        return std * lx.IdentityLinearOperator(_tree.structure_of(coordinates))

@@ -1,0 +1,9 @@
+"""Closed forms from the papers: independent oracles for what the flows and the simulations should find."""
+
+from manifoldflow.theory._overparametrized_linear import (
+    kernel_rich_interpolant as kernel_rich_interpolant,
+    min_norm_interpolant as min_norm_interpolant,
+    overparametrized_linear_charges as overparametrized_linear_charges,
+    overparametrized_linear_flow as overparametrized_linear_flow,
+    weighted_l1_interpolant as weighted_l1_interpolant,
+)
