@@ -110,7 +110,7 @@ class Projected(dfx.AbstractWrappedSolver):
     def _project(self, y: Coordinates) -> tuple[Coordinates, Any]:
         remainder = None if self.like is None else self.manifold.split(self.like)[1]
         point = y if remainder is None else _tree.join(y, remainder)
-        landed, info = self.manifold.project_with_info(point)
+        landed, info = self.manifold.touch_up(point)
         return self.manifold.split(landed)[0], info
 
 

@@ -70,7 +70,7 @@ def solve(
         until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
             after every step. The remaining saves then repeat the final point.
         progress: True prints percentages, a Diffrax progress meter shows itself, a
-            function is called at every save with a dict of time and observables.
+            function is called at every save with a dict: time, coordinates, observables.
         checkpoint: an .npz file for the saves so far, rewritten at every save. If it is
             there already and belongs to this solve, the solve goes on from its last save.
         throw: raise when the solve fails. With `throw=False` look at
@@ -138,7 +138,7 @@ class _Options(eqx.Module):
 
 class _Save(eqx.Module):
     coordinates: Coordinates
-    observables: dict[str, PyTree[Array]]
+    observables: dict[str, PyTree[Array]] | None
     defect: Scalar
 
 
@@ -153,19 +153,24 @@ def _solve(
     coordinates, remainder = flow.split(point)
     start, start_ok = _started(flow, coordinates, remainder)
 
+    def observed(y: Coordinates) -> dict[str, PyTree[Array]]:
+        here = _tree.join(y, remainder)
+        return {name: jax.tree.map(jnp.asarray, fn(here)) for name, fn in options.observe.items()}
+
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
+        del args
         # Saves between steps are interpolated, and so off the manifold: project again.
-        saved = at_end(t, y, args)
+        y, defect = _touched_up(flow, y, remainder)
+        saved = _Save(y, observed(y), defect)
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
         return saved
 
     def at_end(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del t, args
-        y, defect = _landed(flow, y, remainder)
-        here = _tree.join(y, remainder)
-        observables = {name: jnp.asarray(fn(here)) for name, fn in options.observe.items()}
-        return _Save(y, observables, defect)
+        # Only an early end has saves to fill with what is observed there.
+        observables = None if options.until is None else observed(y)
+        return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))
 
     subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
     has_manifold = flow.manifold is not None
@@ -190,7 +195,7 @@ def _solve(
     saved, last = solution.ys
     last = jax.tree.map(lambda leaf: leaf[0], last)
     reached = jnp.isfinite(solution.ts[0])
-    max_defect = jnp.maximum(jnp.max(jnp.where(reached, saved.defect, 0)), last.defect)
+    max_defect = jnp.max(jnp.where(reached, saved.defect, 0))
     result = _result(flow, solution.result, start_ok, last, max_defect)
     is_early = result == RESULTS.stopped_early
     is_fine = is_early | (result == RESULTS.successful)
@@ -200,6 +205,9 @@ def _solve(
         mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(mask, leaf, end.astype(leaf.dtype))
 
+    if options.until is None:
+        last_observables = jax.tree.map(lambda leaf: leaf[0], saved.observables)
+        last = _Save(last.coordinates, last_observables, last.defect)
     saved = jax.tree.map(filled, saved, last)
     final = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), last.coordinates)
     if options.throw:
@@ -228,20 +236,24 @@ class _Until(eqx.Module):
         return jnp.asarray(self.until(point), bool)
 
 
-def _landed(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
-    """The point on the flow's manifold, and its defect (inf where there is none)."""
+def _touched_up(
+    flow: AbstractFlow, y: Coordinates, remainder: Point
+) -> tuple[Coordinates, Scalar]:
     if flow.manifold is None:
         return y, jnp.zeros((), _tree.dtype_of(y))
-    point, info = flow.manifold.project_with_info(_tree.join(y, remainder))
+    point, info = flow.manifold.touch_up(_tree.join(y, remainder))
     return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
 
 
 def _started(
     flow: AbstractFlow, coordinates: Coordinates, remainder: Point
 ) -> tuple[Coordinates, Flag]:
-    start, defect = _landed(flow, coordinates, remainder)
-    is_ok = jnp.isfinite(defect)
-    return _tree.where(is_ok, start, coordinates), is_ok
+    """The point of the flow's manifold to start from, and whether there is one."""
+    if flow.manifold is None:
+        return coordinates, jnp.asarray(True)
+    point, info = flow.manifold.project_with_info(_tree.join(coordinates, remainder))
+    is_ok = info.is_successful
+    return _tree.where(is_ok, flow.split(point)[0], coordinates), is_ok
 
 
 def _controller(options: _Options, end_time: Scalar) -> dfx.AbstractStepSizeController:
@@ -263,7 +275,7 @@ def _result(
         ours = RESULTS.where(result == theirs, mine, ours)
     # Fixed steps never fail in Diffrax's eyes, whatever they run into: look at the end.
     ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
-    finite = _tree.all_finite((last.coordinates, jax.tree.leaves(last.observables)))
+    finite = _tree.all_finite(last.coordinates)
     ours = RESULTS.where(ended & ~finite, RESULTS.nonfinite, ours)
     if flow.manifold is not None:
         lost = ended & finite & ~jnp.isfinite(max_defect)
@@ -373,5 +385,4 @@ class _RowReport(eqx.Module):
     fn: Callable[[dict[str, Any]], None]
 
     def __call__(self, time: Any, coordinates: Coordinates, observables: Any) -> None:
-        del coordinates
-        self.fn({"time": time, **observables})
+        self.fn({"time": time, "coordinates": coordinates, **observables})

@@ -40,15 +40,26 @@ def _roundings(coordinates: Coordinates, number: float) -> Scalar:
 
 
 def _is_rounding(
-    space: AbstractNormalSpace, constraint: Constraint, coordinates: Coordinates, number: float
+    space: AbstractNormalSpace, constraint: Constraint, coordinates: Coordinates
 ) -> Flag:
-    """Is the constraint no larger than what rounding the point makes of it?
+    """Is the constraint about what independent roundings of D coordinates make of it?
 
-    Where J is nearly rank-deficient, J†f magnifies those roundings: such a defect says
-    nothing, and no search can lower it.
+    They change f by eps·‖θ‖·‖J‖_F/√D.
+    """
+    size = jnp.sqrt(space.largest_eigenvalue_bound() / _tree.size(coordinates))
+    return _tree.norm(constraint) <= _roundings(coordinates, 1) * size
+
+
+def _is_stalled(
+    space: AbstractNormalSpace, constraint: Constraint, coordinates: Coordinates
+) -> Flag:
+    """Is the constraint so small that a search which cannot lower it may end here?
+
+    Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
+    blurred, and Newton's method creeps: the defect then says nothing.
     """
     size = jnp.sqrt(space.largest_eigenvalue_bound())
-    return _tree.norm(constraint) <= _roundings(coordinates, number) * size
+    return _tree.norm(constraint) <= _roundings(coordinates, 16) * size
 
 
 def reaches(
@@ -66,8 +77,7 @@ def reaches(
     tol = tolerance(coordinates) if tol is None else tol
     reach = tol * jnp.maximum(1, _tree.norm(coordinates))
     size = jnp.sqrt(space.largest_eigenvalue_bound())
-    is_near = (defect <= reach) & (_tree.norm(constraint) <= reach * size)
-    return is_near | _is_rounding(space, constraint, coordinates, 16)
+    return (defect <= reach) & (_tree.norm(constraint) <= reach * size)
 
 
 class _Progress(eqx.Module):
@@ -106,6 +116,7 @@ def _verdict(
     space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, coordinates: Coordinates
 ) -> RESULTS:
     is_on = reaches(space, constraint, defect, coordinates)
+    is_on |= _is_stalled(space, constraint, coordinates)
     has_normals = space.largest_eigenvalue_bound() > 0
     result = RESULTS.where(has_normals, RESULTS.not_on_manifold, RESULTS.rank_zero)
     result = RESULTS.where(is_on, RESULTS.successful, result)
@@ -116,12 +127,13 @@ def _verdict(
 
 @eqx.filter_custom_jvp
 def land(
-    manifold: Constrained, coordinates: Coordinates, remainder: Point
+    manifold: Constrained, coordinates: Coordinates, remainder: Point, *, is_near: bool = False
 ) -> tuple[Coordinates, Info]:
     """Damped Gauss-Newton: full steps where the constraint is nearly linear, else damped.
 
     Undamped steps from a random network wander ten times further than the manifold is
-    away; damped ones stay near the path of gradient flow.
+    away; damped ones stay near the path of gradient flow. With `is_near` steps are full
+    as long as they shorten the way at all: half the program, and enough for solvers.
     """
 
     def normal_space(x: Coordinates) -> AbstractNormalSpace:
@@ -133,18 +145,23 @@ def land(
     def body(state: _Progress) -> _Progress:
         space, value = normal_space(state.coordinates), constraint(state.coordinates)
         newton, left, defect, is_linear = _chord_steps(
-            space, constraint, state.coordinates, value
+            space, constraint, state.coordinates, value, 0.97 if is_near else 0.25
         )
-        is_there = defect <= _roundings(newton, 8)
-        is_there |= _is_rounding(space, left, newton, 2)
+        # At the target, or at a floor of rounding that is as good as the manifold.
+        is_there = (defect <= _roundings(newton, 2)) | _is_rounding(space, left, newton)
+        is_fair = reaches(space, left, defect, newton) | _is_stalled(space, left, newton)
+        is_there |= ~is_linear & is_fair
 
         def full() -> tuple[Coordinates, Scalar, Flag]:
-            return newton, state.damping, jnp.asarray(True)
+            return newton, state.damping, is_linear
 
         def damped() -> tuple[Coordinates, Scalar, Flag]:
             return _damped_step(space, constraint, state.coordinates, value, state.damping)
 
-        moved, damping, is_moving = jax.lax.cond(is_linear | is_there, full, damped)
+        if is_near:
+            moved, damping, is_moving = full()
+        else:
+            moved, damping, is_moving = jax.lax.cond(is_linear | is_there, full, damped)
         return _Progress(
             moved,
             damping,
@@ -158,14 +175,19 @@ def land(
 
 
 def _chord_steps(
-    space: AbstractNormalSpace, constraint: Any, start: Coordinates, value: Constraint
+    space: AbstractNormalSpace,
+    constraint: Any,
+    start: Coordinates,
+    value: Constraint,
+    ratio: float,
 ) -> tuple[Coordinates, Constraint, Scalar, Flag]:
-    """Newton steps with one factorisation, while each shortens the way to a quarter.
+    """Newton steps with one factorisation, while each shortens the way by a ratio.
 
-    Returns the last point, the constraint and the defect there, and whether any step was
+    Near the manifold, where rounding sets the pace, any shortening will do. Returns the last point, the constraint and the defect there, and whether any step was
     worth taking.
     """
-    target = _roundings(start, 8)
+    target = _roundings(start, 2)
+    near = tolerance(start) * jnp.maximum(1, _tree.norm(start))
 
     def going(state: tuple) -> Flag:
         *_, defect, shrinks, count = state
@@ -177,7 +199,7 @@ def _chord_steps(
         value_moved = constraint(moved)
         lift_moved = space.pseudo_inverse(value_moved)
         defect_moved = _tree.norm(lift_moved)
-        shrinks = defect_moved <= 0.25 * defect
+        shrinks = defect_moved <= jnp.where(defect <= near, 0.9, ratio) * defect
         new, old = (moved, value_moved, lift_moved, defect_moved), (x, value, lift, defect)
         return *_tree.where(shrinks, new, old), shrinks, count + shrinks
 
@@ -218,12 +240,12 @@ def _damped_step(
 
 
 @land.def_jvp
-def _land_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _land_jvp(primals: tuple, tangents: tuple, *, is_near: bool = False) -> tuple:
     # To first order the search moves along the normal space only: the derivative is P at
     # the result, and data that move the manifold move the result along J†.
     manifold, _, remainder = primals
     manifold_dot, coordinates_dot, remainder_dot = tangents
-    landed, info = land(*primals)
+    landed, info = land(*primals, is_near=is_near)
     space = manifold.normal_space(_tree.join(landed, remainder))
     landed_dot = _tree.zeros_like(landed)
     if jax.tree.leaves(coordinates_dot):
@@ -244,7 +266,7 @@ def retreat(
     way by the squared sine of the angle between the normal spaces here and there.
     """
     base = manifold.normal_space(_tree.join(coordinates, remainder))
-    target = _roundings(coordinates, 8)
+    target = _roundings(coordinates, 2)
 
     def body(state: _Progress) -> _Progress:
         point = _tree.join(state.coordinates, remainder)

@@ -1,0 +1,3 @@
+"""Pictures of walks and manifolds. Needs matplotlib: `pip install manifoldflow[plot]`."""
+
+from manifoldflow.plotting._walk import plot_walk as plot_walk

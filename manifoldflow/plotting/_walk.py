@@ -1,0 +1,82 @@
+"""The picture of a walk along a zero-loss manifold."""
+
+import textwrap
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from manifoldflow._solution import Solution
+
+SHARPNESS_COLOUR, TEST_COLOUR, BEFORE_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
+
+
+def plot_walk(
+    walk: Solution,
+    *,
+    sharpness: str = "sharpness",
+    test: str = "test_accuracy",
+    test_label: str = "test accuracy",
+    spectra: tuple[Any, Any] | None = None,
+    max_eigenvalues: int = 60,
+    caption: str = "",
+) -> Figure:
+    """Sharpness and test performance against limit time; Gram spectra before and after.
+
+    Args:
+        walk: a solution with the two observables named next.
+        sharpness: name of the observable with tr∇²L.
+        test: name of the observable with the test performance.
+        test_label: what that is, for the axis.
+        spectra: eigenvalues of the Gram matrix at the start and at the end, any order.
+        max_eigenvalues: how many of the largest to show.
+        caption: sentences to print below.
+
+    Returns:
+        The figure, to be saved or shown.
+    """
+    figure, panels = plt.subplots(
+        1, 1 if spectra is None else 2, figsize=(11 if spectra is not None else 6, 4.6), squeeze=False
+    )
+    _draw_path(panels[0, 0], walk, sharpness, test, test_label)
+    if spectra is not None:
+        _draw_spectra(panels[0, 1], spectra, max_eigenvalues)
+    bottom = 0.0
+    if caption:
+        lines = textwrap.wrap(caption, 128)
+        figure.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
+        bottom = 0.045 * len(lines) + 0.02
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    return figure
+
+
+def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label: str) -> None:
+    times = np.asarray(walk.times)
+    (first,) = axes.plot(
+        times, np.asarray(walk.observables[sharpness]), color=SHARPNESS_COLOUR, label="tr ∇²L"
+    )
+    axes.set_xlabel("limit time  t = Σ η²  (steps × learning rate²)")
+    axes.set_ylabel("sharpness  tr ∇²L", color=SHARPNESS_COLOUR)
+    axes.set_ylim(bottom=0)
+    right = axes.twinx()
+    (second,) = right.plot(
+        times, np.asarray(walk.observables[test]), color=TEST_COLOUR, ls="--", label=test_label
+    )
+    right.set_ylabel(test_label, color=TEST_COLOUR)
+    axes.legend(handles=[first, second], loc="upper right", frameon=False)
+    axes.set_title("Along the manifold of perfect fits")
+
+
+def _draw_spectra(axes: Any, spectra: tuple[Any, Any], max_eigenvalues: int) -> None:
+    for values, colour, style, label in (
+        (spectra[0], BEFORE_COLOUR, "o", "before the walk"),
+        (spectra[1], SHARPNESS_COLOUR, ".", "after the walk"),
+    ):
+        largest = np.sort(np.asarray(values))[::-1][:max_eigenvalues]
+        positive = np.where(largest > 0, largest, np.nan)
+        axes.semilogy(np.arange(1, len(largest) + 1), positive, style, color=colour, label=label)
+    axes.set_xlabel("rank of the eigenvalue")
+    axes.set_ylabel("eigenvalue of scale·J Jᵀ")
+    axes.legend(frameon=False)
+    axes.set_title("Largest eigenvalues of the Gram matrix (NTK)")

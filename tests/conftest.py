@@ -1,0 +1,11 @@
+"""Tests run in float64; single precision is tested by giving float32 points and data."""
+
+import pathlib
+import sys
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+# So that all tests can import `checks` and `zoo`, however pytest imports the tests.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
