@@ -50,18 +50,6 @@ def _is_rounding(
     return _tree.norm(constraint) <= _roundings(coordinates, 1) * size
 
 
-def _is_stalled(
-    space: AbstractNormalSpace, constraint: Constraint, coordinates: Coordinates
-) -> Flag:
-    """Is the constraint so small that a search which cannot lower it may end here?
-
-    Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
-    blurred, and Newton's method creeps: the defect then says nothing.
-    """
-    size = jnp.sqrt(space.largest_eigenvalue_bound())
-    return _tree.norm(constraint) <= _roundings(coordinates, 16) * size
-
-
 def reaches(
     space: AbstractNormalSpace,
     constraint: Constraint,
@@ -78,6 +66,23 @@ def reaches(
     reach = tol * jnp.maximum(1, _tree.norm(coordinates))
     size = jnp.sqrt(space.largest_eigenvalue_bound())
     return (defect <= reach) & (_tree.norm(constraint) <= reach * size)
+
+
+def _is_stalled(
+    space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, coordinates: Coordinates
+) -> Flag:
+    """May a search that makes no more progress end here?
+
+    Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
+    blurred, and Newton's method creeps. So a constraint near its rounding errors is
+    enough, and so is a defect below √eps.
+    """
+    root = float(jnp.finfo(_tree.dtype_of(coordinates)).eps) ** 0.5
+    size = jnp.sqrt(space.largest_eigenvalue_bound())
+    is_small = _tree.norm(constraint) <= _roundings(coordinates, 16) * size
+    is_near = defect <= root * jnp.maximum(1, _tree.norm(coordinates))
+    reach = tolerance(coordinates) * jnp.maximum(1, _tree.norm(coordinates))
+    return is_small | (is_near & (_tree.norm(constraint) <= reach * size))
 
 
 class _Progress(eqx.Module):
@@ -116,7 +121,7 @@ def _verdict(
     space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, coordinates: Coordinates
 ) -> RESULTS:
     is_on = reaches(space, constraint, defect, coordinates)
-    is_on |= _is_stalled(space, constraint, coordinates)
+    is_on |= _is_stalled(space, constraint, defect, coordinates)
     has_normals = space.largest_eigenvalue_bound() > 0
     result = RESULTS.where(has_normals, RESULTS.not_on_manifold, RESULTS.rank_zero)
     result = RESULTS.where(is_on, RESULTS.successful, result)
@@ -149,8 +154,7 @@ def land(
         )
         # At the target, or at a floor of rounding that is as good as the manifold.
         is_there = (defect <= _roundings(newton, 2)) | _is_rounding(space, left, newton)
-        is_fair = reaches(space, left, defect, newton) | _is_stalled(space, left, newton)
-        is_there |= ~is_linear & is_fair
+        is_there |= ~is_linear & _is_stalled(space, left, defect, newton)
 
         def full() -> tuple[Coordinates, Scalar, Flag]:
             return newton, state.damping, is_linear

@@ -36,17 +36,16 @@ def plot_walk(
     Returns:
         The figure, to be saved or shown.
     """
-    figure, panels = plt.subplots(
-        1, 1 if spectra is None else 2, figsize=(11 if spectra is not None else 6, 4.6), squeeze=False
-    )
+    columns, width = (1, 6) if spectra is None else (2, 11)
+    figure, panels = plt.subplots(1, columns, figsize=(width, 4.6), squeeze=False)
     _draw_path(panels[0, 0], walk, sharpness, test, test_label)
     if spectra is not None:
         _draw_spectra(panels[0, 1], spectra, max_eigenvalues)
     bottom = 0.0
     if caption:
-        lines = textwrap.wrap(caption, 128)
+        lines = textwrap.wrap(caption, 165 if spectra is not None else 90)
         figure.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
-        bottom = 0.045 * len(lines) + 0.02
+        bottom = 0.04 * len(lines) + 0.01
     figure.tight_layout(rect=(0, bottom, 1, 1))
     return figure
 
@@ -64,6 +63,10 @@ def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label:
         times, np.asarray(walk.observables[test]), color=TEST_COLOUR, ls="--", label=test_label
     )
     right.set_ylabel(test_label, color=TEST_COLOUR)
+    # A wide axis: differences of a percent on a few hundred test examples are noise.
+    middle = np.mean(right.get_ylim())
+    reach = max(0.15 * abs(middle), np.ptp(right.get_ylim()))
+    right.set_ylim(middle - reach, middle + reach)
     axes.legend(handles=[first, second], loc="upper right", frameon=False)
     axes.set_title("Along the manifold of perfect fits")
 
