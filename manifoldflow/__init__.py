@@ -1,7 +1,7 @@
 """Where SGD goes after the loss is zero: geometry of zero-loss manifolds in JAX.
 
-    loss ─► manifold ─┬─► flow ─► solve ─► Solution
-             noise ───┘
+loss ─► manifold ─┬─► flow ─► solve ─► Solution
+         noise ───┘
 """
 
 from manifoldflow import linalg as linalg, models as models, theory as theory

@@ -1,6 +1,6 @@
 """The command line: train a network to zero loss, then walk to its flattest perfect fit.
 
-    python -m manifoldflow --examples 50 --width 64 --end-time 200
+python -m manifoldflow --examples 50 --width 64 --end-time 200
 """
 
 import argparse

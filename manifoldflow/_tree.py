@@ -138,9 +138,7 @@ def scale(factor: Any, x: Tangent) -> Tangent:
 
 
 def inner(x: Tangent, y: Tangent) -> Scalar:
-    products = jax.tree.map(
-        lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), x, y
-    )
+    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype_of(x)))
 
 

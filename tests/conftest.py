@@ -6,6 +6,8 @@ import sys
 import jax
 
 jax.config.update("jax_enable_x64", True)
+# Tests compile much and compute little: a third of the time goes without optimisation.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # So that all tests can import `checks` and `zoo`, however pytest imports the tests.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

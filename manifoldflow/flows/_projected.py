@@ -112,5 +112,3 @@ class Projected(dfx.AbstractWrappedSolver):
         point = y if remainder is None else _tree.join(y, remainder)
         landed, info = self.manifold.touch_up(point)
         return self.manifold.split(landed)[0], info
-
-

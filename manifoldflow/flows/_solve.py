@@ -182,7 +182,9 @@ def _solve(
         solver,
         times[0],
         end_time,
-        _first_step(flow, start, remainder, end_time) if options.step_size is None else options.step_size,
+        _first_step(flow, start, remainder, end_time)
+        if options.step_size is None
+        else options.step_size,
         start,
         saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
         stepsize_controller=_controller(options, end_time),
@@ -236,9 +238,7 @@ class _Until(eqx.Module):
         return jnp.asarray(self.until(point), bool)
 
 
-def _touched_up(
-    flow: AbstractFlow, y: Coordinates, remainder: Point
-) -> tuple[Coordinates, Scalar]:
+def _touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
     if flow.manifold is None:
         return y, jnp.zeros((), _tree.dtype_of(y))
     point, info = flow.manifold.touch_up(_tree.join(y, remainder))

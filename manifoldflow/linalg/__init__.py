@@ -1,5 +1,9 @@
 """Linear algebra of Jacobians, Gram matrices and singular Hessians. Operators in, operators out."""
 
+from manifoldflow.linalg._dense import (
+    dense_jacobian as dense_jacobian,
+    DenseJacobian as DenseJacobian,
+)
 from manifoldflow.linalg._gram import (
     AbstractGram as AbstractGram,
     AbstractGramSolve as AbstractGramSolve,
@@ -9,12 +13,11 @@ from manifoldflow.linalg._gram import (
     numerical_rank as numerical_rank,
     pseudo_inverse_mv as pseudo_inverse_mv,
 )
-from manifoldflow.linalg._jacobian import (
+from manifoldflow.linalg._jacobian import jacobian as jacobian
+from manifoldflow.linalg._operator import (
     AbstractJacobian as AbstractJacobian,
-    DenseJacobian as DenseJacobian,
     gauss_newton as gauss_newton,
     gram as gram,
-    jacobian as jacobian,
 )
 from manifoldflow.linalg._range import (
     log_pseudo_determinant as log_pseudo_determinant,
@@ -23,4 +26,8 @@ from manifoldflow.linalg._range import (
     pseudo_inverse as pseudo_inverse,
     range_projection as range_projection,
     range_spectrum as range_spectrum,
+)
+from manifoldflow.linalg._structured import (
+    structured_jacobian as structured_jacobian,
+    StructuredJacobian as StructuredJacobian,
 )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from manifoldflow import _tree
 from manifoldflow._types import Scalar, Tangent
-from manifoldflow.linalg._jacobian import AbstractJacobian
+from manifoldflow.linalg._operator import AbstractJacobian
 
 
 class AbstractGramSolve(eqx.Module):

@@ -48,7 +48,7 @@ class PerExampleLoss(AbstractResidualLoss):
     targets: PyTree[Array]
     loss_fn: Callable[..., Any]
     predict: Callable[..., Any]
-    minimizers: Float[Array, "N *output"]
+    minimizers: Float[Array, "N ..."]
     roots: Float[Array, "N outputs rank"]
     trainable: _tree.Static | None = eqx.field(static=True)
 

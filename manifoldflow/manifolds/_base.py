@@ -11,7 +11,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Int
 
-from manifoldflow import _tree
+from manifoldflow import _tree, linalg
 from manifoldflow._solution import delivered, Info
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -49,6 +49,11 @@ class AbstractManifold(eqx.Module):
     def rank(self, point: Point) -> Int[Array, ""]:
         """The numerical rank of the constraint's derivative, measured at the point."""
         return self.normal_space(point).rank()
+
+    @eqx.filter_jit
+    def condition_number(self, point: Point) -> Scalar:
+        """λ_max/λ_min of J Jᵀ over the eigenvalues that make the rank."""
+        return linalg.condition_number(self.normal_space(point).eigenvalues())
 
     @eqx.filter_jit
     def defect(self, point: Point) -> Scalar:

@@ -21,7 +21,7 @@ from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._level_set import ZeroLossManifold
 from manifoldflow.manifolds._minimizer import MinimizerManifold
-from manifoldflow.manifolds._search import constraint_dot, filled, no_tangent, land
+from manifoldflow.manifolds._search import constraint_dot, filled, land, no_tangent
 from manifoldflow.manifolds._stiffness import (
     AbstractStiffness,
     relative_rank_cutoff,
@@ -149,9 +149,7 @@ def _limit_jvp(primals: tuple, tangents: tuple, *, rtol: float, max_steps: int) 
             def step(loss: AbstractLoss, x: Coordinates, remainder: Point) -> Coordinates:
                 return _extrapolated_step(loss, frozen, x, remainder, step_size)[0]
 
-            return eqx.filter_jvp(
-                step, (loss, x, remainder), (loss_dot, tangent, remainder_dot)
-            )[1]
+            return eqx.filter_jvp(step, (loss, x, remainder), (loss_dot, tangent, remainder_dot))[1]
 
         return jax.lax.cond(index < end.num_steps, moved, lambda: tangent), None
 
@@ -191,12 +189,8 @@ def _follow(
         guess = jnp.where(state.num_steps == 0, 1 / frozen.largest(), state.step_size)
 
         def attempt(step_size: Scalar) -> tuple[Coordinates, Scalar, Scalar]:
-            moved, error = _extrapolated_step(
-                loss, frozen, state.coordinates, remainder, step_size
-            )
-            allowed = local_rtol * jnp.maximum(
-                _tree.norm(moved), _tree.norm(state.coordinates)
-            )
+            moved, error = _extrapolated_step(loss, frozen, state.coordinates, remainder, step_size)
+            allowed = local_rtol * jnp.maximum(_tree.norm(moved), _tree.norm(state.coordinates))
             ratio = _tree.norm(error) / allowed
             ratio = jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
             return moved, ratio, step_size

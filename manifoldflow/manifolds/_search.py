@@ -187,8 +187,8 @@ def _chord_steps(
 ) -> tuple[Coordinates, Constraint, Scalar, Flag]:
     """Newton steps with one factorisation, while each shortens the way by a ratio.
 
-    Near the manifold, where rounding sets the pace, any shortening will do. Returns the last point, the constraint and the defect there, and whether any step was
-    worth taking.
+    Near the manifold, where rounding sets the pace, any shortening will do. Returns the
+    last point, the constraint and the defect there, and whether any step was worth taking.
     """
     target = _roundings(start, 2)
     near = tolerance(start) * jnp.maximum(1, _tree.norm(start))
@@ -370,5 +370,3 @@ def filled(tangent: PyTree[Any], like: Coordinates) -> Tangent:
 
 def no_tangent(tree: PyTree[Any]) -> PyTree[None]:
     return jax.tree.map(lambda _: None, tree)
-
-

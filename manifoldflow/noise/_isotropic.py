@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.random as jr
 import lineax as lx
 
 from manifoldflow import _tree

@@ -83,5 +83,3 @@ class LabelNoise(AbstractNoise):
                 "examples of the loss. Use batch_size=None for full batches."
             )
         return loss
-
-

@@ -1,4 +1,4 @@
-"""Closed forms from the papers: independent oracles for what the flows and the simulations should find."""
+"""Closed forms from the papers: oracles that see nothing of what they judge."""
 
 from manifoldflow.theory._overparametrized_linear import (
     kernel_rich_interpolant as kernel_rich_interpolant,

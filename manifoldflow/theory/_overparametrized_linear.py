@@ -1,9 +1,10 @@
 """Closed forms for the model ``f_i = <z_i, u*u - v*v>`` and its linear programs.
 
-Notation: ``Z`` (n, d) the inputs, ``y`` (n,) the targets, ``w = u*u - v*v``. Gradient flow, and label noise after
-it, multiply ``u_j^2`` and ``v_j^2`` by ``e^{-c s_j t + x_j}`` and ``e^{-c s_j t - x_j}`` with ``x = Z' nu``, so the
-answer at every time is ``w = e^{p + x} - e^{q - x}`` for logarithms ``p, q`` that are known, and only ``nu``
-(n numbers) has to be found from ``Z w = y``. It minimises ``sum(e^{p + x} + e^{q - x}) - <nu, y>``: smooth and convex.
+Notation: ``Z`` (n, d) the inputs, ``y`` (n,) the targets, ``w = u*u - v*v``. Gradient flow, and
+label noise after it, multiply ``u_j^2`` and ``v_j^2`` by ``e^{-c s_j t + x_j}`` and ``e^{-c s_j t -
+x_j}`` with ``x = Z' nu``, so the answer at every time is ``w = e^{p + x} - e^{q - x}`` for
+logarithms ``p, q`` that are known, and only ``nu`` (n numbers) has to be found from ``Z w = y``. It
+minimises ``sum(e^{p + x} + e^{q - x}) - <nu, y>``: smooth and convex.
 
 Everything here is float64 NumPy, whatever JAX is set to: these are oracles, called outside ``jit``.
 """
@@ -29,22 +30,26 @@ def overparametrized_linear_flow(
 ) -> Float[np.ndarray, "*times d"]:
     """The label-noise flow of the overparametrised linear model, in closed form at every time.
 
-    The flow is ``dY/dt = -(c/4) P grad tr H`` on ``{Z (u*u - v*v) = y}`` for the loss
-    ``(1/2n) sum_i (<z_i, u*u - v*v> - y_i)^2``, started where gradient flow from ``(u, v)`` lands. With
-    ``s_j = (4/n) sum_i z_ij^2``, ``p_j = |u_j v_j| e^{-c s_j t}`` and ``a_j = ln|u_j / v_j|`` its answer is
-    ``w(t) = 2 p * sinh(a + Z' nu)`` with ``nu`` fixed by ``Z w = y``. ``time=0`` is the limit of gradient flow alone.
+    The flow is ``dY/dt = -(c/4) P grad tr H`` on ``{Z (u*u - v*v) = y}`` for the loss ``(1/2n)
+    sum_i (<z_i, u*u - v*v> - y_i)^2``, started where gradient flow from ``(u, v)`` lands. With
+    ``s_j = (4/n) sum_i z_ij^2``, ``p_j = |u_j v_j| e^{-c s_j t}`` and ``a_j = ln|u_j / v_j|`` its
+    answer is ``w(t) = 2 p * sinh(a + Z' nu)`` with ``nu`` fixed by ``Z w = y``. ``time=0`` is the
+    limit of gradient flow alone.
 
-    Only logarithms of p are kept, so ``p = e^{-800}`` is harmless. Where the linear program of the limit has a solution
-    with fewer than n non-zeros, ``nu`` is no longer resolved at large times but ``w`` is: its absolute error stays near
-    ``eps * (1 + c s_j t) * max|w|`` times a constant of the inputs. So ``nu`` itself is not returned.
+    Only logarithms of p are kept, so ``p = e^{-800}`` is harmless. Where the linear program of the
+    limit has a solution with fewer than n non-zeros, ``nu`` is no longer resolved at large times
+    but ``w`` is: its absolute error stays near ``eps * (1 + c s_j t) * max|w|`` times a constant of
+    the inputs. So ``nu`` itself is not returned.
 
     Args:
         inputs: Z, shape (n, d), finite. Rows may be dependent if the targets are consistent.
         targets: y, shape (n,), finite.
-        u: Start coordinates, shape (d,), on the manifold or not. A coordinate that is 0 stays 0 for ever.
+        u: Start coordinates, shape (d,), on the manifold or not. A coordinate that is 0 stays 0 for
+        ever.
         v: Start coordinates, shape (d,); likewise.
         time: Limit-clock time(s), finite and >= 0: a scalar, or shape (m,) in any order.
-        noise_constant: c in ``Sigma = c H``, finite and >= 0; 1 for label noise of unit variance at batch size 1.
+        noise_constant: c in ``Sigma = c H``, finite and >= 0; 1 for label noise of unit variance at
+        batch size 1.
 
     Returns:
         w(t) in float64, shape (d,) for scalar time, (m, d) for m times.
@@ -81,8 +86,8 @@ def overparametrized_linear_charges(
 ) -> Float[np.ndarray, "*times d"]:
     """The products ``u_j v_j`` along the label-noise flow: ``u_j(0) v_j(0) e^{-c s_j t}``.
 
-    ``s_j = (4/n) sum_i z_ij^2``. Gradient flow conserves them, label noise makes each decay at its own rate; with
-    ``w(t)`` they give the point: ``u_j^2 + v_j^2 = sqrt(w_j^2 + 4 (u_j v_j)^2)``.
+    ``s_j = (4/n) sum_i z_ij^2``. Gradient flow conserves them, label noise makes each decay at its
+    own rate; with ``w(t)`` they give the point: ``u_j^2 + v_j^2 = sqrt(w_j^2 + 4 (u_j v_j)^2)``.
 
     Args:
         inputs: Z, shape (n, d), finite.
@@ -108,10 +113,12 @@ def overparametrized_linear_charges(
 def weighted_l1_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, " d"]:
-    """Where label noise ends: ``argmin sum_j (sum_i z_ij^2) |w_j|`` subject to ``Z w = y``, a linear program.
+    """Where label noise ends: ``argmin sum_j (sum_i z_ij^2) |w_j|`` subject to ``Z w = y``, a
+    linear program.
 
-    A coordinate whose column of Z is zero costs nothing and fits nothing; it is returned as 0. Where the minimiser is
-    not unique this is one of its vertices, and not the one that the flow picks.
+    A coordinate whose column of Z is zero costs nothing and fits nothing; it is returned as 0.
+    Where the minimiser is not unique this is one of its vertices, and not the one that the flow
+    picks.
 
     Args:
         inputs: Z, shape (n, d), finite.
@@ -133,11 +140,14 @@ def weighted_l1_interpolant(
     z, y = _problem(inputs, targets)
     cost = np.sum(z * z, axis=0)
     tolerances = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    program = linprog(np.r_[cost, cost], A_eq=np.hstack([z, -z]), b_eq=y, method="highs", options=tolerances)
+    program = linprog(
+        np.r_[cost, cost], A_eq=np.hstack([z, -z]), b_eq=y, method="highs", options=tolerances
+    )
     if program.status != 0:
         raise RuntimeError(
             f"The linear program of shape {z.shape} was not solved: {program.message} "
-            "Check that the targets lie in the range of the inputs (n <= d and independent rows suffice)."
+            "Check that the targets lie in the range of the inputs (n <= d and independent "
+            "rows suffice)."
         )
     plus, minus = np.split(program.x, 2)
     return np.where(cost > 0.0, plus - minus, 0.0)
@@ -146,11 +156,12 @@ def weighted_l1_interpolant(
 def kernel_rich_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."], *, scale: float
 ) -> Float[np.ndarray, " d"]:
-    """The interpolant that gradient flow on ``<w_+^2 - w_-^2, x>`` picks from ``w_+ = w_- = alpha 1``.
+    """The interpolant that gradient flow on ``<w_+^2 - w_-^2, x>`` picks from ``w_+ = w_- = alpha
+    1``.
 
-    It minimises ``Q_alpha(theta) = alpha^2 sum_j q(theta_j / alpha^2)``, ``q'(z) = arcsinh(z/2)``, subject to
-    ``X theta = y``: ``theta = 2 alpha^2 sinh(X' nu)``. The least l1 norm as alpha -> 0 (the rich regime), the least
-    l2 norm as alpha -> infinity (the kernel regime).
+    It minimises ``Q_alpha(theta) = alpha^2 sum_j q(theta_j / alpha^2)``, ``q'(z) = arcsinh(z/2)``,
+    subject to ``X theta = y``: ``theta = 2 alpha^2 sinh(X' nu)``. The least l1 norm as alpha -> 0
+    (the rich regime), the least l2 norm as alpha -> infinity (the kernel regime).
 
     Args:
         inputs: X, shape (n, d), finite.
@@ -173,7 +184,9 @@ def kernel_rich_interpolant(
 
 
 def min_norm_interpolant(
-    inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."], start: Num[ArrayLike, "..."] | None = None
+    inputs: Num[ArrayLike, "..."],
+    targets: Num[ArrayLike, "..."],
+    start: Num[ArrayLike, "..."] | None = None,
 ) -> Float[np.ndarray, " d"]:
     """Where gradient descent on linear regression lands: ``X^+ y + (I - X^+ X) beta_0``.
 
@@ -199,26 +212,35 @@ def min_norm_interpolant(
 
 
 class _Dual:
-    """Follows the solution nu of ``Z (e^{p + Z'nu} - e^{q - Z'nu}) = y`` as the logarithms p, q move."""
+    """Follows the solution nu of ``Z (e^{p + Z'nu} - e^{q - Z'nu}) = y`` as p and q move."""
 
     def __init__(self, z: np.ndarray, y: np.ndarray, log_plus: np.ndarray, log_minus: np.ndarray):
         size = np.max(np.abs(np.linalg.lstsq(z, y, rcond=None)[0]))
-        easy = np.log(size) if size > 0.0 else 0.0  # p = q = ln|w|: there the dual is nearly quadratic
+        easy = (
+            np.log(size) if size > 0.0 else 0.0
+        )  # p = q = ln|w|: there the dual is nearly quadratic
         self.z, self.y, self.nu = z, y, np.zeros(z.shape[0])
         self.plus = np.where(np.isfinite(log_plus), easy, -np.inf)
         self.minus = np.where(np.isfinite(log_minus), easy, -np.inf)
 
     def move_to(self, log_plus: np.ndarray, log_minus: np.ndarray) -> np.ndarray:
-        """Continue the solution to new logarithms by stages, nu predicted on a line, and return w there."""
-        change_plus, change_minus = _difference(log_plus, self.plus), _difference(log_minus, self.minus)
+        """Continue to new logarithms by stages, nu predicted on a line; returns w there."""
+        change_plus, change_minus = (
+            _difference(log_plus, self.plus),
+            _difference(log_minus, self.minus),
+        )
         length = np.max(np.abs(np.r_[change_plus, change_minus]))
         origin_plus, origin_minus, done, stage = self.plus, self.minus, 0.0, _STAGE
         slope, w = np.zeros_like(self.nu), None
         while w is None or done < length:
             reach = min(done + stage, length)
             fraction = reach / length if length > 0.0 else 1.0
-            self.plus, self.minus = origin_plus + fraction * change_plus, origin_minus + fraction * change_minus
-            # A long stage must be easy; a short one starts where the last ended, from where Newton always converges.
+            self.plus, self.minus = (
+                origin_plus + fraction * change_plus,
+                origin_minus + fraction * change_minus,
+            )
+            # A long stage must be easy; a short one starts where the last ended, from where Newton
+            # always converges.
             bold = stage > _STAGE
             guess = self.nu + (reach - done) * slope if bold else self.nu
             found = self._newton(guess, 20 if bold else _MAX_NEWTON_STEPS)
@@ -232,7 +254,7 @@ class _Dual:
         return w
 
     def _newton(self, nu: np.ndarray, max_steps: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Damped Newton from nu; the step ln(1+m)/m, m = max|Z' dnu|, descends for sums of exponentials, provably."""
+        """Damped Newton; the step ln(1+m)/m, m = max|Z' dnu|, descends for sums of exponentials."""
         z, y = self.z, self.y
         error, best = np.inf, None
         for _ in range(max_steps):
@@ -240,7 +262,9 @@ class _Dual:
             with np.errstate(over="ignore", invalid="ignore"):
                 plus, minus = np.exp(self.plus + x), np.exp(self.minus - x)
                 gap = self.plus - self.minus + 2.0 * x
-                w = np.where(np.abs(gap) < 1.0, minus * np.expm1(gap), plus - minus)  # p = q >> |w| must not cancel
+                w = np.where(
+                    np.abs(gap) < 1.0, minus * np.expm1(gap), plus - minus
+                )  # p = q >> |w| must not cancel
                 hessian = (z * (plus + minus)) @ z.T
             if not np.all(np.isfinite(hessian)):
                 break
@@ -250,7 +274,8 @@ class _Dual:
                 if best is not None and error > 0.5 * previous:  # rounding is reached
                     return best
                 best = nu, w
-            # Off the support of the limit the weights fall like p: the shift bounds steps along what is not resolved.
+            # Off the support of the limit the weights fall like p: the shift bounds steps along
+            # what is not resolved.
             shift = 4.0 * _EPS * np.trace(hessian) + _TINY
             step = np.linalg.solve(hessian + shift * np.eye(len(y)), residual)
             longest = np.max(np.abs(z.T @ step))
@@ -259,13 +284,19 @@ class _Dual:
             return best
         raise RuntimeError(
             f"Newton found no interpolant in {max_steps} steps: max|Z w - y| is {error:.3e}. "
-            "The targets must lie in the range of the inputs, with signs that the non-zero start coordinates can "
+            "The targets must lie in the range of the inputs, with signs that the non-zero "
+            "start coordinates can "
             "produce (u_j = 0 keeps w_j <= 0, v_j = 0 keeps w_j >= 0)."
         )
 
     def _tolerance(self, weight: np.ndarray, x: np.ndarray) -> float:
-        """What rounding leaves of the residual: x carries a relative error eps, and is as large as -ln p."""
-        return 16.0 * _EPS * (1.0 + np.max(np.abs(x))) * np.max(np.abs(self.z) @ weight + np.abs(self.y), initial=0.0)
+        """What rounding leaves of the residual: x has relative error eps and size -ln p."""
+        return (
+            16.0
+            * _EPS
+            * (1.0 + np.max(np.abs(x)))
+            * np.max(np.abs(self.z) @ weight + np.abs(self.y), initial=0.0)
+        )
 
 
 def _difference(new: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -285,14 +316,20 @@ def _problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndar
 def _matrix(name: str, value: ArrayLike) -> np.ndarray:
     array = _finite(name, value)
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name}: got shape {array.shape}, expected (n, d): one row for each example; reshape it.")
+        raise ValueError(
+            f"{name}: got shape {array.shape}, expected (n, d): one row for each example; "
+            "reshape it."
+        )
     return array
 
 
 def _vector(name: str, value: ArrayLike, length: int) -> np.ndarray:
     array = _finite(name, value)
     if array.shape != (length,):
-        raise ValueError(f"{name}: got shape {array.shape}, expected ({length},) to match the inputs; flatten it.")
+        raise ValueError(
+            f"{name}: got shape {array.shape}, expected ({length},) to match the inputs; "
+            "flatten it."
+        )
     return array
 
 
@@ -300,7 +337,8 @@ def _times(value: ArrayLike) -> np.ndarray:
     array = _finite("time", value)
     if array.ndim > 1 or np.any(array < 0.0):
         raise ValueError(
-            f"time: got shape {array.shape} with minimum {np.min(array, initial=0.0)}, expected a scalar or (m,), "
+            f"time: got shape {array.shape} with minimum {np.min(array, initial=0.0)}, "
+            "expected a scalar or (m,), "
             "all >= 0; pass 0 for the limit of gradient flow."
         )
     return array
@@ -309,12 +347,16 @@ def _times(value: ArrayLike) -> np.ndarray:
 def _number(name: str, value: float, *, least: float, strict: bool = False) -> float:
     array = _finite(name, value)
     if array.ndim != 0 or array < least or (strict and array == least):
-        raise ValueError(f"{name}: got {value!r}, expected one number {'>' if strict else '>='} {least}.")
+        raise ValueError(
+            f"{name}: got {value!r}, expected one number {'>' if strict else '>='} {least}."
+        )
     return float(array)
 
 
 def _finite(name: str, value: ArrayLike) -> np.ndarray:
     array = np.asarray(value, dtype=np.float64)
     if not np.all(np.isfinite(array)):
-        raise ValueError(f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first.")
+        raise ValueError(
+            f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first."
+        )
     return array

@@ -1,0 +1,106 @@
+"""A Jacobian as a lineax operator, and what the geometry needs of it beside its products."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Tangent
+
+
+class AbstractJacobian(lx.AbstractLinearOperator):
+    """A Jacobian J: tangents (PyTrees of D numbers) → residuals (n numbers)."""
+
+    @abc.abstractmethod
+    def transpose_mv(self, vector: Float[Array, " n"]) -> Tangent:
+        """Jᵀw."""
+
+    @abc.abstractmethod
+    def cross_gram(self, other: Any) -> Float[Array, "n m"]:
+        """J J'ᵀ with the Jacobian J' of the same function at another point or on other data."""
+
+    @abc.abstractmethod
+    def row_norms_squared(self) -> Float[Array, " n"]:
+        """‖∇fᵢ‖² for every residual, the diagonal of the Gram matrix."""
+
+    @abc.abstractmethod
+    def rows(self) -> PyTree[Float[Array, "n ..."]]:
+        """All rows, explicitly: for every leaf of the point an array (n, *leaf.shape)."""
+
+    def gram(self) -> Float[Array, "n n"]:
+        """K = J Jᵀ, the empirical neural tangent kernel."""
+        return self.cross_gram(self)
+
+    def as_matrix(self) -> Float[Array, "n D"]:
+        """The n×D matrix, for tests and small problems."""
+        num_rows = self.out_structure().shape[0]
+        rows = [leaf.reshape(num_rows, -1) for leaf in jax.tree.leaves(self.rows())]
+        return jnp.concatenate(rows, axis=1)
+
+    def transpose(self) -> "TransposedJacobian":
+        return TransposedJacobian(self)
+
+
+class TransposedJacobian(lx.AbstractLinearOperator):
+    """Jᵀ: residuals → tangents."""
+
+    jacobian: AbstractJacobian
+
+    def mv(self, vector: Float[Array, " n"]) -> Tangent:
+        return self.jacobian.transpose_mv(vector)
+
+    def as_matrix(self) -> Float[Array, "D n"]:
+        return self.jacobian.as_matrix().T
+
+    def transpose(self) -> AbstractJacobian:
+        return self.jacobian
+
+    def in_structure(self) -> jax.ShapeDtypeStruct:
+        return self.jacobian.out_structure()
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobian.in_structure()
+
+
+def gram(jacobian: AbstractJacobian) -> lx.MatrixLinearOperator:
+    """The Gram matrix K = J Jᵀ as a positive semidefinite lineax operator."""
+    return lx.MatrixLinearOperator(jacobian.gram(), lx.positive_semidefinite_tag)
+
+
+def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLinearOperator:
+    """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix."""
+
+    def mv(vector: Tangent) -> Tangent:
+        return _tree.scale(scale, jacobian.transpose_mv(jacobian.mv(vector)))
+
+    return lx.FunctionLinearOperator(mv, jacobian.in_structure(), lx.positive_semidefinite_tag)
+
+
+def _register_with_lineax() -> None:
+    """Tell lineax what these operators are: general, real, and already linear."""
+    for kind in (AbstractJacobian, TransposedJacobian):
+        for question in (
+            lx.is_symmetric,
+            lx.is_diagonal,
+            lx.is_tridiagonal,
+            lx.has_unit_diagonal,
+            lx.is_lower_triangular,
+            lx.is_upper_triangular,
+            lx.is_positive_semidefinite,
+            lx.is_negative_semidefinite,
+        ):
+            question.register(kind, lambda _: False)
+        lx.linearise.register(kind, lambda operator: operator)
+        lx.conj.register(kind, lambda operator: operator)
+        lx.diagonal.register(kind, lambda operator: jnp.diag(operator.as_matrix()))
+    lx.materialise.register(
+        AbstractJacobian, lambda jac: lx.PyTreeLinearOperator(jac.rows(), jac.out_structure())
+    )
+    lx.materialise.register(TransposedJacobian, lambda op: lx.materialise(op.jacobian).T)
+
+
+_register_with_lineax()

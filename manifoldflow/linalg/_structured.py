@@ -1,0 +1,215 @@
+"""The Jacobian of a model over its examples, without its n×D matrix.
+
+A row for the weight of z = W·a is δ ⊗ a, with a the factor the weight met and δ the
+derivative of the output in z (see `_taps`). Products of rows are then products of factors:
+
+    ⟨δᵢ ⊗ aᵢ, δⱼ ⊗ aⱼ⟩ = (δᵢ·δⱼ)(aᵢ·aⱼ),     ‖δᵢ ⊗ aᵢ‖² = ‖δᵢ‖²‖aᵢ‖²,
+
+so that the Gram matrix costs O(n² Σ widths) and not O(n² D), and the row norms cost less
+than the loss. Leaves without such structure keep explicit rows, alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow.linalg import _blocks, _taps
+from manifoldflow.linalg._blocks import AbstractBlock, RowBlock
+from manifoldflow.linalg._operator import AbstractJacobian
+
+
+class StructuredJacobian(AbstractJacobian):
+    """J: PyTrees like the parameters → (n·k,), the rows of one example together."""
+
+    # For every leaf the blocks that add up to its columns; they share no entry of the leaf,
+    # so that their rows are orthogonal.
+    blocks: tuple[tuple[AbstractBlock, ...], ...]
+    num_examples: int = eqx.field(static=True)
+    num_outputs: int = eqx.field(static=True)
+    leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
+    treedef: Any = eqx.field(static=True)
+    labels: tuple[tuple[str, str], ...] = eqx.field(static=True)
+
+    @property
+    def treatments(self) -> dict[str, str]:
+        """For every leaf (by its path) how its columns are kept."""
+        return dict(self.labels)
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.result_type(*(leaf.dtype for leaf in self.leaves))
+
+    def _unflatten(self, leaves: Any) -> PyTree[Any]:
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def _leaves_of(self, vector: PyTree[Any]) -> list[Array]:
+        leaves = jax.tree.leaves(vector)
+        got = [jnp.shape(leaf) for leaf in leaves]
+        expected = [leaf.shape for leaf in self.leaves]
+        if got != expected:
+            raise ValueError(
+                f"The vector must have the shapes of the parameters, {expected}, got {got}."
+            )
+        return leaves
+
+    @property
+    def _num_rows(self) -> int:
+        return self.num_examples * self.num_outputs
+
+    def _each_leaf(self, fn: Callable[[AbstractBlock], Array], shape_fn: Any) -> PyTree[Array]:
+        """Σ fn(block) for every leaf, in the leaf's dtype; zeros for a leaf without use."""
+        results = []
+        for leaf, blocks in zip(self.leaves, self.blocks, strict=True):
+            shape = shape_fn(leaf)
+            parts = [fn(block).reshape(shape).astype(leaf.dtype) for block in blocks]
+            results.append(sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype))
+        return self._unflatten(results)
+
+    def mv(self, vector: PyTree[Float[Array, "..."]]) -> Float[Array, " rows"]:
+        """J v."""
+        total = jnp.zeros((self.num_examples, self.num_outputs), self._dtype)
+        for blocks, leaf in zip(self.blocks, self._leaves_of(vector), strict=True):
+            total = sum((block.mv(leaf) for block in blocks), total)
+        return total.reshape(-1)
+
+    def transpose_mv(self, vector: Float[Array, " rows"]) -> PyTree[Float[Array, "..."]]:
+        """Jᵀ w, a PyTree like the parameters."""
+        weights = vector.reshape(self.num_examples, self.num_outputs)
+        return self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
+
+    def cross_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
+        """J J'ᵀ with the Jacobian of the same model at another point or on other data."""
+        self._check_comparable(other)
+        total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
+        for blocks, partners in zip(self.blocks, other.blocks, strict=True):
+            for block, partner in zip(blocks, partners, strict=True):
+                total = total + block.cross_gram(partner).reshape(total.shape)
+        return total
+
+    def _check_comparable(self, other: "StructuredJacobian") -> None:
+        shapes = [tuple(leaf.shape for leaf in jac.leaves) for jac in (self, other)]
+        if shapes[0] != shapes[1] or self.labels != other.labels:
+            raise ValueError(
+                "cross_gram needs two Jacobians of the same function, got parameters of shapes "
+                f"{shapes[0]} and {shapes[1]}, kept as {self.treatments} and {other.treatments}."
+            )
+
+    def leaf_row_norms_squared(self) -> PyTree[Float[Array, " rows"]]:
+        """The squared norms of the rows, leaf by leaf: a PyTree like the parameters of (n·k,)."""
+        return self._each_leaf(lambda block: block.norms(), lambda leaf: (self._num_rows,))
+
+    def row_norms_squared(self) -> Float[Array, " rows"]:
+        """‖∇fᵢ‖² for every row, the diagonal of the Gram matrix."""
+        norms = jax.tree.leaves(self.leaf_row_norms_squared())
+        return sum(norms, jnp.zeros(self._num_rows, self._dtype))
+
+    def rows(self) -> PyTree[Float[Array, "rows ..."]]:
+        """All rows, explicitly: n·k times the size of the parameters. For tests."""
+        shape_fn = lambda leaf: (self._num_rows, *leaf.shape)
+        return self._each_leaf(lambda block: block.rows(), shape_fn)
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self._unflatten(self.leaves)
+
+    def out_structure(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self._num_rows,), self._dtype)
+
+
+def structured_jacobian(
+    fn: Callable[[Any, Any], Array], params: PyTree[Any], inputs: PyTree[Any]
+) -> StructuredJacobian:
+    """The Jacobian of `fn(params, example)` over all examples, as factors of its rows.
+
+    Row i·k + c is the derivative of output c at example i. Every use of every leaf of the
+    parameters is found in the jaxpr of one example: matrix products keep their two factors,
+    additions and elementwise products keep rows of the leaf's size, and a leaf with any use
+    that is none of these keeps explicit rows from k backward passes. The derivatives that
+    JAX sees, custom rules included, are the ones that are used.
+
+    Args:
+        fn: maps the parameters and one example to one real array of any shape (k numbers).
+        params: PyTree of floating-point arrays; `None` leaves are skipped.
+        inputs: PyTree of arrays with a leading axis of n examples.
+
+    Returns:
+        A linear operator with the products, Gram matrices and row norms of J.
+
+    Raises:
+        ValueError: if a leaf is not a real floating-point array, the inputs disagree on n,
+            or `fn` does not return one real array.
+
+    Assumes:
+        that `fn` treats each example by itself; it is never shown a batch.
+    """
+    leaves, treedef = _checked_leaves(params)
+    num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
+    structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    with jax.default_matmul_precision("highest"):  # the model's own products as well
+        model = _taps.trace(fn, params, inputs)
+        uses = model.uses(structures)
+        read = lambda column: _taps.read_taps(model, uses, leaves, column)
+        deltas, rows, records = jax.vmap(read)(columns)
+        squares = _squares_of_large_rows(read, rows, columns)
+
+    blocks, labels = [], []
+    for index, leaf in enumerate(leaves):
+        if index in uses.opaque:
+            found, label = (RowBlock(rows[index], squares.get(index)),), "dense rows"
+        else:
+            groups = uses.groups[index]
+            found = tuple(
+                _blocks.block_of(uses.sites, group, deltas, records, leaf) for group in groups
+            )
+            label = _blocks.label_of(uses.sites, found, groups)
+        blocks.append(found)
+        labels.append(label)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    num_outputs = model.jaxpr.out_avals[0].size
+    named = tuple(zip(paths, labels, strict=True))
+    return StructuredJacobian(tuple(blocks), num_examples, num_outputs, structures, treedef, named)
+
+
+def _squares_of_large_rows(read: Callable[..., Any], rows: Any, columns: Any) -> dict[int, Array]:
+    """Norms of explicit rows that are too many to hold, from a few examples at a time.
+
+    Under jit the compiler drops whichever of the rows and the norms is not used. Without
+    the checkpoint, reverse mode would keep the rows of all pieces after all.
+    """
+    large = [index for index, array in rows.items() if array.size > 16 * _blocks.PIECE]
+    if not large:
+        return {}
+
+    @jax.checkpoint
+    def squares(column: Any) -> dict[int, Array]:
+        _, found, _ = read(column)
+        return {i: jnp.sum(found[i] ** 2, axis=tuple(range(1, found[i].ndim))) for i in large}
+
+    per_example = sum(rows[index][0].size for index in large)
+    return jax.lax.map(squares, columns, batch_size=max(1, _blocks.PIECE // per_example))
+
+
+def _checked_leaves(params: PyTree[Any]) -> tuple[list[Array], Any]:
+    leaves, treedef = jax.tree.flatten(params)
+    leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+    for leaf in leaves:
+        if not eqx.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                "Every leaf of the parameters must be a real floating-point array, got "
+                f"{leaf!r}. Take them out with `eqx.partition(model, eqx.is_inexact_array)`."
+            )
+    if not leaves:
+        raise ValueError("The parameters hold no arrays, so there is nothing to differentiate.")
+    return leaves, treedef
+
+
+def _num_examples(inputs: PyTree[Any]) -> int:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"All inputs need one common leading axis of examples, got {shapes}.")
+    return sizes.pop()

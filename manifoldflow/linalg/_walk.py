@@ -1,0 +1,188 @@
+"""Evaluate a model's jaxpr and know which values are still a parameter, rearranged."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+View = tuple[tuple[Any, ...], ...]
+"""Static steps that rearrange a leaf; hashable, so that equal models compile once."""
+
+
+class Alias(NamedTuple):
+    """`value = scale · view(leaf)`; the scale is an array without axes, or None for 1."""
+
+    leaf: int
+    view: View
+    scale: Any
+
+
+class Value(NamedTuple):
+    array: Any
+    alias: Alias | None = None
+
+
+class Site(NamedTuple):
+    """One linear use of one leaf. `kind` names the rule that reads the row off.
+
+    Within scans `steps` holds their lengths, outermost first: leading axes of the tap.
+    """
+
+    leaf: int
+    kind: str
+    view: View
+    tap: jax.ShapeDtypeStruct
+    dims: tuple[Any, ...] = ()
+    steps: tuple[int, ...] = ()
+
+
+class Record(NamedTuple):
+    """What a site needs beside its tap derivative: the other factor and a scalar."""
+
+    factor: Any
+    scale: Any
+
+
+def apply_view(view: View, leaf: Array) -> Array:
+    """Rearrange a leaf by static steps."""
+    for name, *args in view:
+        leaf = _STEPS[name](leaf, *args)
+    return leaf
+
+
+def pull_view(view: View, shape: tuple[int, ...], value: Array) -> Array:
+    """The transpose of `apply_view`: from the rearranged value back to the leaf."""
+    leaf = jax.ShapeDtypeStruct(shape, value.dtype)
+    return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(value)[0]
+
+
+def index_map(view: View, shape: tuple[int, ...]) -> np.ndarray:
+    """Which entry of the leaf stands where, to compare the views of several uses."""
+    indices = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+    for name, *args in view:
+        indices = _INDEX_STEPS[name](indices, *args)
+    return indices
+
+
+def _broadcast_indices(indices: np.ndarray, shape: Any, dims: Any) -> np.ndarray:
+    padded = np.ones(len(shape), int)
+    padded[list(dims)] = indices.shape
+    return np.broadcast_to(indices.reshape(padded), shape)
+
+
+_STEPS: dict[str, Callable[..., Array]] = {
+    "transpose": lax.transpose,
+    "reshape": jnp.reshape,
+    "broadcast": lax.broadcast_in_dim,
+    "slice": lax.slice,
+}
+_INDEX_STEPS: dict[str, Callable[..., np.ndarray]] = {
+    "transpose": np.transpose,
+    "reshape": np.reshape,
+    "broadcast": _broadcast_indices,
+    "slice": lambda x, low, high, by: x[tuple(map(slice, low, high, by or (1,) * x.ndim))],
+}
+
+
+def is_selection(view: View) -> bool:
+    """Whether the view moves entries to one place at most (so that it keeps inner products)."""
+    return all(name != "broadcast" for name, *_ in view)
+
+
+def ints(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def times(a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else a * b
+
+
+Rule = Callable[..., list[Value] | None]
+"""(walk, equation, inputs) → outputs, or None where the rule does not apply."""
+
+
+class Walk:
+    """One evaluation of a model's jaxpr that meets its taps in a fixed order.
+
+    Without taps it only lists the sites and the leaves it cannot treat (`opaque`); with
+    taps it adds them in the same order and keeps a record per site.
+    """
+
+    def __init__(
+        self, template: jex.Jaxpr, rules: dict[str, Rule], taps: Sequence[Array] | None = None
+    ):
+        self.template = template
+        self.rules = rules
+        self.taps = taps
+        self.sites: list[Site] = []
+        self.records: list[Record] = []
+        self.opaque: set[int] = set()
+
+    def within(self, taps: Sequence[Array] | None = None) -> "Walk":
+        """A walk through a body inside."""
+        return Walk(self.template, self.rules, taps)
+
+    def run(self, jaxpr: jex.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """Evaluate a closed jaxpr."""
+        body = jaxpr.jaxpr
+        env: dict[Any, Value] = {}
+        env.update(zip(body.constvars, map(Value, jaxpr.consts), strict=True))
+        env.update(zip(body.invars, inputs, strict=True))
+
+        def read(atom: Any) -> Value:
+            return Value(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in body.eqns:
+            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in body.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        """Evaluate one equation by its rule; without a rule its leaves are opaque."""
+        if all(value.alias is None for value in inputs):
+            return self.plain(eqn, inputs)
+        rule = self.rules.get(eqn.primitive.name)
+        outputs = rule(self, eqn, inputs) if rule is not None else None
+        if outputs is None:
+            outputs = self.plain(eqn, inputs)
+            if any(is_differentiable(value.array) for value in outputs):
+                self.give_up(inputs)
+        return outputs
+
+    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Evaluate an equation as JAX would, whatever functions its parameters hold."""
+        pairs = zip(eqn.invars, inputs, strict=True)
+        named = {var: value.array for var, value in pairs if not isinstance(var, jex.Literal)}
+        jaxpr = self.template.replace(
+            constvars=[], invars=list(named), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
+        )
+        outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*named.values())
+        return [Value(output) for output in outputs]
+
+    def give_up(self, values: Sequence[Value]) -> None:
+        """These leaves are used in a way no rule knows: explicit rows for them."""
+        self.opaque.update(value.alias.leaf for value in values if value.alias is not None)
+
+    def tap(self, z: Array, alias: Alias, kind: str, factor: Any, dims: Any, view: View) -> Array:
+        """Register a site on `z` and add its tap."""
+        tap = jax.ShapeDtypeStruct(jnp.shape(z), jnp.result_type(z))
+        (tau,) = self.register([Site(alias.leaf, kind, view, tap, dims)])
+        self.records.append(Record(factor, alias.scale))
+        return z if tau is None else z + tau
+
+    def register(self, sites: list[Site]) -> list[Any]:
+        """Append sites; their taps, or None each while they are only listed."""
+        start = len(self.sites)
+        self.sites.extend(sites)
+        if self.taps is None:
+            return [None] * len(sites)
+        return list(self.taps[start : start + len(sites)])
+
+
+def is_differentiable(array: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(array), jnp.inexact)

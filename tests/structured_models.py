@@ -1,0 +1,271 @@
+"""Small models, one for each way in which parameters are used."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+
+@dataclasses.dataclass
+class Case:
+    fn: Callable[[Any, Any], Any]
+    params: Any
+    inputs: Any
+    treatments: tuple[str, ...]
+
+
+def module_case(module: Any, inputs: Any, treatments: tuple[str, ...], call: Any = None) -> Case:
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+    call = (lambda model, x: model(x)) if call is None else call
+    return Case(lambda p, x: call(eqx.combine(p, static), x), params, inputs, treatments)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jr.normal(jr.key(seed), shape)
+
+
+def mlp(out_size: Any, use_bias: bool = True) -> Case:
+    module = eqx.nn.MLP(
+        3, out_size, 4, 2, jnp.tanh, use_bias=use_bias, use_final_bias=use_bias, key=jr.key(0)
+    )
+    labels = ("rank one", "elementwise") if use_bias else ("rank one",)
+    return module_case(module, normal(1, 5, 3), 3 * labels)
+
+
+def products_of_arrays() -> Case:
+    params = {"a": normal(0, 3, 4), "b": normal(1, 5, 4), "c": normal(2, 5, 6)}
+
+    def fn(p, x):
+        hidden = jnp.tanh(p["b"] @ jnp.tanh(x["x"] @ p["a"]))
+        return jnp.einsum("ij,i->j", p["c"], hidden)
+
+    return Case(fn, params, {"x": normal(3, 4, 3)}, ("rank one",) * 3)
+
+
+def normalised_weights() -> Case:
+    """Scaled weights keep their structure; a normalised weight has rows of its own."""
+    params = {"a": normal(0, 4, 3), "b": normal(1, 4, 4), "c": normal(2, 4)}
+
+    def fn(p, x):
+        hidden = jnp.tanh(-(p["a"] / jnp.sqrt(3.0)) @ x)
+        hidden = jnp.tanh((p["b"] / jnp.linalg.norm(p["b"])) @ hidden)
+        return jnp.sum(jnp.sin(p["c"]) * hidden)
+
+    return Case(fn, params, normal(3, 5, 3), ("rank one", "dense rows", "dense rows"))
+
+
+def with_custom_rules() -> Case:
+    """ReLU's derivative at 0 is set by a custom rule; integer data select a branch."""
+    params = {"w": normal(0, 4, 3), "b": jnp.zeros(4), "unused": normal(1, 2)}
+
+    def fn(p, example):
+        x, branch = example
+        z = jax.jit(lambda w, x: w @ x)(p["w"], x) + p["b"]
+        return jax.lax.cond(branch > 0, jax.nn.relu, jax.nn.silu, z)
+
+    inputs = (normal(2, 5, 3).at[0].set(0.0), jnp.arange(5) % 2)
+    return Case(fn, params, inputs, ("elementwise", "unused", "rank one"))
+
+
+def tied_layers() -> Case:
+    """One weight in two layers, as it is and transposed."""
+    params = {"w": normal(0, 3, 3), "v": normal(1, 4, 3), "b": normal(2, 3)}
+
+    def fn(p, x):
+        x = jnp.tanh(p["w"] @ x + p["b"])
+        x = jnp.tanh(p["w"] @ x + p["b"])
+        return p["v"].T @ jnp.tanh(p["v"] @ x)
+
+    return Case(fn, params, normal(3, 5, 3), ("elementwise", "positions", "positions"))
+
+
+def layer_norm() -> Case:
+    """Scale and shift of each of four positions, with the broadcasting of `vmap`."""
+    module = eqx.nn.LayerNorm(3)
+    module = eqx.tree_at(lambda m: m.weight, module, normal(0, 3))
+    call = lambda model, x: jnp.sin(jax.vmap(model)(x)).sum(0)
+    return module_case(module, normal(1, 5, 4, 3), ("elementwise",) * 2, call)
+
+
+def attention() -> Case:
+    module = eqx.nn.MultiheadAttention(2, 4, use_output_bias=True, key=jr.key(0))
+    call = lambda model, x: model(x, x, x).sum(0)
+    labels = ("positions",) * 4 + ("elementwise",)
+    return module_case(module, normal(1, 3, 5, 4), labels, call)
+
+
+def attention_with_wide_heads() -> Case:
+    """Few positions: the Gram matrix goes over pairs of them."""
+    module = eqx.nn.MultiheadAttention(2, 12, key=jr.key(0))
+    call = lambda model, x: model(x, x, x).sum()
+    return module_case(module, normal(1, 3, 2, 12), ("positions",) * 4, call)
+
+
+def embedding() -> Case:
+    """Two look-ups in one table, of several rows and of one."""
+    module = eqx.nn.Embedding(7, 3, key=jr.key(0))
+    call = lambda model, x: jnp.tanh(jax.vmap(model)(x)).mean(0) * model(x[0])
+    inputs = jr.randint(jr.key(1), (6, 2), 0, 7)
+    return module_case(module, inputs, ("embedding",), call)
+
+
+def long_look_up() -> Case:
+    """More pairs of positions than rows; some indices are out of bounds."""
+    params = {"table": normal(0, 4, 3), "shift": normal(1, 4)}
+
+    def fn(p, x):
+        rows = jnp.take(p["table"], x, axis=0, fill_value=0.0)
+        return jnp.sin(rows).sum(0) + jnp.sum(p["shift"][x[:2] % 4]) ** 2
+
+    return Case(fn, params, jr.randint(jr.key(2), (5, 6), 0, 6), ("embedding",) * 2)
+
+
+def tied_embedding(transposed: bool) -> Case:
+    """One table to read tokens and to score them."""
+    params = {"table": normal(0, 6, 3), "w": normal(1, 3, 3)}
+
+    def fn(p, x):
+        hidden = jnp.tanh(p["table"][x] @ p["w"]).sum(0)
+        if transposed:
+            hidden = jax.nn.softmax(hidden @ p["table"].T) @ p["table"]
+        return p["table"] @ hidden
+
+    return Case(fn, params, jr.randint(jr.key(2), (4, 3), 0, 6), ("positions",) * 2)
+
+
+def wrappers() -> Case:
+    """What the walk looks into, and what keeps its own derivative."""
+    params = {k: normal(i, 3, 3) for i, k in enumerate(("a", "b", "c", "d", "e"))}
+
+    @jax.custom_jvp
+    def half_seen(w, x):
+        return w @ x
+
+    half_seen.defjvp(lambda xs, ts: (half_seen(*xs), 0.5 * ts[0] @ xs[1] + xs[0] @ ts[1]))
+
+    def fn(p, x):
+        x = jax.jit(lambda w, x: jnp.tanh(w @ x))(p["a"], x)
+        x = jax.checkpoint(lambda w, x: jnp.sin(w @ x))(p["b"], x)
+        x = half_seen(p["c"], x)
+        x = jax.lax.cond(x[0] > 0, lambda w: w @ x, lambda w: w.T @ x, p["d"])
+        return jnp.max(x) + jax.lax.stop_gradient(p["e"]).sum() * (p["e"] > 0).sum()
+
+    labels = ("rank one", "rank one", "dense rows", "dense rows", "unused")
+    return Case(fn, params, normal(6, 4, 3), labels)
+
+
+def repeated_and_complex() -> Case:
+    """Both operands are the same leaf; a leaf that becomes complex is not tapped."""
+    params = {k: normal(i, 3, 3) for i, k in enumerate(("b", "c", "d", "w"))}
+
+    def fn(p, x):
+        z = (p["b"] - 2 * p["b"].T) * jnp.sin(x) + p["c"] * p["c"]
+        spectrum = jnp.fft.fft(p["d"] @ x) * (1 + 2j) + p["w"].astype(complex) * (x + 1j)
+        return z.sum(0) + jnp.abs(spectrum).sum(0)
+
+    labels = ("elementwise", "elementwise", "rank one", "dense rows")
+    return Case(fn, params, normal(6, 4, 3), labels)
+
+
+def convolution(**options: Any) -> Case:
+    module = eqx.nn.Conv2d(2, 4, 3, key=jr.key(0), **options)
+    call = lambda model, x: jnp.tanh(model(x)).sum((1, 2))
+    return module_case(module, normal(1, 3, 2, 6, 7), ("convolution", "elementwise"), call)
+
+
+def two_convolutions() -> Case:
+    """Another layout, and an image as large as the kernel."""
+    params = {"a": normal(0, 3, 2, 4), "b": normal(1, 3, 4, 2)}
+
+    def fn(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        conv = lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (1,), "VALID", dimension_numbers=numbers
+        )
+        return conv(jnp.tanh(conv(x[None], p["a"])), p["b"])
+
+    return Case(fn, params, normal(2, 3, 5, 2), ("convolution",) * 2)
+
+
+def recurrent() -> Case:
+    """A GRU in a scan: one weight, many steps."""
+    cell = eqx.nn.GRUCell(2, 3, key=jr.key(0))
+
+    def call(model, xs):
+        return jax.lax.scan(lambda h, x: (model(x, h), None), jnp.zeros(3), xs, reverse=True)[0]
+
+    labels = ("positions", "positions", "elementwise", "elementwise")
+    return module_case(cell, normal(1, 3, 4, 2), labels, call)
+
+
+def nested_scans() -> Case:
+    """Look-ups, products and sums within two scans; one leaf is carried, one is scanned over."""
+    params = {k: normal(i, 3, 3) for i, k in enumerate(("table", "w", "carried", "scanned"))}
+    params["gain"] = jnp.asarray(1.3)
+
+    def fn(p, x):
+        def inner(h, token):
+            return jnp.tanh(-p["w"] @ h + p["table"][token] * p["gain"]), h.sum()
+
+        def outer(carry, step):
+            h, c = carry
+            h, sums = jax.lax.scan(inner, h + c[0], step[0])
+            return (h * step[1], 0.5 * c), sums
+
+        (h, _), sums = jax.lax.scan(outer, (jnp.ones(3), p["carried"]), (x, p["scanned"]))
+        return h.sum() + jnp.sin(sums).sum()
+
+    labels = ("dense rows", "elementwise", "dense rows", "embedding", "positions")
+    return Case(fn, params, jr.randint(jr.key(2), (4, 3, 2), 0, 3), labels)
+
+
+def batched_weights() -> Case:
+    """A weight per head, weights sliced out of one leaf, and a low-rank product."""
+    params = {
+        "heads": normal(0, 2, 3, 4), "qkv": normal(1, 6, 4), "stack": normal(2, 2, 4, 4),
+        "down": normal(3, 4, 1), "up": normal(4, 1, 4), "overlap": normal(5, 3, 4),
+    }  # fmt: skip
+
+    def fn(p, x):
+        q, k, v = jnp.split(p["qkv"], 3)
+        x = jnp.tanh(x + (p["down"] @ p["up"]) @ x)
+        for i in range(2):
+            x = jnp.tanh(p["stack"][i] @ x)
+        heads = jax.vmap(lambda w, a: w @ a)(p["heads"], jnp.stack([x, jnp.sin(x)]))
+        overlap = p["overlap"][:2] @ x + p["overlap"][1:] @ x
+        return (q @ x) * jnp.sin(k @ x) + v @ x + heads.sum(1) + overlap
+
+    labels = ("dense rows", "positions", "dense rows", "rank one", "rank one", "dense rows")
+    return Case(fn, params, normal(6, 3, 4), labels)
+
+
+CASES = {
+    "mlp scalar": lambda: mlp("scalar"),
+    "mlp ten outputs": lambda: mlp(10),
+    "mlp without bias": lambda: mlp("scalar", use_bias=False),
+    "mlp ten outputs without bias": lambda: mlp(10, use_bias=False),
+    "products of arrays": products_of_arrays,
+    "normalised weights": normalised_weights,
+    "custom rules": with_custom_rules,
+    "tied layers": tied_layers,
+    "layer norm": layer_norm,
+    "attention": attention,
+    "attention with wide heads": attention_with_wide_heads,
+    "embedding": embedding,
+    "long look up": long_look_up,
+    "tied embedding": lambda: tied_embedding(False),
+    "tied embedding transposed": lambda: tied_embedding(True),
+    "convolution": convolution,
+    "convolution strided": lambda: convolution(stride=2, padding=(1, 2), dilation=(2, 1)),
+    "convolution grouped": lambda: convolution(groups=2, padding="SAME"),
+    "two convolutions": two_convolutions,
+    "wrappers": wrappers,
+    "repeated and complex": repeated_and_complex,
+    "recurrent": recurrent,
+    "nested scans": nested_scans,
+    "batched weights": batched_weights,
+}
