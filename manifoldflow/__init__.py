@@ -4,9 +4,15 @@ loss ─► manifold ─┬─► flow ─► solve ─► Solution
          noise ───┘
 """
 
-from manifoldflow import linalg as linalg, models as models, theory as theory
+from manifoldflow import (
+    diagnostics as diagnostics,
+    linalg as linalg,
+    models as models,
+    theory as theory,
+)
 from manifoldflow._solution import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split
+from manifoldflow.diagnostics import explain as explain, plan as plan
 from manifoldflow.flows import (
     AbstractFlow as AbstractFlow,
     GradientFlow as GradientFlow,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from checks import at_most, central_difference, close, flat, in_window, norm, slope
+from checks import at_least, at_most, central_difference, close, flat, in_window, norm, slope
 
 import zoo
 
@@ -154,3 +154,67 @@ def random_tangent_law(place, seed=8, num_samples=1000):
         off = abs(np.mean((drawn @ a) ** 2) - variance)
         allowed = 4 * variance * np.sqrt(2 / num_samples)
         at_most(f"variance of ⟨a, random tangent⟩, seed {seed}", off, allowed)
+
+
+# --- noise, drift and Φ ----------------------------------------------------------------------
+
+
+@eqx.filter_jit
+def _gradients(noise, loss, point, keys):
+    return jax.vmap(lambda key: flat(noise.gradient(loss, point, key)))(keys)
+
+
+def sampled_gradients(noise, loss, point, seed, num_samples=4000):
+    return np.asarray(_gradients(noise, loss, point, jr.split(jr.key(seed), num_samples)))
+
+
+def noise_moments_law(noise, loss, point, seed):
+    """Samples have mean ∇L and the stated variance ⟨a, Σa⟩, within four standard errors."""
+    samples = sampled_gradients(noise, loss, point, seed)
+    mean, covariance = np.asarray(flat(loss.gradient(point))), noise.covariance(loss, point)
+    for direction in range(3):
+        a = zoo.normal_like(loss.split(point)[0], 100 * seed + direction)
+        seen = (samples - mean) @ np.asarray(flat(a))
+        error = seen.std() / np.sqrt(len(seen))
+        at_most(f"mean along direction {direction}, seed {seed}", abs(seen.mean()), 4 * error)
+        variance = float(flat(a) @ flat(covariance.mv(a)))
+        off, error = abs(np.mean(seen**2) - variance), np.std(seen**2) / np.sqrt(len(seen))
+        at_most(f"variance off {variance:.3g}, direction {direction}, seed {seed}", off, 4 * error)
+        at_least("what the test could see", 0.3 * variance, 4 * error)
+
+
+def label_noise_drift_law(flow, point, c):
+    """⟨drift, v⟩ = −(c/4) d/dt tr∇²L along the manifold, the trace of the brute-force Hessian."""
+    manifold = flow.manifold
+    rebuild, _ = zoo.unraveller(manifold, point)
+    drift = jax.jit(lambda flow, p: flow.drift(p))(flow, point)
+
+    @jax.jit
+    def trace(v, t):
+        moved = manifold.retract(point, jax.tree.map(lambda leaf: t * leaf, v))
+        hessian = jax.hessian(lambda x: manifold.loss(rebuild(x)))
+        return jnp.trace(hessian(flat(manifold.split(moved)[0])))
+
+    for seed in range(3):
+        v = manifold.random_tangent(point, jr.key(seed))
+        slope_of_trace = central_difference(lambda t, v=v: trace(v, t), 1e-3)[0]
+        error = abs(float(flat(drift) @ flat(v)) + c / 4 * float(slope_of_trace))
+        at_most(f"⟨drift, v⟩ + (c/4)·∂tr H, seed {seed}", error, 1e-7 * norm(drift) * norm(v))
+    at_most("normal part of the drift", norm(manifold.normal_projection(point, drift)), 1e-12)
+
+
+def limit_map_law(limit_map_with_info, name, loss, start, limit, most_factorizations):
+    """Φ(start) to 1e-6, within so many factorisations; returns how many there were."""
+    found, info = limit_map_with_info(loss, start)
+    assert bool(info.is_successful), f"{name}: {info.result}"
+    at_most(f"{name}: factorisations", info.num_factorizations, most_factorizations)
+    close(f"{name}: error in θ", found, limit, 1e-6)
+    return int(info.num_factorizations)
+
+
+def defect_law(manifold, mixed, point, seed=61):
+    """The defect does not change when the constraint is multiplied by a matrix."""
+    off = point + 0.01 * jr.normal(jr.key(seed), point.shape)
+    plain = float(manifold.defect(off))
+    at_least(f"defect off the manifold, seed {seed}", plain, 1e-3)
+    at_most(f"defect of A·f, seed {seed}", abs(float(mixed.defect(off)) - plain), 1e-9 * plain)

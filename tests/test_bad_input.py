@@ -40,7 +40,7 @@ def test_data_that_are_not_finite(wrong):
     with refused(ValueError, "NaN or infinite", "(3, 0)"):
         mf.LeastSquares(INPUTS, TARGETS.at[3, 0].set(wrong))
 
-    @jax.jit
+    @eqx.filter_jit
     def inside(targets):
         return least_squares(targets=targets)(POINT)
 
@@ -235,6 +235,9 @@ def test_options_of_solve():
         solve(solver=dfx.Euler())
     with refused(ValueError, "functions of a point", "'h'"):
         solve(observe={"h": 3.0})
+
+
+def test_step_size():
     for step_size in (0.0, -0.1):
         with refused(ValueError, "step_size", "positive"):
             solve(step_size=step_size)

@@ -190,6 +190,36 @@ def descent_flow():
     return mf.RiemannianGradientFlow(SPHERE, height)
 
 
+# --- the overparametrised linear model -----------------------------------------------------
+
+
+def squares(point, z):
+    return jnp.dot(z, point["u"] ** 2 - point["v"] ** 2)
+
+
+def prescribed_gram(condition, alpha, num_examples=10, dimension=40, seed=0):
+    """The u²−v² model whose Gram matrix at α·1 has log-spaced eigenvalues."""
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(num_examples, num_examples)))[0]
+    right = np.linalg.qr(rng.normal(size=(dimension, num_examples)))[0]
+    singular = np.logspace(0, -0.5 * np.log10(condition), num_examples)
+    inputs = left * singular @ right.T * np.sqrt(dimension)
+    target = np.zeros(dimension)
+    target[:3] = [1.0, -1.0, 0.5]
+    targets = inputs @ target
+    loss = mf.LeastSquares(inputs, targets, predict=squares)
+    start = {"u": jnp.full(dimension, alpha), "v": jnp.full(dimension, alpha)}
+    w = mf.theory.overparametrized_linear_flow(
+        inputs, targets, *(np.full(dimension, alpha),) * 2, time=0.0
+    )
+    size = np.sqrt(w**2 + 4 * alpha**4)  # u² + v², since u·v keeps its value
+    plus, minus = np.maximum(size + w, 0) / 2, np.maximum(size - w, 0) / 2
+    big = np.sqrt(np.maximum(plus, minus))
+    small = alpha**2 / big
+    limit = {"u": np.where(w > 0, big, small), "v": np.where(w > 0, small, big)}
+    return loss, start, limit
+
+
 # --- points and vectors on any manifold ----------------------------------------------------
 
 

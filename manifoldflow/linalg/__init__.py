@@ -13,6 +13,11 @@ from manifoldflow.linalg._gram import (
     numerical_rank as numerical_rank,
     pseudo_inverse_mv as pseudo_inverse_mv,
 )
+from manifoldflow.linalg._iterative import (
+    AutoGram as AutoGram,
+    inverse_gram as inverse_gram,
+    IterativeGram as IterativeGram,
+)
 from manifoldflow.linalg._jacobian import jacobian as jacobian
 from manifoldflow.linalg._operator import (
     AbstractJacobian as AbstractJacobian,

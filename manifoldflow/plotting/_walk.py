@@ -79,7 +79,7 @@ def _draw_spectra(axes: Any, spectra: tuple[Any, Any], max_eigenvalues: int) -> 
         largest = np.sort(np.asarray(values))[::-1][:max_eigenvalues]
         positive = np.where(largest > 0, largest, np.nan)
         axes.semilogy(np.arange(1, len(largest) + 1), positive, style, color=colour, label=label)
-    axes.set_xlabel("rank of the eigenvalue")
+    axes.set_xlabel("eigenvalue number, largest first")
     axes.set_ylabel("eigenvalue of scale·J Jᵀ")
     axes.legend(frameon=False)
     axes.set_title("Largest eigenvalues of the Gram matrix (NTK)")

@@ -9,21 +9,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lawbook
 import numpy as np
 import pytest
 from checks import at_least, at_most, central_difference, close, distance, equal, flat, norm
 
 import manifoldflow as mf
+import zoo
 
 # --- Section 6: the overparametrised linear model -----------------------------------------
 
 DIMENSION, SPARSITY, END = 100, 5, 200.0
 EARLY = (0.1, 0.5, 1.0, 2.0, 5.0)
 CASES = [(kind, n) for kind in ("boolean", "gaussian") for n in (30, 60)]
-
-
-def predict(point, z):
-    return jnp.dot(z, point["u"] ** 2 - point["v"] ** 2)
 
 
 @functools.cache
@@ -39,7 +37,7 @@ def olm(kind, num_examples, seed=0):
 def label_noise_flow(kind, num_examples, std=1.0, save_times=(*EARLY, END)):
     """From Φ(1, 1) by the limit flow with c = 1 if std = 1: scale 1/n and batches of one."""
     inputs, targets = olm(kind, num_examples)
-    loss = mf.LeastSquares(inputs, targets, predict=predict)
+    loss = mf.LeastSquares(inputs, targets, predict=zoo.squares)
     flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=std, batch_size=1))
     ones = jnp.ones(DIMENSION)
     start = mf.limit_map(loss, {"u": ones, "v": ones})
@@ -109,47 +107,16 @@ def test_a_wrong_clock_is_detected():
 # --- Section 4: Φ and its derivative -------------------------------------------------------
 
 
-def prescribed_gram(condition, alpha, num_examples=10, dimension=40, seed=0):
-    """The u²−v² model whose Gram matrix at α·1 has log-spaced eigenvalues."""
-    rng = np.random.default_rng(seed)
-    left = np.linalg.qr(rng.normal(size=(num_examples, num_examples)))[0]
-    right = np.linalg.qr(rng.normal(size=(dimension, num_examples)))[0]
-    singular = np.logspace(0, -0.5 * np.log10(condition), num_examples)
-    inputs = left * singular @ right.T * np.sqrt(dimension)
-    target = np.zeros(dimension)
-    target[:3] = [1.0, -1.0, 0.5]
-    targets = inputs @ target
-    loss = mf.LeastSquares(inputs, targets, predict=predict)
-    start = {"u": jnp.full(dimension, alpha), "v": jnp.full(dimension, alpha)}
-    w = mf.theory.overparametrized_linear_flow(
-        inputs, targets, *(np.full(dimension, alpha),) * 2, time=0.0
-    )
-    size = np.sqrt(w**2 + 4 * alpha**4)  # u² + v², since u·v keeps its value
-    plus, minus = np.maximum(size + w, 0) / 2, np.maximum(size - w, 0) / 2
-    big = np.sqrt(np.maximum(plus, minus))
-    small = alpha**2 / big
-    limit = {"u": np.where(w > 0, big, small), "v": np.where(w > 0, small, big)}
-    return loss, start, limit
-
-
-def check_limit(name, loss, start, limit, most_factorizations):
-    found, info = mf.limit_map_with_info(loss, start)
-    assert bool(info.is_successful), f"{name}: {info.result}"
-    at_most(f"{name}: factorisations", info.num_factorizations, most_factorizations)
-    close(f"{name}: error in θ", found, limit, 1e-6)
-    return int(info.num_factorizations)
-
-
 def test_limit_map_is_not_slowed_by_condition():
     counts = [
-        check_limit(f"condition {c:.0e}", *prescribed_gram(c, alpha=1.0), 80)
+        lawbook.limit_map_law(mf.limit_map_with_info, f"condition {c:.0e}", *zoo.prescribed_gram(c, alpha=1.0), 80)
         for c in (1e2, 1e4, 1e6)
     ]
     assert max(counts) <= 3 * min(counts), f"factorisations {counts} grow more than 3 times"
 
 
 def test_limit_map_from_a_small_start():
-    check_limit("alpha 0.1", *prescribed_gram(1e4, alpha=0.1), 200)
+    lawbook.limit_map_law(mf.limit_map_with_info, "alpha 0.1", *zoo.prescribed_gram(1e4, alpha=0.1), 200)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
@@ -168,39 +135,20 @@ def test_limit_map_in_closed_form(scale):
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    check_limit(f"scale {scale:.0e}", loss, start, np.exp(-low * rates) * start, 60)
+    lawbook.limit_map_law(mf.limit_map_with_info, f"scale {scale:.0e}", loss, start, np.exp(-low * rates) * start, 60)
 
 
 # --- Lemma 4.3 and the derivative off the manifold -----------------------------------------
 
 
-def network(point, x):
-    hidden = jnp.tanh(point["weight"] @ x + point["bias"])
-    return point["out"] @ hidden
-
-
 @functools.cache
 def small_network(seed=0):
-    keys = jr.split(jr.key(seed), 5)
-    point = {
-        "weight": jr.normal(keys[0], (5, 3)),
-        "bias": 0.3 * jr.normal(keys[1], (5,)),
-        "out": jr.normal(keys[2], (5,)) / 2,
-    }
+    keys = jr.split(jr.key(seed), 3)
+    point = zoo.network_point(keys[0], width=5, num_outputs=1)
     loss = mf.LeastSquares(
-        jr.normal(keys[3], (4, 3)), jr.normal(keys[4], (4,)), predict=network
+        jr.normal(keys[1], (4, 3)), jr.normal(keys[2], (4, 1)), predict=zoo.network
     )
     return loss, point, mf.limit_map(loss, point, rtol=1e-10)
-
-
-def moved(point, direction, t):
-    return jax.tree.map(lambda p, d: p + t * d, point, direction)
-
-
-def normal_like(point, seed):
-    keys = jr.split(jr.key(seed), len(jax.tree.leaves(point)))
-    leaves, treedef = jax.tree.flatten(point)
-    return treedef.unflatten([jr.normal(k, p.shape) for k, p in zip(keys, leaves)])
 
 
 @jax.jit
@@ -217,8 +165,8 @@ def test_lemma_4_3_the_derivative_on_the_manifold_is_the_projection():
     loss, _, limit = small_network()
     manifold = mf.ZeroLossManifold(loss)
     for seed in (1, 2):
-        v = normal_like(limit, seed)
-        finite = central_difference(lambda t: phi(loss, moved(limit, v, t)), 1e-3)
+        v = zoo.normal_like(limit, seed)
+        finite = central_difference(lambda t: phi(loss, zoo.moved(limit, v, t)), 1e-3)
         close(f"∂Φ[v] by differences, seed {seed}", finite, manifold.tangent_projection(limit, v), 1e-6)
         _, tangent = phi_jvp(loss, limit, v)
         close(f"∂Φ[v] by jvp, seed {seed}", tangent, manifold.tangent_projection(limit, v), 1e-9)
@@ -233,8 +181,8 @@ def test_limit_map_is_constant_along_gradient_flow():
 
 def test_derivative_off_the_manifold_both_modes():
     loss, point, _ = small_network()
-    v, w = normal_like(point, 3), normal_like(point, 4)
-    finite = central_difference(lambda t: phi(loss, moved(point, v, t)), 1e-3)
+    v, w = zoo.normal_like(point, 3), zoo.normal_like(point, 4)
+    finite = central_difference(lambda t: phi(loss, zoo.moved(point, v, t)), 1e-3)
     value, tangent = phi_jvp(loss, point, v)
     _, pullback = jax.vjp(lambda p: phi(loss, p), point)
     close("jvp against differences", tangent, finite, 1e-6)
@@ -250,27 +198,13 @@ def test_projection_stays_near_and_differs_from_the_limit_map():
     for seed in range(3):
         loss, point, limit = small_network(seed)
         landed = mf.ZeroLossManifold(loss).project(point)
-        near, far = norm(moved(landed, point, -1)), norm(moved(limit, point, -1))
+        near, far = norm(zoo.moved(landed, point, -1)), norm(zoo.moved(limit, point, -1))
         at_most(f"‖project(x)−x‖ against 2‖Φ(x)−x‖, seed {seed}", near, 2 * far)
         at_least(f"project differs from Φ, seed {seed}", distance(landed, limit), 1e-3)
 
 
 def test_label_noise_drift_against_the_brute_force_hessian_trace():
     loss, _, limit = small_network()
-    manifold = mf.ZeroLossManifold(loss)
-    vector, unravel = jax.flatten_util.ravel_pytree(limit)
-
-    def trace(point):  # of the full Hessian, also off the manifold
-        return jnp.trace(jax.hessian(lambda x: loss(unravel(x)))(flat(point)))
-
-    trace_on_retracted = jax.jit(lambda v, t: trace(manifold.retract(limit, moved(v, v, t - 1))))
-    noise = mf.LabelNoise(std=0.7, batch_size=2)
-    drift = jax.jit(lambda flow, p: flow.drift(p))(mf.LimitDiffusion(manifold, noise), limit)
+    flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=0.7, batch_size=2))
     c = (1 / 4) * 0.7**2 * (4 / 2)  # scale·std²·N/B with N = 4 examples, scale 1/N
-    tangents = [manifold.random_tangent(limit, jr.key(seed)) for seed in range(3)]
-    for seed, v in enumerate(tangents):
-        along = central_difference(functools.partial(trace_on_retracted, v), 1e-3)
-        expected = -c / 4 * float(along[0])
-        got = float(jnp.vdot(flat(drift), flat(v)))
-        at_most(f"⟨drift, v⟩ − expected, seed {seed}", abs(got - expected), 1e-7 * norm(drift) * norm(v))
-    at_most("normal part of the drift", norm(manifold.normal_projection(limit, drift)), 1e-12)
+    lawbook.label_noise_drift_law(flow, limit, c)

@@ -1,0 +1,105 @@
+"""Timing, memory, tables and JSON for the benchmarks; not a benchmark itself."""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import equinox as eqx
+import jax
+
+HERE = pathlib.Path(__file__).parent
+
+
+def options(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, in seconds")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls; the minimum counts")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="for JSON")
+    return parser.parse_args()
+
+
+class Compiled:
+    """A function compiled for its arguments, with what the compiler says of it."""
+
+    def __init__(self, fn: Callable[..., Any], *arguments: Any):
+        began = time.perf_counter()
+        self._call = eqx.filter_jit(fn).lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self._arguments = arguments
+        analysis = self._call.compiled.memory_analysis()
+        self.temporary_mb = analysis.temp_size_in_bytes / 2**20
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(eqx.filter(self._call(*self._arguments), eqx.is_array))
+
+    def seconds(self, repeats: int) -> float:
+        """The fastest of some calls, each long enough for the clock."""
+        self()
+        best, calls = float("inf"), 1
+        for _ in range(repeats):
+            began = time.perf_counter()
+            for _ in range(calls):
+                self()
+            spent = time.perf_counter() - began
+            best = min(best, spent / calls)
+            calls = max(1, min(1000, int(0.02 / best)))
+        return best
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of one kind as a Markdown table."""
+    names = list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(c[i]) for c in cells)) for i, name in enumerate(names)]
+    lines = [names, ["-" * w for w in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(name: str, question: str, rows: list[dict[str, Any]], arguments: Any) -> None:
+    """Print the table; write it with machine, versions and commit as JSON."""
+    print(f"\n{question}\n\n{table(rows)}\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    record = {
+        "question": question,
+        "smoke": arguments.smoke,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "num_devices": jax.device_count(),
+            "cpu": platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        **_commit(),
+        "rows": rows,
+    }
+    suffix = ".smoke.json" if arguments.smoke else ".json"
+    path = arguments.out / f"{name}-{device.platform}{suffix}"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {path.name}")
+
+
+def _commit() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

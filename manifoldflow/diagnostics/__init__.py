@@ -1,0 +1,8 @@
+"""What a computation will cost, and whether its assumptions hold."""
+
+from manifoldflow.diagnostics._cost import (
+    explain as explain,
+    Explanation as Explanation,
+    plan as plan,
+    Plan as Plan,
+)

@@ -1,0 +1,127 @@
+"""How a model's Jacobian is kept, and how much memory a drift takes, before it is spent."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Point
+from manifoldflow.flows import AbstractFlow
+from manifoldflow.losses import AbstractResidualLoss
+
+
+class LeafCost(NamedTuple):
+    """One leaf of a point: how its columns of the Jacobian are kept, and what that takes."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    treatment: str
+    bytes_kept: int
+    bytes_dense: int
+
+
+class Explanation(tuple[LeafCost, ...]):
+    """A `LeafCost` for every leaf; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [f"{'leaf':<36} {'shape':<16} {'kept as':<24} {'MB':>9} {'dense MB':>9}"]
+        for row in self:
+            lines.append(
+                f"{row.leaf:<36} {row.shape!s:<16} {row.treatment:<24} "
+                f"{row.bytes_kept / 2**20:>9.3g} {row.bytes_dense / 2**20:>9.3g}"
+            )
+        return "\n".join(lines)
+
+
+def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
+    """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
+
+    A leaf with `dense rows` is used in a way whose structure is not known: it costs
+    n × its size. All others cost n × (their layer's width), up to a small factor.
+
+    Args:
+        loss: a residual loss.
+        point: the model, or shapes of it (`jax.eval_shape`).
+
+    Returns:
+        A tuple of `LeafCost`, which prints as a table.
+    """
+    coordinates, remainder = loss.split(point)
+    data = _tree.cast_floats(loss.data, _tree.dtype_of(coordinates))
+
+    def build(x: Any, data: Any) -> linalg.StructuredJacobian:
+        return linalg.structured_jacobian(
+            lambda x, example: loss.example_residual(_tree.join(x, remainder), example), x, data
+        )
+
+    jacobian = eqx.filter_eval_shape(build, coordinates, data)
+    rows = []
+    for (path, treatment), leaf, blocks in zip(
+        jacobian.labels, jacobian.leaves, jacobian.blocks, strict=True
+    ):
+        kept = sum(_bytes(array) for array in jax.tree.leaves(blocks))
+        dense = jacobian.out_structure().shape[0] * _bytes(leaf)
+        rows.append(LeafCost(path, leaf.shape, treatment, kept, dense))
+    return Explanation(rows)
+
+
+class Plan(NamedTuple):
+    """Bytes that one drift of a flow takes at its peak, beside its arguments.
+
+    Attributes:
+        arguments: the point and the data, which are there already.
+        drift: temporary memory of the drift as the flow would compute it.
+        result: the drift itself.
+        dense_jacobian: what the n×D Jacobian alone would take, for comparison.
+    """
+
+    arguments: int
+    drift: int
+    result: int
+    dense_jacobian: int
+
+    def __str__(self) -> str:
+        named = zip(self._fields, self)
+        return "\n".join(f"{name:<16}{number / 2**20:>12.4g} MB" for name, number in named)
+
+
+def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
+    """The memory that one evaluation of a flow's drift will take, before it is spent.
+
+    Compiles the drift for these shapes and asks the compiler; nothing is evaluated.
+
+    Args:
+        flow: a flow on the zero-loss manifold of a residual loss.
+        point: the model.
+        limit: bytes that may be used in all.
+
+    Raises:
+        MemoryError: the drift needs more than `limit`; says how much, and what to use.
+    """
+    coordinates, _ = flow.split(point)
+    compiled = eqx.filter_jit(lambda flow, point: flow.drift(point)).lower(flow, point).compile()
+    memory = compiled.compiled.memory_analysis()
+    loss = None if flow.manifold is None else flow.manifold.loss
+    num_rows = 0
+    if isinstance(loss, AbstractResidualLoss):
+        num_rows = jax.eval_shape(loss.residual, point).size
+    needed = Plan(
+        arguments=memory.argument_size_in_bytes,
+        drift=memory.temp_size_in_bytes,
+        result=memory.output_size_in_bytes,
+        dense_jacobian=num_rows * sum(_bytes(leaf) for leaf in jax.tree.leaves(coordinates)),
+    )
+    total = needed.arguments + needed.drift + needed.result
+    if limit is not None and total > limit:
+        raise MemoryError(
+            f"One drift takes {total / 2**20:.4g} MB ({needed.drift / 2**20:.4g} MB of them "
+            f"temporary), more than the limit of {limit / 2**20:.4g} MB. Use fewer examples, "
+            "ZeroLossManifold(loss, gram=linalg.IterativeGram()) against the n×n matrix, or "
+            "look at `explain(loss, point)` for leaves with dense rows."
+        )
+    return needed
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize

@@ -1,0 +1,135 @@
+"""Gram solves by conjugate gradients, and the choice between them and dense ones."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jaxtyping import Array, Float
+
+from manifoldflow._types import Scalar
+from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram
+from manifoldflow.linalg._operator import AbstractJacobian
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class IterativeGram(AbstractGram):
+    """Conjugate gradients on J Jᵀ, by products only: never an n×n matrix to factorise.
+
+    Args:
+        rtol: of each solve; projections solve twice or three times, so that errors
+            multiply. Default: eps^½.
+        max_steps: iterations of one solve.
+        preconditioner_rank: size of a randomised Nyström sketch of K that preconditions
+            the iteration (Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44(2), 2023);
+            0 for none. Costs that many products to prepare, and n × rank numbers.
+        inverse: an explicit (n, n) inverse of K at a point nearby, to precondition with
+            instead: `inverse_gram(jacobian)`. Good as long as the point has moved by
+            some per cent.
+    """
+
+    rtol: float | None = eqx.field(static=True, default=None)
+    max_steps: int = eqx.field(static=True, default=500)
+    preconditioner_rank: int = eqx.field(static=True, default=0)
+    inverse: Float[Array, "n n"] | None = None
+
+    def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
+        trace = jnp.sum(jacobian.row_norms_squared())
+        frozen = jax.lax.stop_gradient(jacobian)
+        wants_sketch = self.inverse is None and self.preconditioner_rank > 0
+        sketch = nystroem_sketch(frozen, self.preconditioner_rank) if wants_sketch else None
+        return IterativeGramSolve(
+            jacobian, jax.lax.stop_gradient(trace), sketch, self.inverse, self.rtol, self.max_steps
+        )
+
+
+class Sketch(eqx.Module):
+    """K ≈ U diag(λ) Uᵀ with orthonormal columns U, λ descending."""
+
+    vectors: Float[Array, "n r"]
+    values: Float[Array, " r"]
+
+    def precondition(self, vector: Float[Array, " n"], shift: Scalar) -> Float[Array, " n"]:
+        """(U diag(λ) Uᵀ + λ_r(I − UUᵀ) + shift)⁻¹ w, up to a factor."""
+        inside = jnp.matmul(self.vectors.T, vector, precision=_HIGHEST)
+        weights = (self.values[-1] + shift) / (self.values + shift) - 1
+        return vector + jnp.matmul(self.vectors, weights * inside, precision=_HIGHEST)
+
+
+def nystroem_sketch(jacobian: AbstractJacobian, rank: int) -> Sketch:
+    """The randomised Nyström approximation of K = J Jᵀ from `rank` products."""
+    structure = jacobian.out_structure()
+    rank = min(rank, structure.shape[0])
+    probes = jr.normal(jr.key(0), (structure.shape[0], rank), structure.dtype)
+    probes, _ = jnp.linalg.qr(probes)
+    images = jax.lax.map(lambda p: jacobian.mv(jacobian.transpose_mv(p)), probes.T).T
+    shift = jnp.finfo(structure.dtype).eps * jnp.linalg.norm(images)
+    images = images + shift * probes
+    core = jnp.matmul(probes.T, images, precision=_HIGHEST)
+    factor = jnp.linalg.cholesky((core + core.T) / 2)
+    root = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
+    vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
+    return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
+
+
+def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
+    """K⁻¹ as a matrix, to precondition solves at points nearby with."""
+    prepared = DenseGram()(jacobian)
+    identity = jnp.eye(jacobian.out_structure().shape[0], dtype=jacobian.out_structure().dtype)
+    return jax.vmap(prepared.solve, in_axes=1, out_axes=1)(identity)
+
+
+class IterativeGramSolve(AbstractGramSolve):
+    jacobian: AbstractJacobian
+    trace: Scalar
+    sketch: Sketch | None
+    inverse: Float[Array, "n n"] | None
+    rtol: float | None = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+    def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        shift = 5 * jnp.finfo(vector.dtype).eps * self.trace
+        return self.damped_solve(vector, jnp.where(self.trace > 0, shift, 1))
+
+    def damped_solve(self, vector: Float[Array, " n"], damping: Scalar) -> Float[Array, " n"]:
+        damping = damping.astype(vector.dtype)
+
+        def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
+            return self.jacobian.mv(self.jacobian.transpose_mv(w)) + damping * w
+
+        structure = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
+        operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
+        rtol = float(jnp.finfo(vector.dtype).eps) ** 0.5 if self.rtol is None else self.rtol
+        solver = lx.CG(rtol=rtol, atol=0.0, max_steps=self.max_steps)
+        options = {}
+        if self.sketch is not None or self.inverse is not None:
+            options["preconditioner"] = lx.FunctionLinearOperator(
+                lambda w: self._precondition(w, damping), structure, lx.positive_semidefinite_tag
+            )
+        return lx.linear_solve(operator, vector, solver, options=options, throw=False).value
+
+    def _precondition(self, vector: Array, damping: Scalar) -> Array:
+        if self.inverse is not None:
+            return jnp.matmul(self.inverse, vector, precision=_HIGHEST)
+        assert self.sketch is not None
+        return self.sketch.precondition(vector, damping)
+
+    def eigenvalues(self) -> Float[Array, " n"]:
+        """Of the n×n matrix, built for the purpose: for tests and diagnosis."""
+        return jnp.linalg.eigvalsh(self.jacobian.gram())
+
+
+class AutoGram(AbstractGram):
+    """`DenseGram` up to `max_dense` residuals, `IterativeGram` with a sketch beyond.
+
+    A factorisation costs n³/3 operations and 2n² numbers: 128 MB at n = 4,096 in float32.
+    """
+
+    max_dense: int = eqx.field(static=True, default=4096)
+    preconditioner_rank: int = eqx.field(static=True, default=256)
+
+    def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
+        if jacobian.out_structure().shape[0] <= self.max_dense:
+            return DenseGram()(jacobian)
+        return IterativeGram(preconditioner_rank=self.preconditioner_rank)(jacobian)
