@@ -5,11 +5,12 @@ in one run: ∇tr(JᵀJ), the Gram matrix J Jᵀ, a tangent projection, and the 
 −(c/4) P∇tr∇²L, structured (manifoldflow) and by the n×D Jacobian (vmap of grad).
 """
 
-import _harness
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+
+import _harness
 import manifoldflow as mf
 
 

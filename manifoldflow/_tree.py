@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._errors import shapes_of
@@ -44,7 +45,8 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     A module keeps its arrays as leaves; a bare function becomes static.
     """
-    is_bare = jax.tree.leaves(fn) == [fn] if not isinstance(fn, eqx.Module) else False
+    is_module = issubclass(type(fn), eqx.Module)
+    is_bare = not is_module and jax.tree.leaves(fn) == [fn]
     return jax.tree_util.Partial(fn) if is_bare else fn
 
 
@@ -167,5 +169,5 @@ def random_normal_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:
 
 def ravel(tree: PyTree[Any]) -> tuple[Float[Array, " D"], Callable[[Array], PyTree[Array]]]:
     """One long vector and the way back: for dense methods on small problems only."""
-    vector, unravel = jax.flatten_util.ravel_pytree(tree)
+    vector, unravel = ravel_pytree(tree)
     return vector, unravel

@@ -3,6 +3,6 @@
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,
-    plan as plan,
     Plan as Plan,
+    plan as plan,
 )

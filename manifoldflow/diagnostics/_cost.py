@@ -105,7 +105,7 @@ def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
     loss = None if flow.manifold is None else flow.manifold.loss
     num_rows = 0
     if isinstance(loss, AbstractResidualLoss):
-        num_rows = jax.eval_shape(loss.residual, point).size
+        num_rows = eqx.filter_eval_shape(loss.residual, point).size
     needed = Plan(
         arguments=memory.argument_size_in_bytes,
         drift=memory.temp_size_in_bytes,

@@ -7,5 +7,6 @@ from manifoldflow.flows._gradient import (
     RiemannianGradientFlow as RiemannianGradientFlow,
 )
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
+from manifoldflow.flows._options import Stationary as Stationary
 from manifoldflow.flows._projected import Projected as Projected
-from manifoldflow.flows._solve import solve as solve, Stationary as Stationary
+from manifoldflow.flows._solve import solve as solve

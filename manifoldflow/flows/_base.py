@@ -1,10 +1,10 @@
 """What a flow is: coefficients at a point, and the manifold on which it stays."""
 
 import abc
+from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
-from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Tangent
@@ -42,6 +42,6 @@ class _VectorField(eqx.Module):
     flow: AbstractFlow
     remainder: Point
 
-    def __call__(self, t: Array, y: Coordinates, args: object) -> Tangent:
+    def __call__(self, t: Any, y: Coordinates, args: object) -> Tangent:
         del t, args
         return self.flow.drift(_tree.join(y, self.remainder))

@@ -68,7 +68,8 @@ class Checkpoint:
             column.append(np.asarray(value))
         partial = self.path + ".partial"
         with open(partial, "wb") as file:
-            np.savez(file, times=self._times, **{n: np.stack(c) for n, c in self._columns.items()})
+            columns: dict[str, Any] = {n: np.stack(c) for n, c in self._columns.items()}
+            np.savez(file, times=self._times, **columns)
         os.replace(partial, self.path)
 
     def before(self, num_done: int, name: str) -> np.ndarray:

@@ -48,7 +48,7 @@ class Projected(dfx.AbstractWrappedSolver):
         return self.solver.term_structure
 
     @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def interpolation_cls(self):
         return self.solver.interpolation_cls
 
     @property

@@ -16,15 +16,17 @@ from manifoldflow._solution import Observables, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._checkpoint import Checkpoint, flat_names
+from manifoldflow.flows._options import (
+    checked_observables,
+    meter_of,
+    Options,
+    row_reports,
+    save_times_of,
+    solver_of,
+    Stationary,
+    tolerance,
+)
 from manifoldflow.flows._projected import Projected
-
-Report = Callable[[Any, Coordinates, PyTree[Array]], None]
-
-
-class Stationary(eqx.Module):
-    """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
-
-    tolerance: float
 
 
 def solve(
@@ -89,17 +91,17 @@ def solve(
     del key
     coordinates, remainder = flow.split(point)
     dtype = _tree.dtype_of(coordinates)
-    times = _save_times(end_time, num_saves, save_times, dtype)
-    options = _Options(
-        solver=_solver(solver, step_size),
+    times = save_times_of(end_time, num_saves, save_times, dtype)
+    options = Options(
+        solver=solver_of(solver, step_size),
         step_size=None if step_size is None else jnp.asarray(step_size, dtype),
-        rtol=_tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
-        atol=_tolerance("atol", atol, 1e-8, 1e-6, dtype),
+        rtol=tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
+        atol=tolerance("atol", atol, 1e-8, 1e-6, dtype),
         adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
-        observe=_checked_observables(observe),
+        observe=checked_observables(observe),
         until=until,
-        meter=_meter(progress),
-        reports=(_RowReport(progress),) if _is_row_report(progress) else (),
+        meter=meter_of(progress),
+        reports=row_reports(progress),
         max_steps=max_steps,
         throw=throw,
     )
@@ -120,22 +122,6 @@ def solve(
     return _joined(file, num_done - 1, times, solution)
 
 
-class _Options(eqx.Module):
-    """What `solve` was asked for, ready to be passed through jit."""
-
-    solver: dfx.AbstractSolver
-    step_size: Scalar | None
-    rtol: Scalar
-    atol: Scalar
-    adjoint: dfx.AbstractAdjoint
-    observe: dict[str, Callable[[Point], PyTree[Any]]]
-    until: Callable[[Point], Any] | Stationary | None
-    meter: dfx.AbstractProgressMeter
-    reports: tuple[Report, ...]
-    max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
-
-
 class _Save(eqx.Module):
     coordinates: Coordinates
     observables: dict[str, PyTree[Array]] | None
@@ -148,7 +134,7 @@ def _solve(
     point: Point,
     times: Float[Array, " saves"],
     end_time: Scalar,
-    options: _Options,
+    options: Options,
 ) -> Solution:
     coordinates, remainder = flow.split(point)
     start, start_ok = _started(flow, coordinates, remainder)
@@ -173,10 +159,11 @@ def _solve(
         return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))
 
     subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
-    has_manifold = flow.manifold is not None
+    manifold: Any = flow.manifold
+    has_manifold = manifold is not None
     solver = options.solver
     if has_manifold:
-        solver = Projected(solver, flow.manifold, like=_tree.join(start, remainder))
+        solver = Projected(solver, manifold, like=_tree.join(start, remainder))
     solution = dfx.diffeqsolve(
         flow.terms(point),
         solver,
@@ -194,6 +181,7 @@ def _solve(
         throw=False,
         progress_meter=options.meter,
     )
+    assert solution.ts is not None and solution.ys is not None
     saved, last = solution.ys
     last = jax.tree.map(lambda leaf: leaf[0], last)
     reached = jnp.isfinite(solution.ts[0])
@@ -269,7 +257,7 @@ def _first_step(
     return jax.lax.stop_gradient(jnp.minimum(step, end_time))
 
 
-def _controller(options: _Options, end_time: Scalar) -> dfx.AbstractStepSizeController:
+def _controller(options: Options, end_time: Scalar) -> dfx.AbstractStepSizeController:
     if options.step_size is not None:
         return dfx.ConstantStepSize()
     smallest = jnp.finfo(end_time.dtype).eps * end_time
@@ -296,7 +284,7 @@ def _result(
     return RESULTS.where(start_ok, ours, RESULTS.not_on_manifold)
 
 
-def _stats(solution: dfx.Solution, options: _Options, max_defect: Scalar) -> dict[str, Array]:
+def _stats(solution: dfx.Solution, options: Options, max_defect: Scalar) -> dict[str, Array]:
     attempted = solution.stats["num_steps"]
     tableau = getattr(options.solver, "tableau", None)
     stages = getattr(tableau, "num_stages", 1)
@@ -331,71 +319,3 @@ def _joined(file: Checkpoint, num_before: int, times: Array, solution: Solution)
     return eqx.tree_at(
         lambda s: (s.times, s.points, s.observables), solution, (all_times, points, observables)
     )
-
-
-def _save_times(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:
-    if not is_traced(end_time) and not float(end_time) > 0:
-        raise ValueError(f"end_time must be positive and finite; got {end_time}.")
-    if save_times is None:
-        if not isinstance(num_saves, int) or num_saves < 1:
-            raise ValueError(f"num_saves must be a positive integer; got {num_saves!r}.")
-        fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
-        return fractions * jnp.asarray(end_time, dtype)
-    wanted = jnp.asarray(save_times, dtype)
-    if wanted.ndim != 1 or wanted.size == 0:
-        raise ValueError(f"save_times must be a sequence of times; got shape {wanted.shape}.")
-    times = jnp.concatenate([jnp.zeros(1, dtype), wanted])
-    if not is_traced((wanted, end_time)):
-        increasing = bool(jnp.all(jnp.diff(times) >= 0))
-        if not increasing or float(times[-1]) > float(jnp.asarray(end_time, dtype)):
-            raise ValueError(
-                f"save_times must increase from 0 to at most end_time={end_time}; got {save_times}."
-            )
-    return times
-
-
-def _tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> Scalar:
-    if value is None:
-        value = wide if jnp.finfo(dtype).eps < 1e-10 else narrow
-    elif not is_traced(value) and not float(value) > 0:
-        raise ValueError(f"{name} must be positive; got {value}.")
-    return jnp.asarray(value, dtype)
-
-
-def _solver(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.AbstractSolver:
-    solver = dfx.Tsit5() if solver is None else solver
-    if step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):
-        raise ValueError(
-            f"{type(solver).__name__} estimates no error, so it cannot choose its own steps. "
-            "Pass step_size=…, or wrap it in diffrax.HalfSolver."
-        )
-    return solver
-
-
-def _checked_observables(observe: Observables | None) -> dict[str, Callable[[Point], Any]]:
-    observe = dict(observe or {})
-    for name, fn in observe.items():
-        if not callable(fn):
-            raise ValueError(
-                f"observe maps names to functions of a point; got {fn!r} for {name!r}."
-            )
-    return observe
-
-
-def _meter(progress: Any) -> dfx.AbstractProgressMeter:
-    if progress is True:
-        return dfx.TextProgressMeter()
-    return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
-
-
-def _is_row_report(progress: Any) -> bool:
-    return callable(progress) and not isinstance(progress, dfx.AbstractProgressMeter)
-
-
-class _RowReport(eqx.Module):
-    """Calls a user's function with one dict for each save."""
-
-    fn: Callable[[dict[str, Any]], None]
-
-    def __call__(self, time: Any, coordinates: Coordinates, observables: Any) -> None:
-        self.fn({"time": time, "coordinates": coordinates, **observables})

@@ -1,6 +1,7 @@
 """What is kept of a Jacobian's columns for one leaf, and the products of such blocks."""
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -147,7 +148,8 @@ class OuterBlock(AbstractBlock):
 
 def _with_common_outputs(x: Array, y: Array) -> tuple[Array, Array]:
     size = max(x.shape[1], y.shape[1])
-    return tuple(jnp.broadcast_to(z, (z.shape[0], size, *z.shape[2:])) for z in (x, y))
+    broadcast = lambda z: jnp.broadcast_to(z, (z.shape[0], size, *z.shape[2:]))
+    return broadcast(x), broadcast(y)
 
 
 def _outer_rows(delta: Array, factor: Array) -> Float[Array, "n k B F C"]:
@@ -281,12 +283,12 @@ def block_of(
     return _sum_of_blocks(blocks, group.swapped)
 
 
-def _sum_of_blocks(blocks: list[AbstractBlock], swapped: tuple[bool, ...]) -> AbstractBlock:
+def _sum_of_blocks(blocks: list[Any], swapped: tuple[bool, ...]) -> AbstractBlock:
     """Uses of one form are further positions of one weight, or a sum of rows."""
     if len(blocks) == 1:
         return blocks[0]
     if isinstance(blocks[0], RowBlock):
-        return RowBlock(sum(block.array for block in blocks))
+        return RowBlock(functools.reduce(jnp.add, [block.array for block in blocks]))
     view, shape = blocks[0].view, blocks[0].shape
     if all(isinstance(block, LookUpBlock) for block in blocks) and not any(swapped):
         index = jnp.concatenate([block.index for block in blocks], axis=1)
@@ -357,7 +359,7 @@ _BLOCKS: dict[str, Callable[..., AbstractBlock]] = {
 }
 
 
-def label_of(sites: Any, blocks: tuple[AbstractBlock, ...], groups: Any) -> str:
+def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
     names = []
     for block, group in zip(blocks, groups, strict=True):
         kinds = {sites[index].kind for index in group.sites}

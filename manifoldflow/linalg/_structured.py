@@ -212,4 +212,4 @@ def _num_examples(inputs: PyTree[Any]) -> int:
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(f"All inputs need one common leading axis of examples, got {shapes}.")
-    return sizes.pop()
+    return shapes[0][0]

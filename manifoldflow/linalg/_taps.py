@@ -109,7 +109,7 @@ class Model(NamedTuple):
             walk = Walk(self.jaxpr.jaxpr, RULES)
             evaluate = partial(self.evaluate, walk, opaque=opaque)
             jax.eval_shape(evaluate, leaves, self.example)
-            groups = {
+            groups: dict[int, Any] = {
                 index: group_sites(walk.sites, index, leaf.shape)
                 for index, leaf in enumerate(leaves)
                 if index not in opaque | walk.opaque

@@ -24,7 +24,7 @@ class Alias(NamedTuple):
 
 class Value(NamedTuple):
     array: Any
-    alias: Alias | None = None
+    alias: Any = None  # an Alias; None where no leaf enters linearly
 
 
 class Site(NamedTuple):
@@ -120,7 +120,7 @@ class Walk:
         self.rules = rules
         self.taps = taps
         self.sites: list[Site] = []
-        self.records: list[Record] = []
+        self.records: list[Record | None] = []
         self.opaque: set[int] = set()
 
     def within(self, taps: Sequence[Array] | None = None) -> "Walk":

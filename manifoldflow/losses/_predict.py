@@ -20,7 +20,8 @@ def call_point(point: Point, x: Example) -> Array:
             f"The point (a {type(point).__name__}) is not callable; tell the loss how it "
             "predicts, as predict=lambda point, x: …."
         )
-    return point(x)
+    model: Any = point
+    return model(x)
 
 
 def model_output(

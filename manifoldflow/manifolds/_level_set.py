@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
@@ -48,7 +47,7 @@ class LevelSet(AbstractManifold):
         return SquaredNorm(self.fn, trainable=self.trainable)
 
     def codimension(self, point: Point) -> int:
-        return _tree.size(jax.eval_shape(self.loss.residual, point))
+        return eqx.filter_eval_shape(self.loss.residual, point).size
 
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)
@@ -83,8 +82,7 @@ class ZeroLossManifold(AbstractManifold):
 
     def codimension(self, point: Point) -> int:
         """The number of scalar residuals."""
-        del point
-        return self.loss.num_residuals
+        return eqx.filter_eval_shape(self.loss.residual, point).size
 
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)

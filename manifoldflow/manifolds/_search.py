@@ -4,7 +4,7 @@ Both are loops that cannot be differentiated through; each has a derivative rule
 follows from what its result satisfies, so that forward and reverse mode both work.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -20,6 +20,7 @@ from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 MAX_STEPS = 100
 
 
+@runtime_checkable
 class Constrained(Protocol):
     """All that a search needs of a manifold."""
 
@@ -361,7 +362,7 @@ def constraint_dot(
 def filled(tangent: PyTree[Any], like: Coordinates) -> Tangent:
     """Zeros where a tangent is symbolically zero (None)."""
     return jax.tree.map(
-        lambda x, dx: jnp.zeros_like(x) if dx is None else dx,
+        lambda x, dx: jnp.zeros_like(x) if dx is None and x is not None else dx,
         like,
         tangent,
         is_leaf=lambda leaf: leaf is None,
