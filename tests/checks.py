@@ -1,4 +1,4 @@
-"""What the tests have in common: comparisons that print value and bound, slopes, finite differences."""
+"""Comparisons that print value and bound, slopes, finite differences."""
 
 import contextlib
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -44,7 +45,9 @@ def distance(value: Any, expected: Any) -> float:
     return float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-300))
 
 
-def close(what: str, value: Any, expected: Any, bound: float, *, scale: float | None = None) -> None:
+def close(
+    what: str, value: Any, expected: Any, bound: float, *, scale: float | None = None
+) -> None:
     """Relative distance at most `bound`; with `scale` the distance is divided by it instead."""
     relative = distance(value, expected)
     if scale is not None:
@@ -63,15 +66,20 @@ def in_window(what: str, value: float, low: float, high: float) -> None:
 
 def central_difference(fn: Callable[[float], Any], step: float) -> jax.Array:
     """d/dt fn(t) at 0 as one vector, to fourth order in `step`."""
-    f = lambda t: flat(fn(t))  # noqa: E731
+    f = lambda t: flat(fn(t))
     return (8 * (f(step) - f(-step)) - (f(2 * step) - f(-2 * step))) / (12 * step)
 
 
 @contextlib.contextmanager
-def refused(error: type[Exception], *words: str) -> Iterator[None]:
-    """The block raises `error`, and its message has all these words."""
-    with pytest.raises(error) as caught:
+def refused(error: type[Exception], *words: str, wrong_type: bool = False) -> Iterator[None]:
+    """The block raises `error`, and its message has all these words.
+
+    A `wrong_type` may be refused by a type checker instead, where the tests run under one.
+    """
+    with pytest.raises((error, jaxtyping.TypeCheckError) if wrong_type else error) as caught:
         yield
+    if isinstance(caught.value, jaxtyping.TypeCheckError):
+        return
     message = re.sub(r"\s+", " ", str(caught.value))
     missing = [word for word in words if word not in message]
     assert not missing, f"the message lacks {missing}: {message[:800]}"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from checks import at_least, at_most, central_difference, close, flat, in_window, norm, slope
 
 import zoo
+from checks import at_least, at_most, central_difference, close, flat, in_window, norm, slope
 
 
 def tangent_projection_law(place, seed=1, bound=1e-10):
@@ -62,7 +62,7 @@ def second_fundamental_form(place, v):
     """II(v, v) = −J†D²f[v, v], dense."""
     fn, x = zoo.constraint_of(place.manifold, place.point)
     v = flat(v)
-    along = lambda y: jax.jvp(fn, (y,), (v,))[1]  # noqa: E731
+    along = lambda y: jax.jvp(fn, (y,), (v,))[1]
     second = jax.jit(lambda y: jax.jvp(along, (y,), (v,))[1])(x)
     return -place.pseudo_inverse @ np.asarray(second)
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from checks import refused
 
 import manifoldflow as mf
 import zoo
+from checks import refused
 
 INPUTS, TARGETS = zoo.data()
 POINT = zoo.network_point(jr.key(5))
@@ -20,10 +20,12 @@ def least_squares(inputs=INPUTS, targets=TARGETS, predict=zoo.network, **options
     return mf.LeastSquares(inputs, targets, predict=predict, **options)
 
 
-# --- data ------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [mf.LeastSquares, lambda x, y: mf.PerExampleLoss(x, y, zoo.softmax)])
+@pytest.mark.parametrize(
+    "build", [mf.LeastSquares, lambda x, y: mf.PerExampleLoss(x, y, zoo.softmax)]
+)
 def test_data_of_different_lengths(build):
     with refused(ValueError, "one common", "leading example axis", "[4,3]", "[3,2]", "Stack"):
         build(INPUTS, TARGETS[:3])
@@ -66,7 +68,7 @@ def test_column_targets_are_never_broadcast():
         mf.LeastSquares(INPUTS, TARGETS)(eqx.nn.MLP(3, 3, 6, 1, key=jr.key(0)))
 
 
-# --- points and tangents -----------------------------------------------------------------------
+# --- points and tangents -------------------------------------------------------------------
 
 
 def test_complex_points():
@@ -99,7 +101,7 @@ def test_trainable_that_does_not_fit():
         least_squares(trainable={"weights": True})(POINT)
 
 
-# --- models -------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------
 
 
 def test_dropout_in_training_mode():
@@ -128,26 +130,30 @@ def test_hard_labels():
     with refused(ValueError, "one floating array", "minimizer_fn"):
         mf.PerExampleLoss(INPUTS, jnp.arange(4), lambda f, y: jnp.sum((f - y) ** 2))
     with refused(ValueError, "minimizer_fn gives", "gradient is still"):
-        mf.PerExampleLoss(INPUTS, TARGETS, lambda f, y: jnp.sum((f - y) ** 2), minimizer_fn=lambda y: y + 1)
+        mf.PerExampleLoss(
+            INPUTS, TARGETS, lambda f, y: jnp.sum((f - y) ** 2), minimizer_fn=lambda y: y + 1
+        )
 
 
-# --- manifolds -----------------------------------------------------------------------------------
+# --- manifolds -----------------------------------------------------------------------------
 
 
 def test_more_residuals_than_parameters():
-    with refused(ValueError, "at most as many", "8 residuals", "2 coordinates", "Use fewer examples"):
+    with refused(
+        ValueError, "at most as many", "8 residuals", "2 coordinates", "Use fewer examples"
+    ):
         mf.ZeroLossManifold(least_squares(predict=lambda p, x: p * x[:2])).project(jnp.ones(2))
 
 
 def test_manifolds_of_the_wrong_loss():
-    with refused(ValueError, "FunctionLoss", "MinimizerManifold(loss, rank)"):
+    with refused(ValueError, "FunctionLoss", "MinimizerManifold(loss, rank)", wrong_type=True):
         mf.ZeroLossManifold(mf.FunctionLoss(zoo.sphere))
     for rank in (0, -1, True):
         with refused(ValueError, "positive rank", repr(rank)):
             mf.MinimizerManifold(mf.FunctionLoss(zoo.cosh_loss), rank)
     with refused(ValueError, "rank 9", "5 coordinates"):
         mf.MinimizerManifold(mf.FunctionLoss(zoo.cosh_loss), 9).project(jnp.ones(5))
-    with refused(ValueError, "limit_map needs a loss or a manifold", "FunctionLoss"):
+    with refused(ValueError, "needs a loss or a manifold", "FunctionLoss", wrong_type=True):
         mf.limit_map(zoo.sphere, jnp.ones(3))
 
 
@@ -178,14 +184,14 @@ def test_saddles_are_not_minima():
     assert bool(result == mf.RESULTS.not_a_minimum), result
 
 
-# --- noise and flows -------------------------------------------------------------------------------
+# --- noise and flows -----------------------------------------------------------------------
 
 
 def test_noise():
     for noise in (mf.LabelNoise, mf.IsotropicNoise):
         with refused(ValueError, "std must be finite and not negative", "-0.5"):
             noise(-0.5)
-    for batch_size in (0, 1.5):
+    for batch_size in (0, -2):
         with refused(ValueError, "batch_size", repr(batch_size), "positive integer"):
             mf.LabelNoise(1.0, batch_size=batch_size)
     noise = mf.LabelNoise(1.0, batch_size=9)
@@ -233,7 +239,7 @@ def test_options_of_solve():
         solve(rtol=-1.0)
     with refused(ValueError, "Euler estimates no error", "step_size", "HalfSolver"):
         solve(solver=dfx.Euler())
-    with refused(ValueError, "functions of a point", "'h'"):
+    with refused(ValueError, "functions of a point", "'h'", wrong_type=True):
         solve(observe={"h": 3.0})
 
 

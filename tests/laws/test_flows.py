@@ -5,17 +5,15 @@ import signal
 import subprocess
 import sys
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
-from checks import at_least, at_most, close, equal, flat, norm, refused
 
 import manifoldflow as mf
 import zoo
+from checks import at_least, at_most, close, equal, flat, norm, refused
 from zoo import descent, height
 
 START = jnp.asarray(zoo.START)
@@ -26,7 +24,10 @@ def test_label_noise_flow_stays_on_the_manifold_and_flattens():
     place = zoo.place("mlp")
     loss, manifold = place.manifold.loss, place.manifold
     flow = mf.LimitDiffusion(manifold, mf.LabelNoise(std=1.0, batch_size=1))
-    observe = {"trace": loss.trace_gauss_newton, "first weight": lambda model: model.layers[0].weight}
+    observe = {
+        "trace": loss.trace_gauss_newton,
+        "first weight": lambda model: model.layers[0].weight,
+    }
     walk = mf.solve(flow, place.point, end_time=1.0, num_saves=5, observe=observe)
     assert bool(walk.result == mf.RESULTS.successful), walk.result
     defects = eqx.filter_vmap(lambda y: manifold.defect(eqx.combine(y, place.point)))(walk.points)
@@ -34,10 +35,17 @@ def test_label_noise_flow_stays_on_the_manifold_and_flattens():
     traces = walk.observables["trace"]
     at_most(f"the trace falls: {traces}", jnp.max(jnp.diff(traces)), 0.0)
     for i in (0, 2, 5):
-        at_most(f"observed at save {i}", abs(traces[i] - loss.trace_gauss_newton(walk.point(i))), 1e-10)
+        at_most(
+            f"observed at save {i}", abs(traces[i] - loss.trace_gauss_newton(walk.point(i))), 1e-10
+        )
     equal("shape of an array that is observed", walk.observables["first weight"].shape, (6, 6, 3))
     assert callable(walk.final) and walk.final.activation is place.point.activation
-    close("final is the last save", place.coordinates_of(walk.final), place.coordinates_of(walk.point(-1)), 1e-8)
+    close(
+        "final is the last save",
+        place.coordinates_of(walk.final),
+        place.coordinates_of(walk.point(-1)),
+        1e-8,
+    )
 
 
 def test_gradient_flow_has_no_manifold():
@@ -53,7 +61,11 @@ def test_save_times_and_their_points():
     equal("times", np.asarray(walk.times).tolist(), [0.0, *times])
     expected = jnp.stack([descent(START, t) for t in walk.times])
     close("points between steps", walk.points, expected, 1e-5)
-    at_most("they lie on the manifold", jnp.max(jnp.abs(jnp.linalg.norm(walk.points, axis=1) - 1)), 1e-12)
+    at_most(
+        "they lie on the manifold",
+        jnp.max(jnp.abs(jnp.linalg.norm(walk.points, axis=1) - 1)),
+        1e-12,
+    )
 
 
 def test_the_start_is_projected():
@@ -82,7 +94,9 @@ def test_jit_and_vmap_and_one_failed_member():
     assert bool(jnp.all(jnp.isnan(points[1, 1:]))), points[1]
     for i in (0, 2):
         close(f"vmap against loop, member {i}", points[i], ends(starts[i])[0], 1e-6)
-        close(f"jit against eager, member {i}", jax.jit(ends)(starts[i])[0], ends(starts[i])[0], 1e-9)
+        close(
+            f"jit against eager, member {i}", jax.jit(ends)(starts[i])[0], ends(starts[i])[0], 1e-9
+        )
 
 
 def test_failures_are_named():
@@ -151,10 +165,17 @@ def test_until_stationary():
 
 def test_progress_gets_every_save_in_order():
     rows = []
-    walk = mf.solve(FLOW, START, end_time=0.5, num_saves=5, observe={"h": height}, progress=rows.append)
+    walk = mf.solve(
+        FLOW, START, end_time=0.5, num_saves=5, observe={"h": height}, progress=rows.append
+    )
     jax.effects_barrier()
     close("times of the rows", jnp.asarray([row["time"] for row in rows]), walk.times, 1e-12)
-    close("observables of the rows", jnp.asarray([row["h"] for row in rows]), walk.observables["h"], 1e-12)
+    close(
+        "observables of the rows",
+        jnp.asarray([row["h"] for row in rows]),
+        walk.observables["h"],
+        1e-12,
+    )
 
 
 def test_diffrax_progress_meters(capsys):
@@ -190,7 +211,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     file = os.fspath(tmp_path / "run.npz")
     laws = os.path.dirname(os.path.abspath(__file__))
     script = KILLED.format(paths=[laws, os.path.dirname(laws)], file=file)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
     equal(f"exit of the killed run {done.stderr[-500:]}", done.returncode, -signal.SIGKILL)
     time, point = mf.load_checkpoint(file, START)
     assert 0.1 - 1e-9 <= float(time) <= 0.3 + 1e-9, f"time in the file: {time}"
@@ -199,7 +222,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     close("times", resumed.times, whole.times, 1e-12)
     close("points", resumed.points, whole.points, 1e-5)
     close("observables", resumed.observables["h"], whole.observables["h"], 1e-5)
-    at_most("fewer steps than the whole run", resumed.stats["num_steps"], whole.stats["num_steps"] - 1)
+    at_most(
+        "fewer steps than the whole run", resumed.stats["num_steps"], whole.stats["num_steps"] - 1
+    )
     time, point = mf.load_checkpoint(file, START)
     close("the file ends at the end", point, whole.final, 1e-5)
     again = checkpointed(file)
@@ -222,7 +247,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_is_read_by_the_name_it_was_given(tmp_path):
     file = os.fspath(tmp_path / "run")
     walk = checkpointed(file)
-    close("load_checkpoint without the suffix", mf.load_checkpoint(file, START)[1], walk.final, 1e-6)
+    close(
+        "load_checkpoint without the suffix", mf.load_checkpoint(file, START)[1], walk.final, 1e-6
+    )
 
 
 def test_a_solution_is_an_output_of_jit_and_vmap():
@@ -231,6 +258,9 @@ def test_a_solution_is_an_output_of_jit_and_vmap():
     )
     equal("shape of the points", walks.points.shape, (2, 2, 3))
     close("batched final points", walks.final[1], descent(-START, 0.5), 1e-5)
-    equal("solver names in stats", sorted(walks.stats), sorted(["num_steps", "num_rejected", "num_gradients", "num_factorizations", "max_defect"]))
-    assert flat(walks.stats["num_factorizations"]).min() > 0
-    assert isinstance(dfx.Tsit5(), dfx.AbstractSolver)
+    equal(
+        "names in stats",
+        sorted(walks.stats),
+        sorted(["num_steps", "num_rejected", "num_gradients", "num_factorizations", "max_defect"]),
+    )
+    at_least("factorisations", flat(walks.stats["num_factorizations"]).min(), 1)

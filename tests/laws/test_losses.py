@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from checks import at_least, at_most, close, equal, flat
 
 import manifoldflow as mf
 import zoo
+from checks import at_least, at_most, close, equal, flat
 
 INPUTS, TARGETS = zoo.data()
 
@@ -93,7 +93,12 @@ def test_residual_and_jacobian(name):
     close("Jᵀw, seed 3", transpose, w @ jacobian, 1e-10)
     close("J Jᵀ", gram, jacobian @ jacobian.T, 1e-10)
     close("squared row norms", norms, jnp.sum(jacobian**2, axis=1), 1e-10)
-    close("trace_gauss_newton", loss.trace_gauss_newton(point), loss.scale * jnp.sum(jacobian**2), 1e-10)
+    close(
+        "trace_gauss_newton",
+        loss.trace_gauss_newton(point),
+        loss.scale * jnp.sum(jacobian**2),
+        1e-10,
+    )
     expected = loss.scale * jacobian.T @ (jacobian @ flat(v))
     close("Gauss-Newton·v", loss.gauss_newton(point).mv(v), expected, 1e-10)
 
@@ -117,7 +122,11 @@ def test_residual_vanishes_exactly_where_the_loss_is_minimal():
     for name in ("logistic", "softmax"):
         place = zoo.place(name)
         loss = place.manifold.loss
-        at_most(f"{name}: gradient of L on the manifold", jnp.linalg.norm(flat(loss.gradient(place.point))), 1e-9)
+        at_most(
+            f"{name}: gradient of L on the manifold",
+            jnp.linalg.norm(flat(loss.gradient(place.point))),
+            1e-9,
+        )
         nearby = [loss(zoo.moved(place.point, place.random_vector(s), 0.01)) for s in (5, 6, 7)]
         at_least(f"{name}: loss nearby less loss there", min(nearby) - loss(place.point), 1e-7)
 
@@ -136,11 +145,20 @@ def test_scale_conventions():
     """Default 1/n with n = N × outputs; 2 and 1/N when asked for."""
     point, outputs = zoo.network_point(jr.key(5)), 2
     squares = float(jnp.sum((jax.vmap(lambda x: zoo.network(point, x))(INPUTS) - TARGETS) ** 2))
-    for scale, expected in ((None, squares / (2 * 4 * outputs)), (2, squares), (1 / 4, squares / 8)):
+    for scale, expected in (
+        (None, squares / (2 * 4 * outputs)),
+        (2, squares),
+        (1 / 4, squares / 8),
+    ):
         loss = mf.LeastSquares(INPUTS, TARGETS, predict=zoo.network, scale=scale)
         close(f"L with scale {scale}", loss(point), expected, 1e-12)
     losses = [mf.LeastSquares(INPUTS, TARGETS, predict=zoo.network, scale=s) for s in (1.0, 2.0)]
-    close("tr H is linear in the scale", losses[1].trace_hessian(point), 2 * losses[0].trace_hessian(point), 1e-12)
+    close(
+        "tr H is linear in the scale",
+        losses[1].trace_hessian(point),
+        2 * losses[0].trace_hessian(point),
+        1e-12,
+    )
 
 
 def test_frozen_leaves():
@@ -154,7 +172,11 @@ def test_frozen_leaves():
     close("same gradient elsewhere", gradient["weight"], free.gradient(point)["weight"], 1e-12)
     columns = sum(leaf.size for leaf in jax.tree.leaves(loss.jacobian(point).in_structure()))
     equal("columns of J", columns, 18 + 12)
-    at_least("tr H of fewer leaves is smaller", free.trace_gauss_newton(point) - loss.trace_gauss_newton(point), 1e-3)
+    at_least(
+        "tr H of fewer leaves is smaller",
+        free.trace_gauss_newton(point) - loss.trace_gauss_newton(point),
+        1e-3,
+    )
 
 
 def test_integer_data():
@@ -171,7 +193,9 @@ def test_precision_follows_the_point():
     """float64 data do not promote a float32 point."""
     for name in ("vector outputs, MLP", "softmax"):
         loss, point = LOSSES[name]
-        point = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, point)
+        point = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, point
+        )
         results = loss(point), loss.gradient(point), loss.trace_gauss_newton(point)
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(results)}
         equal(f"dtypes of {name}", dtypes, {jnp.dtype("float32")})

@@ -4,19 +4,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lawbook
 import numpy as np
 import pytest
-from checks import at_most, close, flat
 from jax.flatten_util import ravel_pytree
 
+import lawbook
 import manifoldflow as mf
 import zoo
+from checks import at_most, close, flat
 
 everywhere = pytest.mark.parametrize("name", zoo.NAMES)
 on_small = pytest.mark.parametrize("name", zoo.SMALL)
 # Derivatives compile long; the others have the same structure as one of these.
-on_kinds = pytest.mark.parametrize("name", ["torus", "codimension 3", "mlp", "softmax", "minimizers"])
+on_kinds = pytest.mark.parametrize(
+    "name", ["torus", "codimension 3", "mlp", "softmax", "minimizers"]
+)
 
 
 @everywhere
@@ -120,7 +122,12 @@ def test_vmap_is_a_loop(name):
     batched = jax.jit(jax.vmap(everything))(starts, vectors)
     looped = [everything(s, v) for s, v in zip(starts, vectors, strict=True)]
     for i, what in enumerate(("project", "P", "retract")):
-        close(f"{what}: vmap against loop, seed 41", batched[i], jnp.stack([r[i] for r in looped]), 1e-9)
+        close(
+            f"{what}: vmap against loop, seed 41",
+            batched[i],
+            jnp.stack([r[i] for r in looped]),
+            1e-9,
+        )
 
 
 def test_a_tree_and_a_vector_give_the_same_numbers():
@@ -191,4 +198,8 @@ def test_one_failed_member_of_a_batch_does_not_spoil_the_others():
     points, fine = jax.jit(jax.vmap(land))(jnp.array([-1.0, 0.5, -4.0]))
     assert fine.tolist() == [True, False, True], fine
     assert bool(jnp.all(jnp.isnan(points[1]))), points
-    at_most("radius of the others", jnp.max(jnp.abs(jnp.linalg.norm(points[::2], axis=1) - jnp.array([1.0, 2.0]))), 1e-10)
+    at_most(
+        "radius of the others",
+        jnp.max(jnp.abs(jnp.linalg.norm(points[::2], axis=1) - jnp.array([1.0, 2.0]))),
+        1e-10,
+    )

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lawbook
 import numpy as np
 import pytest
-from checks import at_least, at_most, close, flat
 
+import lawbook
 import manifoldflow as mf
 import zoo
+from checks import at_least, at_most, close, flat
 
 SCALES = {"default": None, "sum": 2.0}
 
@@ -82,7 +82,12 @@ def test_covariance_is_the_square_of_its_factor():
     for noise in (mf.LabelNoise(0.7, batch_size=3), mf.IsotropicNoise(0.3)):
         factor = noise.factor(here.manifold.loss, here.point)
         v = here.random_vector(7)
-        close("F Fᵀ v", noise.covariance(here.manifold.loss, here.point).mv(v), factor.mv(factor.T.mv(v)), 1e-12)
+        close(
+            "F Fᵀ v",
+            noise.covariance(here.manifold.loss, here.point).mv(v),
+            factor.mv(factor.T.mv(v)),
+            1e-12,
+        )
 
 
 def test_equal_keys_give_equal_noise():

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from checks import at_least, at_most, central_difference, close, in_window, slope
 
 import manifoldflow as mf
 import zoo
+from checks import at_least, at_most, central_difference, close, in_window, slope
 from zoo import descent, height, SPHERE
 
 START = jnp.asarray(zoo.START)
@@ -48,7 +48,11 @@ def test_a_field_that_is_not_tangent_drops_to_first_order():
     in_window(f"order without a tangent field, errors {errors}", slope(steps, errors), 0.8, 1.2)
 
 
-@pytest.mark.parametrize("solver", [dfx.Kvaerno3(), dfx.Dopri5(), dfx.Dopri8(), dfx.Ralston()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver",
+    [dfx.Kvaerno3(), dfx.Dopri5(), dfx.Dopri8(), dfx.Ralston()],
+    ids=lambda s: type(s).__name__,
+)
 def test_adaptive_solvers(solver):
     """Kvaerno3 is implicit: it needs the forwarded root finder."""
     walk = mf.solve(FLOW, START, end_time=0.5, solver=solver, num_saves=2)
@@ -57,17 +61,23 @@ def test_adaptive_solvers(solver):
 
 
 def end_point(x, adjoint):
-    return mf.solve(FLOW, SPHERE.project(x), end_time=0.5, adjoint=adjoint, rtol=1e-9, atol=1e-11).final
+    return mf.solve(
+        FLOW, SPHERE.project(x), end_time=0.5, adjoint=adjoint, rtol=1e-9, atol=1e-11
+    ).final
 
 
 V, W = jr.normal(jr.key(1), (2, 3))
 
 
 def finite_difference():
-    return central_difference(lambda t: descent((y := START + t * V) / jnp.linalg.norm(y), 0.5), 1e-3)
+    return central_difference(
+        lambda t: descent((y := START + t * V) / jnp.linalg.norm(y), 0.5), 1e-3
+    )
 
 
-@pytest.mark.parametrize("adjoint", [dfx.ForwardMode(), dfx.DirectAdjoint()], ids=["ForwardMode", "DirectAdjoint"])
+@pytest.mark.parametrize(
+    "adjoint", [dfx.ForwardMode(), dfx.DirectAdjoint()], ids=["ForwardMode", "DirectAdjoint"]
+)
 def test_forward_mode(adjoint):
     """Both adjoints set the forwarded `scan_kind`."""
     _, tangent = jax.jit(lambda x: jax.jvp(lambda y: end_point(y, adjoint), (x,), (V,)))(START)
@@ -98,7 +108,7 @@ def brownian_mean(solver, levy_area, num_paths=400, h=0.02):
 
     def path(key):
         noise = dfx.VirtualBrownianTree(0.0, 1.0, h / 4, (3,), key, levy_area=levy_area)
-        field = lambda t, y, args: jnp.eye(3) - jnp.outer(y, y) / (y @ y)  # noqa: E731
+        field = lambda t, y, args: jnp.eye(3) - jnp.outer(y, y) / (y @ y)
         drift = dfx.ODETerm(lambda t, y, args: jnp.zeros_like(y))
         solution = dfx.diffeqsolve(
             dfx.MultiTerm(drift, dfx.ControlTerm(field, noise)),

@@ -4,14 +4,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lawbook
 import pytest
-from checks import flat
 
+import lawbook
 import manifoldflow as mf
 import zoo
+from checks import flat
 
-rejected = pytest.raises(AssertionError, match="above the bound|outside the window|is missed|successful")
+rejected = pytest.raises(
+    AssertionError, match="above the bound|outside the window|is missed|successful"
+)
 
 
 class WrongNormal(mf.LevelSet):
@@ -128,7 +130,12 @@ class Biased(mf.IsotropicNoise):
 
 @pytest.mark.parametrize(
     "noise",
-    [NoBatchFactor(0.7, batch_size=1), NoBatchFactor(0.7, batch_size=3), HalfStrength(0.7), Biased(0.3)],
+    [
+        NoBatchFactor(0.7, batch_size=1),
+        NoBatchFactor(0.7, batch_size=3),
+        HalfStrength(0.7),
+        Biased(0.3),
+    ],
     ids=["c without N/B, B=1", "c without N/B, B=3", "c/2", "biased"],
 )
 def test_noises(noise):

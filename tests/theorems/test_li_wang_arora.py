@@ -1,6 +1,7 @@
-"""[LiWangArora2022]: Φ, its derivatives, and where label noise takes the overparametrised linear model.
+"""[LiWangArora2022]: Φ, its derivatives, and where label noise takes a linear model.
 
-Theorem 4.6 with Corollary 5.2: on the limit clock SGD with label noise follows dY/dt = −(c/4) P∇tr∇²L.
+Theorem 4.6 with Corollary 5.2: on the limit clock SGD with label noise follows
+dY/dt = −(c/4) P∇tr∇²L.
 Section 6: for f_i = ⟨z_i, u² − v²⟩ this flow ends at the weighted-ℓ₁ interpolant.
 """
 
@@ -9,13 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lawbook
 import numpy as np
 import pytest
-from checks import at_least, at_most, central_difference, close, distance, equal, flat, norm
 
+import lawbook
 import manifoldflow as mf
 import zoo
+from checks import at_least, at_most, central_difference, close, distance, equal, flat, norm
 
 # --- Section 6: the overparametrised linear model -----------------------------------------
 
@@ -109,23 +110,25 @@ def test_a_wrong_clock_is_detected():
 
 def test_limit_map_is_not_slowed_by_condition():
     counts = [
-        lawbook.limit_map_law(mf.limit_map_with_info, f"condition {c:.0e}", *zoo.prescribed_gram(c, alpha=1.0), 80)
+        lawbook.limit_map_law(
+            mf.limit_map_with_info, f"condition {c:.0e}", *zoo.prescribed_gram(c, alpha=1.0), 80
+        )
         for c in (1e2, 1e4, 1e6)
     ]
     assert max(counts) <= 3 * min(counts), f"factorisations {counts} grow more than 3 times"
 
 
 def test_limit_map_from_a_small_start():
-    lawbook.limit_map_law(mf.limit_map_with_info, "alpha 0.1", *zoo.prescribed_gram(1e4, alpha=0.1), 200)
+    lawbook.limit_map_law(
+        mf.limit_map_with_info, "alpha 0.1", *zoo.prescribed_gram(1e4, alpha=0.1), 200
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
 def test_limit_map_in_closed_form(scale):
     """L = ½f², f = ½(xᵀAx − 1): gradient flow is x' = −f·A x, so Φ(x) = e^{−s*A}x."""
     rates = np.array([1.0, 0.5, 2.0, 0.8, 1.3])
-    loss = mf.FunctionLoss(
-        lambda x: scale * 0.125 * (jnp.sum(jnp.asarray(rates) * x**2) - 1) ** 2
-    )
+    loss = mf.FunctionLoss(lambda x: scale * 0.125 * (jnp.sum(jnp.asarray(rates) * x**2) - 1) ** 2)
     start = jr.normal(jr.key(1), (5,))
 
     def excess(s):
@@ -135,7 +138,9 @@ def test_limit_map_in_closed_form(scale):
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    lawbook.limit_map_law(mf.limit_map_with_info, f"scale {scale:.0e}", loss, start, np.exp(-low * rates) * start, 60)
+    lawbook.limit_map_law(
+        mf.limit_map_with_info, f"scale {scale:.0e}", loss, start, np.exp(-low * rates) * start, 60
+    )
 
 
 # --- Lemma 4.3 and the derivative off the manifold -----------------------------------------
@@ -167,7 +172,12 @@ def test_lemma_4_3_the_derivative_on_the_manifold_is_the_projection():
     for seed in (1, 2):
         v = zoo.normal_like(limit, seed)
         finite = central_difference(lambda t: phi(loss, zoo.moved(limit, v, t)), 1e-3)
-        close(f"∂Φ[v] by differences, seed {seed}", finite, manifold.tangent_projection(limit, v), 1e-6)
+        close(
+            f"∂Φ[v] by differences, seed {seed}",
+            finite,
+            manifold.tangent_projection(limit, v),
+            1e-6,
+        )
         _, tangent = phi_jvp(loss, limit, v)
         close(f"∂Φ[v] by jvp, seed {seed}", tangent, manifold.tangent_projection(limit, v), 1e-9)
 
@@ -188,7 +198,9 @@ def test_derivative_off_the_manifold_both_modes():
     close("jvp against differences", tangent, finite, 1e-6)
     (cotangent,) = pullback(w)
     forward = float(jnp.vdot(flat(tangent), flat(w)))
-    at_most("jvp against vjp", abs(forward - jnp.vdot(flat(cotangent), flat(v))), 1e-9 * abs(forward))
+    at_most(
+        "jvp against vjp", abs(forward - jnp.vdot(flat(cotangent), flat(v))), 1e-9 * abs(forward)
+    )
     close("value under differentiation", value, phi(loss, point), 1e-12)
     projection = mf.ZeroLossManifold(loss).tangent_projection(value, v)
     at_least("∂Φ off the manifold is not P", distance(tangent, projection), 1e-2)

@@ -1,0 +1,115 @@
+"""The command line from end to end: digits, a user's own data, a killed run, bad options."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from manifoldflow.__main__ import _read, main
+from manifoldflow.plotting import plot_walk
+
+SMALL = ["--examples", "8", "--width", "10", "--end-time", "2"]
+
+
+@pytest.fixture(autouse=True)
+def keep_precision():
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+def test_digits(tmp_path, capsys):
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("[")]
+    assert len(rows) == 26, f"a row for each of 26 saves, got {len(rows)}"
+    with np.load(tmp_path / "walk.npz") as walk:
+        sharpness, loss = walk["sharpness"], walk["loss"]
+    assert sharpness[-1] < sharpness[0], f"tr∇²L rose: {sharpness[[0, -1]]}"
+    assert loss.max() < 1e-20, f"the loss was {loss.max():.1e} on the way"
+    for name in ("network.eqx", "walk.png"):
+        assert (tmp_path / name).stat().st_size > 1000, f"{name} is empty"
+    assert not (tmp_path / "checkpoint.npz").exists(), "a finished walk needs no checkpoint"
+
+
+def test_own_data(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(30, 5))
+    np.savez(tmp_path / "data.npz", inputs=inputs, targets=inputs[:, 0] - inputs[:, 1])
+    assert main([*SMALL, "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path)]) == 0
+    assert "test error" in capsys.readouterr().out, "real targets are no classes"
+
+
+def test_tables(tmp_path):
+    rng = np.random.default_rng(0)
+    inputs, classes = rng.normal(size=(30, 5)), rng.integers(0, 3, 30)
+    path = tmp_path / "data.csv"
+    for header in ("", "a,b,c,d,e,y"):
+        table = np.column_stack([inputs, classes])
+        np.savetxt(path, table, delimiter=",", header=header, comments="")
+        got_inputs, got_targets = _read(path)
+        assert np.array_equal(got_inputs, inputs), f"header {header!r}: inputs differ"
+        assert np.array_equal(got_targets, classes), f"header {header!r}: targets differ"
+        assert np.issubdtype(got_targets.dtype, np.integer), "whole numbers are classes"
+
+
+def test_a_killed_walk_goes_on(tmp_path):
+    command = [sys.executable, "-m", "manifoldflow", *SMALL, "--out", str(tmp_path)]
+    checkpoint = pathlib.Path(tmp_path) / "checkpoint.npz"
+    # Compiled quickly rather than well.
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        rows = 0
+        for line in process.stdout:
+            rows += line.startswith("[")
+            if rows == 5:
+                break
+        process.kill()
+    with np.load(checkpoint) as stored:
+        done = len(stored["point_0"])
+        assert done >= 4, f"4 saves were shown, {done} are stored"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert again.returncode == 0, again.stderr[-2000:]
+    shown = sum(line.startswith("[") for line in again.stdout.splitlines())
+    assert shown <= 26 - done + 1, f"{shown} rows after a resume from save {done}"
+    with np.load(tmp_path / "walk.npz") as walk:
+        assert len(walk["times"]) == 26, f"{len(walk['times'])} saves in the whole path"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--examples", "0"], "--examples must be at least 1"),
+        (["--examples", "2000"], "between 1 and 1000"),
+        (["--end-time", "-1"], "end_time must be positive"),
+        (["--examples", "50", "--width", "2"], "Use fewer examples or a wider model"),
+        (["--data", "nothing.xyz"], ".npz or a .csv"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, options, words):
+    assert main([*SMALL, "--out", str(tmp_path), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_picture_has_labels(tmp_path):
+    import manifoldflow as mf
+
+    walk = mf.Solution(
+        times=jnp.arange(3.0),
+        points=jnp.zeros((3, 2)),
+        observables={
+            "sharpness": jnp.array([3.0, 2, 1]),
+            "test_accuracy": jnp.array([0.1, 0.2, 0.3]),
+        },
+        stats={},
+        result=mf.RESULTS.successful,
+        final_coordinates=jnp.zeros(2),
+        remainder=None,
+    )
+    figure = plot_walk(walk, spectra=([1.0, 2.0], [0.5, 0.0]), caption="What to see.")
+    for axes in figure.axes:
+        assert axes.get_ylabel(), "an axis without a label"
+    assert figure.axes[0].get_legend() and figure.axes[1].get_legend()
