@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from manifoldflow.__main__ import _read, main
 from manifoldflow.plotting import plot_walk
 

@@ -3,8 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import manifoldflow as mf
 import pytest
+
+import manifoldflow as mf
 from manifoldflow import diagnostics
 
 

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
 import pytest
+
+from manifoldflow.linalg import _blocks
+from manifoldflow.linalg._structured import structured_jacobian
 from structured_models import (
     attention,
     Case,
@@ -19,9 +22,6 @@ from structured_models import (
     normalised_weights,
     tied_embedding,
 )
-
-from manifoldflow.linalg import _blocks
-from manifoldflow.linalg._structured import structured_jacobian
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import manifoldflow as mf
 import pytest
+
+import manifoldflow as mf
 from manifoldflow import _tree, linalg
 
 

@@ -1,9 +1,10 @@
-"""The closed forms of the overparametrised linear model against brute force that shares no code with them.
+"""The closed forms of the overparametrised linear model against brute force.
 
-[LiWangArora2022, Lemmas 6.3, 6.5, D.13]: gradient flow of L = (1/2n) sum_i (<z_i, u*u - v*v> - y_i)^2 and then
-dY/dt = -(c/4) P grad R, R = (4/n) sum_j (sum_i z_ij^2)(u_j^2 + v_j^2), on the zero set of the residual.
-[Woodworth2020, Theorem 1]: gradient flow from alpha 1 picks argmin Q_alpha. The oracles are NumPy in float64 and must
-not depend on how JAX is configured, so nothing here enables x64.
+The brute force shares no code with them. [LiWangArora2022, Lemmas 6.3, 6.5, D.13]: gradient
+flow of L = (1/2n) sum_i (<z_i, u*u - v*v> - y_i)^2 and then dY/dt = -(c/4) P grad R,
+R = (4/n) sum_j (sum_i z_ij^2)(u_j^2 + v_j^2), on the zero set of the residual.
+[Woodworth2020, Theorem 1]: gradient flow from alpha 1 picks argmin Q_alpha. The oracles are
+NumPy in float64 and must not depend on how JAX is configured.
 """
 
 import functools
@@ -35,7 +36,9 @@ def _integrate_gradient_flow(inputs, targets, u, v):
         pull = 2.0 / n * inputs.T @ (inputs @ (a**2 - b**2) - targets)
         return np.r_[-pull * a, pull * b]
 
-    return solve_ivp(field, (0.0, 2e3), np.r_[u, v], method="Radau", rtol=1e-11, atol=1e-13).y[:, -1]
+    return solve_ivp(field, (0.0, 2e3), np.r_[u, v], method="Radau", rtol=1e-11, atol=1e-13).y[
+        :, -1
+    ]
 
 
 def _integrate_limit_flow(inputs, point, noise_constant):
@@ -49,7 +52,9 @@ def _integrate_limit_flow(inputs, point, noise_constant):
         tangent = gradient - np.linalg.pinv(jacobian) @ (jacobian @ gradient)
         return -noise_constant / 4.0 * tangent
 
-    path = solve_ivp(field, (0.0, TIMES[-1]), point, method="DOP853", t_eval=TIMES, rtol=1e-11, atol=1e-13)
+    path = solve_ivp(
+        field, (0.0, TIMES[-1]), point, method="DOP853", t_eval=TIMES, rtol=1e-11, atol=1e-13
+    )
     return np.split(path.y.T, 2, axis=1)
 
 
@@ -70,7 +75,12 @@ def test_flow_at_time_zero_is_the_limit_of_gradient_flow(case):
     seed, n, d, _ = case
     inputs, targets, u, v = _problem(seed, n, d)
     a, b = np.split(_brute_force(*case)[0], 2)
-    _assert_close(theory.overparametrized_linear_flow(inputs, targets, u, v, time=0.0), a**2 - b**2, 1e-7, case)
+    _assert_close(
+        theory.overparametrized_linear_flow(inputs, targets, u, v, time=0.0),
+        a**2 - b**2,
+        1e-7,
+        case,
+    )
     _assert_close(theory.overparametrized_linear_charges(inputs, u, v, time=0.0), a * b, 1e-7, case)
 
 
@@ -96,9 +106,13 @@ def test_a_wrong_clock_is_rejected(case, wrong_clock):
     _, a, b = _brute_force(*case)
     options = {"time": np.array(TIMES), "noise_constant": wrong_clock * noise_constant}
     mutant = theory.overparametrized_linear_flow(inputs, targets, u, v, **options)
-    assert np.max(np.abs(mutant - (a**2 - b**2))) > 1e-2, f"a clock {wrong_clock} times too fast passed on {case}"
+    assert np.max(np.abs(mutant - (a**2 - b**2))) > 1e-2, (
+        f"a clock {wrong_clock} times too fast passed on {case}"
+    )
     mutant = theory.overparametrized_linear_charges(inputs, u, v, **options)
-    assert np.max(np.abs(mutant - a * b)) > 1e-2, f"a clock {wrong_clock} times too fast passed on {case}"
+    assert np.max(np.abs(mutant - a * b)) > 1e-2, (
+        f"a clock {wrong_clock} times too fast passed on {case}"
+    )
 
 
 def test_the_printed_flow_without_a_quarter_is_rejected():
@@ -121,13 +135,18 @@ def test_time_is_a_semigroup_and_may_come_in_any_order():
     total = np.sqrt(middle**2 + 4.0 * product**2)
     restart = np.sqrt((total + middle) / 2.0), np.sqrt((total - middle) / 2.0)
     _assert_close(
-        theory.overparametrized_linear_flow(inputs, targets, *restart, time=2.0), together[0], 1e-9, "restart"
+        theory.overparametrized_linear_flow(inputs, targets, *restart, time=2.0),
+        together[0],
+        1e-9,
+        "restart",
     )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
 def test_flow_meets_the_linear_program_at_time_200(scale):
-    """d = 100 and s_j about 4: |uv| has decayed to e^{-800}, and the Gram matrix has lost rank (3 < n)."""
+    """d = 100 and s_j about 4: |uv| has decayed to e^{-800}, and the Gram matrix has lost rank (3
+    < n).
+    """
     rng = np.random.default_rng(7)
     inputs, target = rng.normal(size=(30, 100)), np.zeros(100)
     target[[5, 17, 60]] = 1.0, -2.0, 0.5
@@ -148,7 +167,11 @@ def test_linear_program_is_optimal_by_its_dual(seed):
     got = theory.weighted_l1_interpolant(inputs, targets)
     cost = np.sum(inputs**2, axis=0)
     dual = linprog(
-        -targets, A_ub=np.vstack([inputs.T, -inputs.T]), b_ub=np.r_[cost, cost], bounds=(None, None), method="highs"
+        -targets,
+        A_ub=np.vstack([inputs.T, -inputs.T]),
+        b_ub=np.r_[cost, cost],
+        bounds=(None, None),
+        method="highs",
     )
     slack = cost - np.abs(inputs.T @ dual.x)
     assert np.min(slack) > -1e-8
@@ -158,10 +181,19 @@ def test_linear_program_is_optimal_by_its_dual(seed):
 
 
 def test_linear_program_uses_the_squared_column_norms():
-    """Plain l1 would take w = (0, 1): cost 1 against 2. The weights are 1 and 4: (2, 0) costs 2 against 4."""
-    _assert_close(theory.weighted_l1_interpolant(np.array([[1.0, 2.0]]), np.array([2.0])), [2.0, 0.0], 1e-9, "weights")
+    """Plain l1 would take w = (0, 1): cost 1 against 2. The weights are 1 and 4: (2, 0) costs 2
+    against 4.
+    """
     _assert_close(
-        theory.overparametrized_linear_flow(np.array([[1.0, 2.0]]), np.array([2.0]), *np.ones((2, 2)), time=50.0),
+        theory.weighted_l1_interpolant(np.array([[1.0, 2.0]]), np.array([2.0])),
+        [2.0, 0.0],
+        1e-9,
+        "weights",
+    )
+    _assert_close(
+        theory.overparametrized_linear_flow(
+            np.array([[1.0, 2.0]]), np.array([2.0]), *np.ones((2, 2)), time=50.0
+        ),
         [2.0, 0.0],
         1e-9,
         "the end of the flow",
@@ -170,19 +202,25 @@ def test_linear_program_uses_the_squared_column_norms():
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 30.0])
 def test_kernel_rich_interpolant_is_stationary(scale):
-    """grad Q_alpha = arcsinh(theta / 2 alpha^2) lies in the row space of X; Q_alpha is convex, so that suffices."""
+    """grad Q_alpha = arcsinh(theta / 2 alpha^2) lies in the row space of X; Q_alpha is convex, so
+    that suffices.
+    """
     inputs, targets, _, _ = _problem(3, 4, 9)
     theta = theory.kernel_rich_interpolant(inputs, targets, scale=scale)
     gradient = np.arcsinh(theta / (2.0 * scale**2))
     tangent = gradient - np.linalg.pinv(inputs) @ (inputs @ gradient)
     _assert_close(inputs @ theta, targets, 1e-11, "interpolates")
-    _assert_close(tangent, 0.0, 1e-9 * max(1.0, np.max(np.abs(gradient))), f"stationary at scale {scale}")
+    _assert_close(
+        tangent, 0.0, 1e-9 * max(1.0, np.max(np.abs(gradient))), f"stationary at scale {scale}"
+    )
 
 
 def test_kernel_rich_interpolant_is_where_gradient_flow_lands():
     inputs, targets, _, _ = _problem(5, 3, 7)
     a, b = np.split(_integrate_gradient_flow(inputs, targets, np.full(7, 0.7), np.full(7, 0.7)), 2)
-    _assert_close(theory.kernel_rich_interpolant(inputs, targets, scale=0.7), a**2 - b**2, 1e-7, "Q_alpha")
+    _assert_close(
+        theory.kernel_rich_interpolant(inputs, targets, scale=0.7), a**2 - b**2, 1e-7, "Q_alpha"
+    )
 
 
 def test_kernel_rich_interpolant_runs_from_l1_to_l2():
@@ -204,7 +242,9 @@ def test_min_norm_interpolant_is_where_gradient_descent_lands():
         rate = 1.0 / np.linalg.norm(inputs, 2) ** 2
         for _ in range(5000):
             point = point - rate * inputs.T @ (inputs @ point - targets)
-        _assert_close(theory.min_norm_interpolant(inputs, targets, origin), point, 1e-10, "gradient descent")
+        _assert_close(
+            theory.min_norm_interpolant(inputs, targets, origin), point, 1e-10, "gradient descent"
+        )
 
 
 def test_zero_coordinates_stay_absent():
@@ -223,9 +263,13 @@ def test_dependent_rows_and_narrow_dtypes():
     inputs, targets, u, v = _problem(10, 3, 8)
     once = theory.overparametrized_linear_flow(inputs, targets, u, v, time=1.0)
     # Each example twice: n and the column sums double together, so the rates stay.
-    twice = theory.overparametrized_linear_flow(np.r_[inputs, inputs], np.r_[targets, targets], u, v, time=1.0)
+    twice = theory.overparametrized_linear_flow(
+        np.r_[inputs, inputs], np.r_[targets, targets], u, v, time=1.0
+    )
     _assert_close(twice, once, 1e-9, "duplicated examples")
-    narrow = theory.overparametrized_linear_flow(*map(jnp.asarray, (inputs, targets, u, v)), time=jnp.asarray(1.0))
+    narrow = theory.overparametrized_linear_flow(
+        *map(jnp.asarray, (inputs, targets, u, v)), time=jnp.asarray(1.0)
+    )
     assert narrow.dtype == np.float64
     _assert_close(narrow, once, 1e-4, "JAX arrays in")
 
@@ -263,7 +307,9 @@ def test_targets_out_of_reach_raise():
         theory.overparametrized_linear_flow(dependent, inconsistent, u, v, time=1.0)
     with pytest.raises(RuntimeError, match="range of the inputs"):
         theory.weighted_l1_interpolant(dependent, inconsistent)
-    with pytest.raises(RuntimeError, match="signs"):  # v = 0: w >= 0 cannot produce negative outputs of positive inputs
+    with pytest.raises(
+        RuntimeError, match="signs"
+    ):  # v = 0: w >= 0 cannot produce negative outputs of positive inputs
         theory.overparametrized_linear_flow(np.abs(inputs), -np.ones(3), u, 0.0 * v, time=1.0)
     with pytest.raises(RuntimeError, match="signs"):
         theory.overparametrized_linear_flow(inputs, targets, 0.0 * u, 0.0 * v, time=1.0)
