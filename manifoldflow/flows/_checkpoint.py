@@ -21,7 +21,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str, times: Array, coordinates: Coordinates):
-        self.path = path if path.endswith(".npz") else path + ".npz"
+        self.path = _with_suffix(path)
         self._times = np.asarray(times)
         self._start, self._treedef = jax.tree.flatten(coordinates)
         self._columns: dict[str, list[np.ndarray]] = {}
@@ -77,6 +77,11 @@ class Checkpoint:
         return np.stack(self._columns[name][:num_done])
 
 
+def _with_suffix(path: str | os.PathLike[str]) -> str:
+    path = os.fspath(path)
+    return path if path.endswith(".npz") else path + ".npz"
+
+
 def flat_names(observables: PyTree[Array]) -> dict[str, Array]:
     """Observables under one name each, `loss` or `spectrum['top']`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(observables)
@@ -92,7 +97,7 @@ def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, 
     """
     coordinates, remainder = _tree.split(point)
     leaves, treedef = jax.tree.flatten(coordinates)
-    with np.load(os.fspath(path)) as stored:
+    with np.load(_with_suffix(path)) as stored:
         columns = [stored.get(f"point_{i}") for i in range(len(leaves))]
         times = stored["times"]
     if any(c is None or c.shape[1:] != x.shape for c, x in zip(columns, leaves)):

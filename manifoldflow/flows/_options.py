@@ -1,5 +1,6 @@
 """What `solve` can be asked for: checked, and made ready to pass through jit."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ class Options(eqx.Module):
 
 
 def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:
-    if not is_traced(end_time) and not float(end_time) > 0:
+    if not is_traced(end_time) and not 0 < float(end_time) < math.inf:
         raise ValueError(f"end_time must be positive and finite; got {end_time}.")
     if save_times is None:
         if not isinstance(num_saves, int) or num_saves < 1:
@@ -68,6 +69,11 @@ def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> 
 
 def solver_of(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.AbstractSolver:
     solver = dfx.Tsit5() if solver is None else solver
+    if not is_traced(step_size) and step_size is not None and not 0 < float(step_size) < math.inf:
+        raise ValueError(
+            f"step_size must be positive and finite; got {step_size}. Leave it out for "
+            "adaptive steps."
+        )
     if step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):
         raise ValueError(
             f"{type(solver).__name__} estimates no error, so it cannot choose its own steps. "

@@ -137,7 +137,7 @@ def _solve(
     options: Options,
 ) -> Solution:
     coordinates, remainder = flow.split(point)
-    start, start_ok = _started(flow, coordinates, remainder)
+    start, start_result = _started(flow, coordinates, remainder)
 
     def observed(y: Coordinates) -> dict[str, PyTree[Array]]:
         here = _tree.join(y, remainder)
@@ -186,7 +186,7 @@ def _solve(
     last = jax.tree.map(lambda leaf: leaf[0], last)
     reached = jnp.isfinite(solution.ts[0])
     max_defect = jnp.max(jnp.where(reached, saved.defect, 0))
-    result = _result(flow, solution.result, start_ok, last, max_defect)
+    result = _result(flow, solution.result, start_result, last, max_defect)
     is_early = result == RESULTS.stopped_early
     is_fine = is_early | (result == RESULTS.successful)
 
@@ -235,13 +235,12 @@ def _touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[C
 
 def _started(
     flow: AbstractFlow, coordinates: Coordinates, remainder: Point
-) -> tuple[Coordinates, Flag]:
-    """The point of the flow's manifold to start from, and whether there is one."""
+) -> tuple[Coordinates, RESULTS]:
+    """The point of the flow's manifold to start from, and how it was found."""
     if flow.manifold is None:
-        return coordinates, jnp.asarray(True)
+        return coordinates, RESULTS.successful
     point, info = flow.manifold.project_with_info(_tree.join(coordinates, remainder))
-    is_ok = info.is_successful
-    return _tree.where(is_ok, flow.split(point)[0], coordinates), is_ok
+    return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
 
 
 def _first_step(
@@ -265,7 +264,7 @@ def _controller(options: Options, end_time: Scalar) -> dfx.AbstractStepSizeContr
 
 
 def _result(
-    flow: AbstractFlow, result: dfx.RESULTS, start_ok: Flag, last: _Save, max_defect: Scalar
+    flow: AbstractFlow, result: dfx.RESULTS, start: RESULTS, last: _Save, max_defect: Scalar
 ) -> RESULTS:
     ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
@@ -281,7 +280,7 @@ def _result(
     if flow.manifold is not None:
         lost = ended & finite & ~jnp.isfinite(max_defect)
         ours = RESULTS.where(lost, RESULTS.not_on_manifold, ours)
-    return RESULTS.where(start_ok, ours, RESULTS.not_on_manifold)
+    return RESULTS.where(start == RESULTS.successful, ours, start)
 
 
 def _stats(solution: dfx.Solution, options: Options, max_defect: Scalar) -> dict[str, Array]:

@@ -138,13 +138,14 @@ def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
 @lyapunov_solve.defjvp
 def _lyapunov_solve_jvp(rank, primals, tangents):
     (matrix, rhs), (matrix_dot, rhs_dot) = primals, tangents
-    highest = jax.lax.Precision.HIGHEST
+
+    def matmul(x: Matrix, y: Matrix) -> Matrix:
+        return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
     solution = lyapunov_solve(matrix, rhs, rank)
-    moved = jnp.matmul(matrix_dot, solution, precision=highest)
-    moved_t = jnp.matmul(solution, matrix_dot, precision=highest)
-    inner = lyapunov_solve(matrix, rhs_dot - moved - moved_t, rank)
-    # The range itself turns with H: S = ΠSΠ, so dS has a part dΠ S + S dΠ.
+    # The range itself turns with H: S = ΠSΠ solves HS + SH = Π·rhs·Π.
     _, turn = jax.jvp(lambda m: range_projection(m, rank), (matrix,), (matrix_dot,))
-    turned = jnp.matmul(turn, solution, precision=highest)
-    turned_t = jnp.matmul(solution, turn, precision=highest)
-    return solution, inner + turned + turned_t
+    taken = matmul(turn, rhs) + matmul(rhs, turn)
+    moved = matmul(matrix_dot, solution) + matmul(solution, matrix_dot)
+    inner = lyapunov_solve(matrix, rhs_dot + taken - moved, rank)
+    return solution, inner + matmul(turn, solution) + matmul(solution, turn)

@@ -151,9 +151,18 @@ def _minimizers(
     else:
         found = jax.vmap(lambda y: jnp.asarray(minimizer_fn(y)))(targets)
         found = found.astype(jnp.result_type(found.dtype, jnp.float32))
-    slopes = jax.vmap(jax.grad(loss_fn))(found, targets).reshape(len(found), -1)
-    worst = float(jnp.max(jnp.abs(slopes)))
-    if not worst < jnp.finfo(found.dtype).eps ** 0.5:
+    root = float(jnp.finfo(found.dtype).eps) ** 0.5
+
+    def newton_step(output: Array, target: PyTree[Array]) -> tuple[Array, Array]:
+        slope = jax.grad(loss_fn)(output, target).reshape(-1)
+        inverse = linalg.pseudo_inverse(_output_hessian(loss_fn, output, target), root)
+        return jnp.max(jnp.abs(slope)), jnp.max(jnp.abs(inverse @ slope))
+
+    slopes, steps = jax.vmap(newton_step)(found, targets)
+    worst = float(jnp.max(slopes))
+    # Far out a loss without a minimum is flat as well, but a Newton step still goes on.
+    is_far = float(jnp.max(steps)) > root * (1 + float(jnp.max(jnp.abs(found))))
+    if not worst < root or is_far:
         how = "the numerical search found" if minimizer_fn is None else "minimizer_fn gives"
         raise ValueError(
             f"PerExampleLoss needs outputs at which the loss is minimal; {how} outputs where "
@@ -191,8 +200,8 @@ def _roots_of_constant_rank(hessians: np.ndarray) -> Array:
     if np.any(values < -threshold) or np.any(ranks == 0) or len(set(ranks.tolist())) != 1:
         raise ValueError(
             "PerExampleLoss needs output Hessians at the minimum that are positive "
-            f"semidefinite and of one rank for all examples; got ranks {sorted(set(ranks))} "
-            f"and smallest eigenvalue {values.min():.2g}. Check minimizer_fn."
+            "semidefinite and of one rank for all examples; got ranks "
+            f"{sorted(set(ranks.tolist()))} and smallest eigenvalue {values.min():.2g}. Check minimizer_fn."
         )
     rank = int(ranks[0])
     return jnp.asarray(vectors[:, :, -rank:] * np.sqrt(values[:, None, -rank:]))
