@@ -201,7 +201,8 @@ def _roots_of_constant_rank(hessians: np.ndarray) -> Array:
         raise ValueError(
             "PerExampleLoss needs output Hessians at the minimum that are positive "
             "semidefinite and of one rank for all examples; got ranks "
-            f"{sorted(set(ranks.tolist()))} and smallest eigenvalue {values.min():.2g}. Check minimizer_fn."
+            f"{sorted(set(ranks.tolist()))} and smallest eigenvalue {values.min():.2g}. "
+            "Check minimizer_fn."
         )
     rank = int(ranks[0])
     return jnp.asarray(vectors[:, :, -rank:] * np.sqrt(values[:, None, -rank:]))
