@@ -1,0 +1,161 @@
+"""Each room can be extended by one small class, as the README says: here is one of each."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+
+import checks
+import manifoldflow as mf
+from manifoldflow import diagnostics, linalg, losses, manifolds
+
+
+class DoubleWell(mf.AbstractLoss):
+    """¼(x² + y² − 1)² on points {"x": …, "y": …}."""
+
+    trainable = None
+
+    def __call__(self, point):
+        return (point["x"] ** 2 + point["y"] ** 2 - 1) ** 2 / 4
+
+
+class Circle(mf.AbstractManifold):
+    """The unit circle, with a normal space by hand."""
+
+    loss: losses.AbstractLoss = DoubleWell()
+
+    def codimension(self, point):
+        return 1
+
+    def constraint(self, point):
+        return (point["x"] ** 2 + point["y"] ** 2 - 1)[None]
+
+    def normal_space(self, point):
+        rows = {name: 2 * value[None] for name, value in point.items()}
+        jacobian = linalg.DenseJacobian(rows)
+        return manifolds.GramNormalSpace(jacobian, linalg.DenseGram()(jacobian))
+
+
+class Rotation(mf.AbstractFlow):
+    """Unit speed round the circle."""
+
+    manifold: manifolds.AbstractManifold
+
+    def split(self, point):
+        return self.manifold.split(point)
+
+    def drift(self, point):
+        return {"x": -point["y"], "y": point["x"]}
+
+
+class DiagonalNoise(mf.AbstractNoise):
+    """Independent noise with standard deviation `weights` on each coordinate."""
+
+    weights: jax.Array
+
+    def gradient(self, loss, point, key):
+        return loss.gradient(point) + self.weights * jr.normal(key, point.shape)
+
+    def factor(self, loss, point):
+        return lx.DiagonalLinearOperator(self.weights)
+
+
+class EigenSolve(linalg.AbstractGramSolve):
+    matrix: jax.Array
+
+    def solve(self, vector):
+        return linalg.pseudo_inverse(self.matrix) @ vector
+
+    def damped_solve(self, vector, damping):
+        return jnp.linalg.solve(self.matrix + damping * jnp.eye(len(vector)), vector)
+
+    def eigenvalues(self):
+        return jnp.linalg.eigvalsh(self.matrix)
+
+
+class EigenGram(linalg.AbstractGram):
+    def __call__(self, jacobian):
+        assert isinstance(jacobian, linalg.AbstractJacobian)
+        return EigenSolve(jacobian.gram())
+
+
+class Cubes(mf.AbstractResidualLoss):
+    """Residuals θ³·x − 1 on one number for each example."""
+
+    data: jax.Array
+    trainable = None
+
+    @property
+    def scale(self):
+        return jnp.asarray(1.0)
+
+    def example_residual(self, point, example):
+        return (point**3 * example - 1).reshape(-1)
+
+    def __call__(self, point):
+        return 0.5 * jnp.sum(self.residual(point) ** 2)
+
+    def gauss_newton_root(self, point):
+        return self.jacobian(point)
+
+
+START = {"x": jnp.asarray(1.2), "y": jnp.asarray(0.5)}
+
+
+def test_a_new_manifold_and_flow():
+    circle = Circle()
+    point = circle.project(START)
+    assert isinstance(circle.normal_space(point), manifolds.AbstractNormalSpace)
+    checks.equal("dimension", circle.dimension(point), 1)
+    walk = mf.solve(Rotation(circle), point, end_time=jnp.pi / 2)
+    assert isinstance(walk, mf.Solution)
+    checks.close("a quarter turn, x", walk.final["x"], -point["y"], 1e-5)
+    checks.close("a quarter turn, y", walk.final["y"], point["x"], 1e-5)
+    limit, info = mf.limit_map_with_info(circle, START)
+    assert isinstance(info, mf.Info)
+    radius = jnp.hypot(START["x"], START["y"])
+    checks.close("gradient flow is radial", limit["x"], START["x"] / radius, 1e-6)
+
+
+def test_riemannian_gradient_on_a_circle():
+    point = Circle().project(START)
+    gradient = mf.riemannian_gradient(Circle(), lambda p: p["x"], point)
+    checks.close("P e_x = y·(y, −x)", gradient["x"], point["y"] ** 2, 1e-12)
+    checks.close("P e_x = y·(y, −x)", gradient["y"], -point["x"] * point["y"], 1e-12)
+
+
+def test_a_new_noise():
+    weights = jnp.array([1.0, 2.0, 3.0])
+    loss = mf.FunctionLoss(lambda x: 0.5 * jnp.sum(x**2))
+    noise, point = DiagonalNoise(weights), jnp.zeros(3)
+    covariance = noise.covariance(loss, point).as_matrix()
+    checks.close("F Fᵀ", covariance, jnp.diag(weights**2), 1e-14)
+    keys = jr.split(jr.key(0), 4000)
+    drawn = jax.vmap(lambda key: noise.gradient(loss, point, key))(keys)
+    # A sample variance has relative standard error √(2/4000) = 2.2 %: four of them.
+    checks.at_most("variance", jnp.max(jnp.abs(jnp.var(drawn, axis=0) / weights**2 - 1)), 0.09)
+
+
+def test_a_new_loss_and_gram_solver():
+    loss = Cubes(jnp.array([2.0]))
+    point = jnp.array([0.9, 1.1])[:1]
+    expected = 0.5 ** (1 / 3)
+    manifold = mf.ZeroLossManifold(loss, gram=EigenGram())
+    checks.close("θ³·2 = 1", manifold.project(point), jnp.array([expected]), 1e-12)
+    checks.close("tr H = (3θ²·2)²", loss.trace_gauss_newton(point), 36 * point[0] ** 4, 1e-12)
+
+
+def test_a_norm_as_a_loss():
+    loss = losses.SquaredNorm(lambda p: {"a": p["x"] - 1, "b": p["y"] * 2})
+    checks.close("½‖f‖²", loss(START), 0.5 * (0.2**2 + 1.0), 1e-12)
+    space = mf.MinimizerManifold(DoubleWell(), 1).normal_space(START)
+    assert isinstance(space, manifolds.HessianNormalSpace)
+
+
+def test_large_problems_are_structured():
+    model = eqx.nn.MLP(20, 1, 64, 1, activation=jnp.tanh, key=jr.key(0))
+    loss = mf.LeastSquares(jr.normal(jr.key(1), (60, 20)), jnp.zeros((60, 1)))
+    assert isinstance(loss.jacobian(model), linalg.StructuredJacobian)
+    assert isinstance(mf.explain(loss, model), diagnostics.Explanation)
+    assert isinstance(loss.select(jnp.arange(5)).jacobian(model), linalg.DenseJacobian)
