@@ -5,6 +5,7 @@ python -m manifoldflow --examples 50 --width 64 --end-time 200
 
 import argparse
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"manifoldflow: {error}", file=sys.stderr)
         return 2
     except eqx.EquinoxRuntimeError as error:
-        print(f"manifoldflow: {str(error).splitlines()[0]}", file=sys.stderr)
+        sentence = re.search(r"EquinoxRuntimeError: (.*)", str(error))
+        print(f"manifoldflow: {sentence[1] if sentence else error}", file=sys.stderr)
         return 1
     return 0
 
@@ -111,20 +113,31 @@ def _run(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> tuple[tuple, tuple, bool]:
     """`(training pair, test pair, are the targets classes?)`."""
-    if options.examples < 1:
-        raise ValueError(f"--examples must be at least 1; got {options.examples}.")
+    for name in ("examples", "width"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+    if not 0 < options.end_time < float("inf"):
+        raise ValueError(f"--end-time must be positive and finite; got {options.end_time}.")
     if options.data is None:
         train = mf.models.digits(options.examples, seed=options.seed)
         return train, mf.models.digits(test=True, seed=options.seed), True
     inputs, targets = _read(options.data)
+    if len(inputs) != len(targets):
+        raise ValueError(f"{options.data}: {len(inputs)} inputs, but {len(targets)} targets.")
+    for name, array in (("inputs", inputs), ("targets", targets)):
+        bad = np.argwhere(~np.isfinite(np.asarray(array, float)))
+        if len(bad):
+            raise ValueError(f"{options.data}: {name} are not finite at index {bad[0].tolist()}.")
     if len(inputs) <= options.examples:
         raise ValueError(
             f"{options.data} has {len(inputs)} examples; --examples {options.examples} must leave "
             "some of them for testing."
         )
-    is_classes = np.issubdtype(targets.dtype, np.integer)
+    is_classes = targets.ndim == 1 and not np.issubdtype(targets.dtype, np.inexact)
     if is_classes:
-        targets = np.eye(targets.max() + 1)[targets]
+        classes, indices = np.unique(targets, return_inverse=True)
+        targets = np.eye(len(classes))[indices]
+    print(f"{options.data}: " + (f"{len(classes)} classes" if is_classes else "real targets"))
     order = np.random.default_rng(options.seed).permutation(len(inputs))
     chosen, rest = order[: options.examples], order[options.examples :]
     targets = targets.reshape(len(targets), -1).astype(float)
@@ -146,7 +159,7 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         if table.ndim != 2 or table.shape[1] < 2:
             raise ValueError(f"{path} needs at least two columns of numbers.")
         targets = table[:, -1]
-        is_whole = np.all(targets == np.round(targets)) and targets.min() >= 0
+        is_whole = np.all(targets == np.round(targets))
         return table[:, :-1], targets.astype(int) if is_whole else targets
     raise ValueError(f"--data takes a .npz or a .csv file; got {path}.")
 

@@ -1,5 +1,6 @@
 """Checks of what a user hands in, and the sentences that say what is wrong."""
 
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -47,13 +48,25 @@ def _finite(name: str, array: Array) -> Array:
     return array
 
 
+def checked_count(name: str, value: Any) -> int:
+    """A positive Python integer, from any integer type."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    return count
+
+
 def checked_nonnegative(name: str, value: Any, mend: str) -> Array:
     """A scalar array that is finite and at least zero."""
     array = jnp.asarray(value)
     if array.ndim:
         raise ValueError(f"{name} must be a scalar; got shape {array.shape}.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jnp.result_type(float))
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    # With a dtype of its own, so that 2 after 1.0 does not retrace.
+    array = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))
     wrong = ~((array >= 0) & jnp.isfinite(array))
     message = f"{name} must be finite and not negative. {mend}"
     if isinstance(array, jax.core.Tracer):

@@ -36,6 +36,7 @@ class RESULTS(eqx.Enumeration):
         "A stationary point was found whose Hessian is not positive on the normal space: "
         "a saddle. Check `rank`, or start elsewhere."
     )
+    bad_end_time = "end_time must be positive and finite."
     nonfinite = (
         "NaN or infinity appeared. Check the model at the start, lower the step size or "
         "tighten the tolerances."
@@ -71,7 +72,8 @@ def delivered(value: PyTree[Array], info: Info, throw: bool) -> PyTree[Array]:
     failed = ~info.is_successful
     if throw:
         return info.result.error_if(value, failed)
-    return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), value)
+    # A product, so that derivatives of a failed member are NaN as well, and not zero.
+    return jax.tree.map(lambda leaf: leaf * jnp.where(failed, jnp.nan, 1).astype(leaf.dtype), value)
 
 
 class Solution(eqx.Module):

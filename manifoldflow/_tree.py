@@ -55,7 +55,8 @@ def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, P
     coordinates, remainder = eqx.partition(point, eqx.is_inexact_array)
     if trainable is not None:
         try:
-            kept, frozen = eqx.partition(coordinates, trainable.tree)
+            spec = jax.tree.map(lambda leaf: leaf if callable(leaf) else bool(leaf), trainable.tree)
+            kept, frozen = eqx.partition(coordinates, spec)
         except ValueError as error:
             raise ValueError(
                 "`trainable` must be True, False, a function of a leaf, or a PyTree "
@@ -93,9 +94,10 @@ def as_tangent(coordinates: Coordinates, vector: PyTree[Any], name: str = "vecto
             fits = False
         else:
             fits = jax.tree.map(lambda c, t: c.shape == t.shape, coordinates, tangent)
-    if not all(jax.tree.leaves(fits)):
+    is_real = not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(tangent))
+    if not (all(jax.tree.leaves(fits)) and is_real):
         raise ValueError(
-            f"{name} must have the structure and shapes of the point's coordinates "
+            f"{name} must be real with the structure and shapes of the point's coordinates "
             f"{shapes_of(coordinates)}; got {shapes_of(vector)}. Gradients taken with "
             "`eqx.filter_grad` and the results of `random_tangent` have them."
         )
@@ -110,7 +112,8 @@ def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
     """Floating leaves in `dtype`, so that data never promote the point's precision."""
 
     def cast(leaf: Any) -> Any:
-        return leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
+        is_float = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if is_float else leaf
 
     return jax.tree.map(cast, tree)
 
@@ -128,11 +131,13 @@ def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
 
 
 def add(x: Tangent, y: Tangent) -> Tangent:
-    return jax.tree.map(jnp.add, x, y)
+    """x + y, in the dtypes of x."""
+    return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), x, y)
 
 
 def subtract(x: Tangent, y: Tangent) -> Tangent:
-    return jax.tree.map(jnp.subtract, x, y)
+    """x − y, in the dtypes of x."""
+    return jax.tree.map(lambda a, b: (a - b).astype(a.dtype), x, y)
 
 
 def scale(factor: Any, x: Tangent) -> Tangent:

@@ -85,7 +85,7 @@ def test_a_killed_walk_goes_on(tmp_path):
     [
         (["--examples", "0"], "--examples must be at least 1"),
         (["--examples", "2000"], "between 1 and 1000"),
-        (["--end-time", "-1"], "end_time must be positive"),
+        (["--end-time", "-1"], "--end-time must be positive"),
         (["--examples", "50", "--width", "2"], "Use fewer examples or a wider model"),
         (["--data", "nothing.xyz"], ".npz or a .csv"),
     ],

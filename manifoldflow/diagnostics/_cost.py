@@ -42,11 +42,13 @@ def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
 
     Args:
         loss: a residual loss.
-        point: the model, or shapes of it (`jax.eval_shape`).
+        point: the model.
 
     Returns:
         A tuple of `LeafCost`, which prints as a table.
     """
+    if not isinstance(loss, AbstractResidualLoss):
+        raise ValueError(f"explain needs a loss with residuals; got {type(loss).__name__}.")
     coordinates, remainder = loss.split(point)
     data = _tree.cast_floats(loss.data, _tree.dtype_of(coordinates))
 

@@ -8,47 +8,68 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._types import Coordinates, Point
+from manifoldflow._types import Coordinates, Point, Tangent
 
 Saved = tuple[Coordinates, dict[str, PyTree[Array]]]
 
 
 class Checkpoint:
-    """An .npz file with `times` (all save times) and, for those done, `point_i` and `name`.
+    """An .npz file with all save times and, for those that are done, points and observables.
 
     Each save rewrites the file under another name and moves it into place: whatever
     moment a run is killed at, the file is whole.
     """
 
-    def __init__(self, path: str, times: Array, coordinates: Coordinates):
+    def __init__(
+        self,
+        path: str,
+        times: Array,
+        coordinates: Coordinates,
+        velocity: Tangent,
+        observables: PyTree[Any],
+    ):
+        """What tells this solve from others: its times, its start, the flow's drift there
+        (which changes with the loss, the data and the noise), and what it observes."""
         self.path = _with_suffix(path)
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         self._times = np.asarray(times)
         self._start, self._treedef = jax.tree.flatten(coordinates)
+        self._velocity = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(velocity)])
+        self._names = set(flat_names(observables))
         self._columns: dict[str, list[np.ndarray]] = {}
 
     def load(self) -> int:
         """How many saves the file holds already; 0 without a file.
 
         Raises:
-            ValueError: the file belongs to a solve with another start or other times.
+            ValueError: the file belongs to another solve; says in what it differs.
         """
         if not os.path.exists(self.path):
             return 0
         with np.load(self.path) as stored:
             columns = {name: stored[name] for name in stored.files}
-        times = columns.pop("times")
+        times, velocity = columns.pop("times"), columns.pop("velocity", np.zeros(0))
         same_times = times.shape == self._times.shape and np.allclose(times, self._times)
         starts = [columns.get(f"point_{i}") for i in range(len(self._start))]
         same_start = all(
             there is not None and there.shape[1:] == here.shape and np.allclose(there[0], here)
             for there, here in zip(starts, self._start)
         )
-        if not (same_times and same_start):
-            raise ValueError(
-                f"The checkpoint {self.path} belongs to a solve with "
-                f"{'another start' if same_times else 'other save times'}. Delete it, or "
-                "give this solve another file."
-            )
+        same_flow = velocity.shape == self._velocity.shape and np.allclose(
+            velocity, self._velocity, rtol=1e-3, atol=1e-3 * np.linalg.norm(self._velocity)
+        )
+        names = {name for name in columns if not name.startswith("point_")}
+        for is_same, what in (
+            (same_times, "other save times"),
+            (same_start, "another start"),
+            (same_flow, "another flow, loss or noise"),
+            (names == self._names, f"other observables, {sorted(names)}"),
+        ):
+            if not is_same:
+                raise ValueError(
+                    f"The checkpoint {self.path} belongs to a solve with {what}. Delete it, or "
+                    "give this solve another file."
+                )
         self._columns = {name: list(column) for name, column in columns.items()}
         return len(self._columns["point_0"])
 
@@ -69,7 +90,7 @@ class Checkpoint:
         partial = self.path + ".partial"
         with open(partial, "wb") as file:
             columns: dict[str, Any] = {n: np.stack(c) for n, c in self._columns.items()}
-            np.savez(file, times=self._times, **columns)
+            np.savez(file, times=self._times, velocity=self._velocity, **columns)
         os.replace(partial, self.path)
 
     def before(self, num_done: int, name: str) -> np.ndarray:

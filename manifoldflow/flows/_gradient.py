@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
@@ -28,6 +30,7 @@ class GradientFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.loss.split(point)
 
+    @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         return _tree.scale(-1, self.loss.gradient(point))
 
@@ -50,5 +53,6 @@ class RiemannianGradientFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         return _tree.scale(-1, riemannian_gradient(self.manifold, self.fn, point))

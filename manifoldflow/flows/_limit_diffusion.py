@@ -1,5 +1,7 @@
 """Where SGD goes after the loss is zero, in the limit of small learning rates."""
 
+import equinox as eqx
+
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
@@ -58,6 +60,7 @@ class LimitDiffusion(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """−(c/4) P∇tr∇²L."""
         return self.normal_regularisation(point)

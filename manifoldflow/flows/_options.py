@@ -1,7 +1,7 @@
 """What `solve` can be asked for: checked, and made ready to pass through jit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffrax as dfx
@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from manifoldflow._errors import is_traced
+from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._solution import Observables
 from manifoldflow._types import Coordinates, Point, Scalar
 
@@ -19,7 +19,7 @@ Report = Callable[[Any, Coordinates, PyTree[Array]], None]
 class Stationary(eqx.Module):
     """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
 
-    tolerance: float
+    tolerance: Scalar = eqx.field(converter=lambda value: jnp.asarray(value, float))
 
 
 class Options(eqx.Module):
@@ -39,11 +39,12 @@ class Options(eqx.Module):
 
 
 def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:
+    if jnp.ndim(end_time) or isinstance(end_time, str):
+        raise ValueError(f"end_time must be one number; got {end_time!r}.")
     if not is_traced(end_time) and not 0 < float(end_time) < math.inf:
         raise ValueError(f"end_time must be positive and finite; got {end_time}.")
     if save_times is None:
-        if not isinstance(num_saves, int) or num_saves < 1:
-            raise ValueError(f"num_saves must be a positive integer; got {num_saves!r}.")
+        num_saves = checked_count("num_saves", num_saves)
         fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
         return fractions * jnp.asarray(end_time, dtype)
     wanted = jnp.asarray(save_times, dtype)
@@ -69,6 +70,8 @@ def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> 
 
 def solver_of(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.AbstractSolver:
     solver = dfx.Tsit5() if solver is None else solver
+    if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
+        raise ValueError(f"solver must be a Diffrax solver, as diffrax.Tsit5(); got {solver!r}.")
     if not is_traced(step_size) and step_size is not None and not 0 < float(step_size) < math.inf:
         raise ValueError(
             f"step_size must be positive and finite; got {step_size}. Leave it out for "
@@ -83,6 +86,8 @@ def solver_of(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.Abstract
 
 
 def checked_observables(observe: Observables | None) -> dict[str, Callable[[Point], Any]]:
+    if observe is not None and not isinstance(observe, Mapping):
+        raise ValueError(f"observe must map names to functions of a point; got {observe!r}.")
     observe = dict(observe or {})
     for name, fn in observe.items():
         if not callable(fn):
@@ -93,6 +98,11 @@ def checked_observables(observe: Observables | None) -> dict[str, Callable[[Poin
 
 
 def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
+    is_known = isinstance(progress, bool | dfx.AbstractProgressMeter) or callable(progress)
+    if not is_known:
+        raise ValueError(
+            f"progress must be a bool, a Diffrax progress meter or a function; got {progress!r}."
+        )
     if progress is True:
         return dfx.TextProgressMeter()
     return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()

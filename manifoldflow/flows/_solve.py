@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._errors import is_traced
+from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._solution import Observables, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
@@ -89,6 +89,12 @@ def solve(
         EquinoxRuntimeError: a failed solve, with the message of its `RESULTS` member.
     """
     del key
+    if not isinstance(flow, AbstractFlow):
+        raise ValueError(
+            f"solve follows a flow, e.g. LimitDiffusion(manifold, noise); got "
+            f"{type(flow).__name__}."
+        )
+    max_steps = checked_count("max_steps", max_steps)
     coordinates, remainder = flow.split(point)
     dtype = _tree.dtype_of(coordinates)
     times = save_times_of(end_time, num_saves, save_times, dtype)
@@ -111,7 +117,9 @@ def solve(
     if is_traced((point, times)):
         raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
     start = _started(flow, coordinates, remainder)[0]
-    file = Checkpoint(os.fspath(checkpoint), times, start)
+    here = _tree.join(start, remainder)
+    observables = {name: eqx.filter_eval_shape(fn, here) for name, fn in options.observe.items()}
+    file = Checkpoint(os.fspath(checkpoint), times, start, flow.drift(here), observables)
     num_done = max(file.load(), 1)
     if num_done > 1:
         point = _tree.join(file.last_point(), remainder)
@@ -186,11 +194,15 @@ def _solve(
     last = jax.tree.map(lambda leaf: leaf[0], last)
     reached = jnp.isfinite(solution.ts[0])
     max_defect = jnp.max(jnp.where(reached, saved.defect, 0))
-    result = _result(flow, solution.result, start_result, last, max_defect)
+    result = _result(flow, solution.result, start_result, last, max_defect, end_time)
     is_early = result == RESULTS.stopped_early
     is_fine = is_early | (result == RESULTS.successful)
 
     def filled(leaf: Array, end: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            end = jnp.where(is_early, end, jnp.zeros_like(end))
+            mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.where(mask, leaf, end)
         end = jnp.where(is_early, end, jnp.full_like(end, jnp.nan))
         mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(mask, leaf, end.astype(leaf.dtype))
@@ -264,7 +276,12 @@ def _controller(options: Options, end_time: Scalar) -> dfx.AbstractStepSizeContr
 
 
 def _result(
-    flow: AbstractFlow, result: dfx.RESULTS, start: RESULTS, last: _Save, max_defect: Scalar
+    flow: AbstractFlow,
+    result: dfx.RESULTS,
+    start: RESULTS,
+    last: _Save,
+    max_defect: Scalar,
+    end_time: Scalar,
 ) -> RESULTS:
     ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
@@ -280,7 +297,9 @@ def _result(
     if flow.manifold is not None:
         lost = ended & finite & ~jnp.isfinite(max_defect)
         ours = RESULTS.where(lost, RESULTS.not_on_manifold, ours)
-    return RESULTS.where(start == RESULTS.successful, ours, start)
+    ours = RESULTS.where(start == RESULTS.successful, ours, start)
+    is_forward = (end_time > 0) & jnp.isfinite(end_time)
+    return RESULTS.where(is_forward, ours, RESULTS.bad_end_time)
 
 
 def _stats(solution: dfx.Solution, options: Options, max_defect: Scalar) -> dict[str, Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._errors import checked_data, checked_nonnegative
+from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractResidualLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -23,6 +23,8 @@ class LeastSquares(AbstractResidualLoss):
         inputs: PyTree of arrays with a leading axis of N examples; integers are welcome.
         targets: array (N, *output); integers are cast to the point's dtype.
         predict: `predict(point, x)` maps one example to its output; by default `point(x)`.
+            To differentiate in values it uses, hand them over: `jax.tree_util.Partial(fn, a)`
+            or a module; values it merely closes over cannot be differentiated in.
         scale: the factor s above. Default 1/n, n = N × outputs: half the mean square.
             `scale=2` is the sum of squares of Gatmiry2024, 1/N the mean of LiWangArora2022.
         trainable: which leaves of the point may move: a PyTree prefix of booleans or
@@ -48,13 +50,21 @@ class LeastSquares(AbstractResidualLoss):
         scale: Any = None,
         trainable: PyTree[Any] | None = None,
     ):
+        if len(jax.tree.leaves(targets)) != 1 or jnp.iscomplexobj(jax.tree.leaves(targets)[0]):
+            raise ValueError(
+                f"LeastSquares: targets must be one real array (examples, *output); got "
+                f"{shapes_of(targets)}. Concatenate several outputs in `predict`."
+            )
         self.inputs, targets = checked_data("LeastSquares", (inputs, targets))
+        (targets,) = jax.tree.leaves(targets)
         if not jnp.issubdtype(targets.dtype, jnp.inexact):
             targets = targets.astype(jnp.result_type(float))
         self.targets = targets
         self.predict = _tree.as_pytree_callable(call_point if predict is None else predict)
         scale = 1 / targets.size if scale is None else scale
         self.scale = checked_nonnegative("LeastSquares: scale", scale, "Try scale=None, 1/n.")
+        if not is_traced(self.scale) and not self.scale > 0:
+            raise ValueError("LeastSquares: scale must be positive; got 0. Try scale=None, 1/n.")
         self.trainable = None if trainable is None else _tree.Static(trainable)
 
     @property

@@ -12,7 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._errors import checked_data, is_traced
+from manifoldflow._errors import checked_data, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractResidualLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -178,7 +178,7 @@ def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
     if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.inexact):
         raise ValueError(
             "PerExampleLoss can search for the minimising outputs only where targets are one "
-            f"floating array shaped like the outputs; got {target}. Pass minimizer_fn."
+            f"floating array shaped like the outputs; got {shapes_of(target)}. Pass minimizer_fn."
         )
     start = jnp.zeros(leaves[0].shape, leaves[0].dtype)
     tolerance = float(jnp.finfo(start.dtype).eps) ** 0.75

@@ -36,6 +36,8 @@ def model_output(
             "Stateful layers return more: apply `eqx.nn.inference_mode` to the model, or "
             "give the loss a `predict` that returns the array alone."
         )
+    if jnp.iscomplexobj(output):
+        raise ValueError("The model's output is complex; return real and imaginary parts instead.")
     if shape is not None and output.shape != shape:
         raise ValueError(
             f"The model's output for one example has shape {output.shape}, its target has "

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._errors import shapes_of
-from manifoldflow._types import Point
+from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._normal_space import Constraint, GramNormalSpace
@@ -18,7 +19,9 @@ class LevelSet(AbstractManifold):
     """{θ : fn(θ) = 0} for any smooth function of a PyTree.
 
     Args:
-        fn: point → array or PyTree of arrays, n numbers in all.
+        fn: point → array or PyTree of arrays, n numbers in all. To differentiate in values
+            it uses, hand them over as `jax.tree_util.Partial(fn, a)` or in a module; values
+            it merely closes over cannot be differentiated in.
         gram: how Gram matrices are solved; by default `linalg.DenseGram()`.
         trainable: which leaves are coordinates, as for `LeastSquares`.
 
@@ -95,8 +98,18 @@ class ZeroLossManifold(AbstractManifold):
 def gram_normal_space(
     loss: AbstractResidualLoss, gram: linalg.AbstractGram, point: Point
 ) -> GramNormalSpace:
+    check_precision(loss.split(point)[0])
     jacobian = loss.jacobian(point)
     return GramNormalSpace(jacobian, gram(jacobian))
+
+
+def check_precision(coordinates: Coordinates) -> None:
+    dtype = _tree.dtype_of(coordinates)
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"Manifolds need points in float32 or float64; got {dtype}. Cast the model, e.g. "
+            "jax.tree.map(lambda x: x.astype(jnp.float32), params)."
+        )
 
 
 def check_codimension(manifold: AbstractManifold, point: Point) -> None:

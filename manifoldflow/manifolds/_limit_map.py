@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from manifoldflow import _tree
 from manifoldflow._solution import delivered, Info, RESULTS
@@ -35,7 +35,7 @@ def limit_map(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,
     *,
-    rtol: float | None = None,
+    rtol: ArrayLike | None = None,
     max_steps: int = 1000,
     throw: bool = True,
 ) -> Point:
@@ -65,20 +65,32 @@ def limit_map(
     )[0]
 
 
-@eqx.filter_jit
 def limit_map_with_info(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,
     *,
-    rtol: float | None = None,
+    rtol: ArrayLike | None = None,
     max_steps: int = 1000,
     throw: bool = False,
 ) -> tuple[Point, Info]:
     """As `limit_map`, with the `Info` of the solve."""
+    rtol = None if rtol is None else jnp.asarray(rtol)  # an argument, not a constant
+    return _limit_map(loss_or_manifold, point, rtol, max_steps, throw)
+
+
+@eqx.filter_jit
+def _limit_map(
+    loss_or_manifold: AbstractLoss | AbstractManifold,
+    point: Point,
+    rtol: Scalar | None,
+    max_steps: int,
+    throw: bool,
+) -> tuple[Point, Info]:
     manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
-    if rtol is None:
-        rtol = 1e-6 if jnp.finfo(_tree.dtype_of(coordinates)).eps < 1e-10 else 1e-3
+    dtype = _tree.dtype_of(coordinates)
+    default = 1e-6 if jnp.finfo(dtype).eps < 1e-10 else 1e-3
+    rtol = jnp.asarray(default if rtol is None else rtol, dtype)
     limit, info = _limit(manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps)
     return _tree.join(delivered(limit, info, throw), remainder), info
 
@@ -118,7 +130,7 @@ def _limit(
     coordinates: Coordinates,
     remainder: Point,
     *,
-    rtol: float,
+    rtol: Scalar,
     max_steps: int,
 ) -> tuple[Coordinates, Info]:
     end, _ = _follow(manifold, coordinates, remainder, rtol, max_steps, None)
@@ -126,7 +138,7 @@ def _limit(
 
 
 @_limit.def_jvp
-def _limit_jvp(primals: tuple, tangents: tuple, *, rtol: float, max_steps: int) -> tuple:
+def _limit_jvp(primals: tuple, tangents: tuple, *, rtol: Scalar, max_steps: int) -> tuple:
     # The tangent follows the variational equation, by the same steps with the same
     # frozen matrices: a scan, so that it can be transposed. P at the end takes out what
     # the last projection takes out, and is all there is if the start is on the manifold.
@@ -167,7 +179,7 @@ def _follow(
     manifold: AbstractManifold,
     coordinates: Coordinates,
     remainder: Point,
-    rtol: float,
+    rtol: Scalar,
     max_steps: int,
     history: Any,
 ) -> tuple[_State, Any]:
@@ -178,7 +190,7 @@ def _follow(
     """
     loss = manifold.loss
     dtype = _tree.dtype_of(coordinates)
-    local_rtol = max(0.05 * rtol, 4 * float(jnp.finfo(dtype).eps))
+    local_rtol = jnp.maximum(0.05 * rtol, 4 * jnp.finfo(dtype).eps).astype(dtype)
 
     def body(carry: tuple[_State, Any]) -> tuple[_State, Any]:
         state, history = carry
@@ -243,7 +255,7 @@ def _step_factor(ratio: Scalar) -> Scalar:
 
 
 def _landed(
-    manifold: AbstractManifold, end: _State, remainder: Point, rtol: float
+    manifold: AbstractManifold, end: _State, remainder: Point, rtol: Scalar
 ) -> tuple[Coordinates, Info]:
     limit, info = land(manifold, end.coordinates, remainder)
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._errors import checked_count
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._base import AbstractManifold
@@ -30,13 +31,9 @@ class MinimizerManifold(AbstractManifold):
     rank_rule: int | float = eqx.field(static=True)
 
     def __init__(self, loss: AbstractLoss, rank: int | float):
-        if isinstance(rank, bool) or (isinstance(rank, int) and rank < 1) or rank <= 0:
-            raise ValueError(
-                f"MinimizerManifold needs a positive rank; got {rank!r}. At rank 0 every "
-                "point is a minimiser and there is no normal space."
-            )
+        is_cutoff = isinstance(rank, float) and 0 < rank < 1
         self.loss = loss
-        self.rank_rule = rank
+        self.rank_rule = rank if is_cutoff else checked_count("MinimizerManifold: rank", rank)
 
     def codimension(self, point: Point) -> int:
         """The rank of the Hessian."""

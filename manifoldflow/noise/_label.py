@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
 
-from manifoldflow._errors import checked_nonnegative
+from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, LeastSquares
 from manifoldflow.noise._base import AbstractNoise
@@ -34,11 +34,8 @@ class LabelNoise(AbstractNoise):
 
     def __init__(self, std: Any, batch_size: int | None = None):
         self.std = checked_nonnegative("LabelNoise: std", std, "It is a standard deviation.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(
-                f"LabelNoise: batch_size must be a positive integer or None (all examples); "
-                f"got {batch_size!r}."
-            )
+        if batch_size is not None:
+            batch_size = checked_count("LabelNoise: batch_size (None for all examples)", batch_size)
         self.batch_size = batch_size
 
     def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
