@@ -108,6 +108,11 @@ def dtype_of(tree: PyTree[Any]) -> Any:
     return jnp.result_type(*jax.tree.leaves(tree))
 
 
+def eps_of(tree: PyTree[Any]) -> float:
+    """The rounding error of the coarsest leaf."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree))
+
+
 def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
     """Floating leaves in `dtype`, so that data never promote the point's precision."""
 

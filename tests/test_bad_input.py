@@ -149,7 +149,7 @@ def test_manifolds_of_the_wrong_loss():
     with refused(ValueError, "FunctionLoss", "MinimizerManifold(loss, rank)", wrong_type=True):
         mf.ZeroLossManifold(mf.FunctionLoss(zoo.sphere))
     for rank in (0, -1, True):
-        with refused(ValueError, "positive rank", repr(rank)):
+        with refused(ValueError, "positive integer", repr(rank)):
             mf.MinimizerManifold(mf.FunctionLoss(zoo.cosh_loss), rank)
     with refused(ValueError, "rank 9", "5 coordinates"):
         mf.MinimizerManifold(mf.FunctionLoss(zoo.cosh_loss), 9).project(jnp.ones(5))

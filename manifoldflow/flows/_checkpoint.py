@@ -103,7 +103,7 @@ def _with_suffix(path: str | os.PathLike[str]) -> str:
     return path if path.endswith(".npz") else path + ".npz"
 
 
-def flat_names(observables: PyTree[Array]) -> dict[str, Array]:
+def flat_names(observables: PyTree[Any]) -> dict[str, Any]:
     """Observables under one name each, `loss` or `spectrum['top']`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(observables)
     return {"observed" + jax.tree_util.keystr(path): leaf for path, leaf in flat}

@@ -89,7 +89,7 @@ def _limit_map(
     manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
     dtype = _tree.dtype_of(coordinates)
-    default = 1e-6 if jnp.finfo(dtype).eps < 1e-10 else 1e-3
+    default = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
     rtol = jnp.asarray(default if rtol is None else rtol, dtype)
     limit, info = _limit(manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps)
     return _tree.join(delivered(limit, info, throw), remainder), info
@@ -190,7 +190,7 @@ def _follow(
     """
     loss = manifold.loss
     dtype = _tree.dtype_of(coordinates)
-    local_rtol = jnp.maximum(0.05 * rtol, 4 * jnp.finfo(dtype).eps).astype(dtype)
+    local_rtol = jnp.maximum(0.05 * rtol, 4 * _tree.eps_of(coordinates)).astype(dtype)
 
     def body(carry: tuple[_State, Any]) -> tuple[_State, Any]:
         state, history = carry

@@ -31,13 +31,12 @@ class Constrained(Protocol):
 
 def tolerance(coordinates: Coordinates) -> float:
     """The relative defect below which a point counts as on the manifold."""
-    return float(jnp.finfo(_tree.dtype_of(coordinates)).eps) ** (2 / 3)
+    return _tree.eps_of(coordinates) ** (2 / 3)
 
 
 def _roundings(coordinates: Coordinates, number: float) -> Scalar:
     """So many roundings of the point itself, as a distance."""
-    eps = jnp.finfo(_tree.dtype_of(coordinates)).eps
-    return number * eps * jnp.maximum(1, _tree.norm(coordinates))
+    return number * _tree.eps_of(coordinates) * jnp.maximum(1, _tree.norm(coordinates))
 
 
 def _is_rounding(
@@ -78,7 +77,7 @@ def _is_stalled(
     blurred, and Newton's method creeps. So a constraint near its rounding errors is
     enough, and so is a defect below √eps.
     """
-    root = float(jnp.finfo(_tree.dtype_of(coordinates)).eps) ** 0.5
+    root = _tree.eps_of(coordinates) ** 0.5
     size = jnp.sqrt(space.largest_eigenvalue_bound())
     is_small = _tree.norm(constraint) <= _roundings(coordinates, 16) * size
     is_near = defect <= root * jnp.maximum(1, _tree.norm(coordinates))
