@@ -68,7 +68,9 @@ class DenseGramSolve(AbstractGramSolve):
 
 def _regularised_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Cholesky factor of K + μI with the smallest μ of a short ladder that succeeds."""
-    matrix = jax.lax.stop_gradient(matrix)
+    # The transpose of a symmetric matrix: LAPACK's column-major layout then stays away
+    # from the matrix products that made it, which would be several times slower in it.
+    matrix = jax.lax.stop_gradient(matrix).T
     eps = jnp.finfo(matrix.dtype).eps
     trace = jnp.trace(matrix)
     # A zero Jacobian has no normal space: any positive μ gives the right answer, zero.
@@ -77,7 +79,8 @@ def _regularised_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     first = smallest if eps < 1e-10 else jnp.where(trace > 0, 0, smallest)
 
     def factorise(shift: Scalar) -> Array:
-        return jnp.linalg.cholesky(matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype))
+        shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
+        return jnp.linalg.cholesky(shifted, symmetrize_input=False)
 
     def failed(state: tuple[Scalar, Array, Int[Array, ""]]) -> Array:
         _, factor, tries = state
