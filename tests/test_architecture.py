@@ -26,7 +26,7 @@ PACKAGE = ROOT / "manifoldflow"
 TESTS = ROOT / "tests"
 MAX_LINES = 400
 MAX_IMPORT_SECONDS = 1.5
-MAX_TRACKED_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 
 
 def relative(path: pathlib.Path) -> str:
@@ -152,22 +152,17 @@ def test_files_are_small():
     assert not long, f"files of more than {MAX_LINES} lines: {long}"
 
 
-def test_tracked_files_are_light():
-    tracked = git("ls-files", "-z")
-    if tracked is None:
-        pytest.skip("not a git checkout")
-    sizes = {name: (ROOT / name).stat().st_size for name in tracked if (ROOT / name).is_file()}
-    heavy = {name: size for name, size in sizes.items() if size > MAX_TRACKED_BYTES}
-    assert not heavy, f"tracked files of more than {MAX_TRACKED_BYTES} bytes: {heavy}"
+def test_files_are_light():
+    sizes = {relative(path): path.stat().st_size for path in project_files()}
+    heavy = {name: size for name, size in sizes.items() if size > MAX_BYTES}
+    assert not heavy, f"files of more than {MAX_BYTES} bytes: {heavy}"
 
 
 FOREIGN = {
     # A path from the root of some machine; a shebang and the null device are portable.
     "absolute path": r"(?<![\w./:~*<+=)\]}>-])/(?!usr/bin/env\b|dev/null\b)[A-Za-z]\w*/[\w.]+",
     "Windows path": r"\b[A-Z]:\\\w",
-    "path into a folder outside the project": r"(?<![\w/-])(?:\.\./)*shared[/]\w",
     "package index": r"index[-_]url\b|\bpy[p]i\.\w+|\bpython[h]osted\b",
-    "number of a ticket": r"\bissues?[ /]*#?\d",
 }
 
 
@@ -210,8 +205,6 @@ def test_files_stand_on_their_own():
     [
         "see /" + "home/someone/data.csv",
         'open("/' + 'opt/data/x.npz")',
-        "../shar" + "ed/notes.md",
-        "see issue" + " #12",
         "--extra-index" + "-url x",
     ],
 )
