@@ -11,7 +11,8 @@ from manifoldflow.linalg._dense import dense_jacobian
 from manifoldflow.linalg._operator import AbstractJacobian
 from manifoldflow.linalg._structured import structured_jacobian
 
-# Below this many numbers explicit rows are quicker to compile and no slower to use.
+# Up to this many numbers explicit rows are simpler to compile, and half a megabyte is no
+# memory to save; the threshold itself is a judgement, not a measurement.
 _SMALL = 2**16
 
 

@@ -103,7 +103,7 @@ class AbstractManifold(eqx.Module):
         """As `project_with_info` for points that are almost on the manifold.
 
         Undamped, for solvers and saves: fails where `project` would have to shorten a
-        step, and compiles in half the time.
+        step, and leaves the search for damping out of the compiled program.
         """
         coordinates, remainder = self.split(point)
         landed, info = land(self, coordinates, remainder, is_near=True)
