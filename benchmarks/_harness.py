@@ -38,8 +38,10 @@ class Compiled:
         analysis = self._call.compiled.memory_analysis()
         self.temporary_mb = analysis.temp_size_in_bytes / 2**20
 
-    def __call__(self) -> Any:
-        return jax.block_until_ready(eqx.filter(self._call(*self._arguments), eqx.is_array))
+    def __call__(self, *arguments: Any) -> Any:
+        """The result, for the arguments it was compiled for or others like them."""
+        result = self._call(*(arguments or self._arguments))
+        return jax.block_until_ready(eqx.filter(result, eqx.is_array))
 
     def seconds(self, repeats: int) -> float:
         """The fastest of some calls, each long enough for the clock."""

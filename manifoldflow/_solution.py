@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
@@ -37,6 +37,14 @@ class RESULTS(eqx.Enumeration):
         "a saddle. Check `rank`, or start elsewhere."
     )
     bad_end_time = "end_time must be positive and finite."
+    diverged = (
+        "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "
+        "(or than 1). `stats[\"diverged_at\"]` is the step that did it. Lower the learning "
+        "rate: for plain SGD it must stay below 2 over the largest eigenvalue of the Hessian. "
+        "At step 0, look at the model at the start, and whether the optimizer divides by the "
+        "norm of a gradient that is zero there."
+    )
+    bad_learning_rate = "learning_rate must be positive and finite, momentum in [0, 1)."
     nonfinite = (
         "NaN or infinity appeared. Check the model at the start, lower the step size or "
         "tighten the tolerances."
@@ -130,7 +138,7 @@ class Solution(eqx.Module):
         return self._rebuild(jax.tree.map(lambda leaf: leaf[index], self.points))
 
     @property
-    def is_successful(self) -> Flag:
+    def is_successful(self) -> Bool[Array, "..."]:
         """Reached the end, or stopped early on request."""
         return (self.result == RESULTS.successful) | (self.result == RESULTS.stopped_early)
 

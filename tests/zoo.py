@@ -245,3 +245,14 @@ def constraint_of(manifold, point):
     """The constraint as a function of one vector, and the vector of this point."""
     rebuild, vector = unraveller(manifold, point)
     return lambda x: ravel_pytree(manifold.constraint(rebuild(x)))[0], vector
+
+
+def array_sizes(jaxpr):
+    """The sizes of all arrays that a jaxpr forms, in the bodies inside it too."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        yield from (var.aval.size for var in eqn.outvars if hasattr(var.aval, "size"))
+        is_body = lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_body):
+            if is_body(inner):
+                yield from array_sizes(inner)

@@ -1,7 +1,11 @@
 """Flows on manifolds and towards them, and how they are solved."""
 
-from manifoldflow.flows._base import AbstractFlow as AbstractFlow
-from manifoldflow.flows._checkpoint import load_checkpoint as load_checkpoint
+from manifoldflow._checkpoint import load_checkpoint as load_checkpoint
+from manifoldflow.flows._base import (
+    AbstractDiffusion as AbstractDiffusion,
+    AbstractFlow as AbstractFlow,
+)
+from manifoldflow.flows._brownian import BrownianMotion as BrownianMotion
 from manifoldflow.flows._gradient import (
     GradientFlow as GradientFlow,
     RiemannianGradientFlow as RiemannianGradientFlow,
@@ -9,4 +13,9 @@ from manifoldflow.flows._gradient import (
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
 from manifoldflow.flows._options import Stationary as Stationary
 from manifoldflow.flows._projected import Projected as Projected
+from manifoldflow.flows._sgd_diffusion import SGDDiffusion as SGDDiffusion
 from manifoldflow.flows._solve import solve as solve
+from manifoldflow.flows._subsample import (
+    DriftEstimate as DriftEstimate,
+    subsampled_drift as subsampled_drift,
+)

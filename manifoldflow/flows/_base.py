@@ -1,14 +1,19 @@
 """What a flow is: coefficients at a point, and the manifold on which it stays."""
 
 import abc
-from typing import Any
+from typing import Any, Literal
 
 import diffrax as dfx
 import equinox as eqx
+import jax
+import lineax as lx
+from jaxtyping import Array, Int
 
-from manifoldflow import _tree
+from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds import AbstractManifold
+
+Form = Literal["ito", "stratonovich"]
 
 
 class AbstractFlow(eqx.Module):
@@ -25,23 +30,121 @@ class AbstractFlow(eqx.Module):
 
     @abc.abstractmethod
     def drift(self, point: Point) -> Tangent:
-        """The deterministic part of the velocity at a point."""
+        """The deterministic part of the velocity at a point (in the sense of Itô)."""
 
-    def terms(self, point: Point) -> dfx.AbstractTerm:
+    def terms(
+        self, point: Point, path: dfx.AbstractPath | None = None, *, form: Form = "ito"
+    ) -> dfx.AbstractTerm:
         """Terms for `diffrax.diffeqsolve`, whose state is the coordinates of a point.
 
         Args:
             point: any point of the kind to be moved; its non-coordinates are kept.
+            path: for stochastic flows, a Brownian path of the structure
+                `flow.diffusion(point).in_structure()`.
+            form: the sense of the stochastic integral that the solver approximates:
+                "ito" for a `diffrax.AbstractItoSolver`, "stratonovich" for a
+                `diffrax.AbstractStratonovichSolver`. `Projected` refuses a wrong pair.
+
+        Raises:
+            ValueError: a path is missing, or there is nothing that it could drive.
         """
-        return dfx.ODETerm(_VectorField(self, self.split(point)[1]))
+        remainder = self.split(point)[1]
+        if not is_stochastic(self):
+            if path is not None:
+                raise ValueError(f"{type(self).__name__} is deterministic; it takes no path.")
+            return dfx.ODETerm(Drift(self, remainder, None))
+        if path is None:
+            raise ValueError(
+                f"{type(self).__name__} is stochastic: its terms need a Brownian path, as "
+                "diffrax.VirtualBrownianTree(0, end_time, tol, "
+                "flow.diffusion(point).in_structure(), key)."
+            )
+        noise = dfx.ControlTerm(_Diffusion(self, remainder), path)
+        return dfx.MultiTerm(dfx.ODETerm(Drift(self, remainder, form)), noise)
 
 
-class _VectorField(eqx.Module):
+class AbstractDiffusion(AbstractFlow):
+    """A flow with noise, dY = drift dt + diffusion dW in the sense of Itô.
+
+    `is_stochastic` may be False for those of its kind whose noise never moves a point;
+    then it is an ordinary differential equation.
+    """
+
+    is_stochastic: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
+        """σ, from the space of the noise to tangents."""
+
+    def stratonovich_drift(self, point: Point) -> Tangent:
+        """drift − ½ Σᵣ Dσᵣ[σᵣ] over the columns of σ: the drift in the sense of Stratonovich.
+
+        One derivative of the diffusion for every dimension of the noise.
+        """
+        coordinates, remainder = self.split(point)
+        noise = self.diffusion(point).in_structure()
+
+        def term(index: Int[Array, ""]) -> Tangent:
+            def column(x: Coordinates) -> Tangent:
+                return linalg.column(self.diffusion(_tree.join(x, remainder)), index)
+
+            return jax.jvp(column, (coordinates,), (column(coordinates),))[1]
+
+        chunk_size = max(1, 2**16 // _tree.size(coordinates))
+        correction = linalg.sum_terms(term, _tree.size(noise), chunk_size)
+        return _tree.subtract(self.drift(point), _tree.scale(0.5, correction))
+
+
+def is_stochastic(flow: AbstractFlow) -> bool:
+    """Does solving this flow take a key?"""
+    return isinstance(flow, AbstractDiffusion) and flow.is_stochastic
+
+
+class Drift(eqx.Module):
     """The drift as Diffrax calls it. A module, so that new data do not recompile."""
 
     flow: AbstractFlow
     remainder: Point
+    form: Form | None = eqx.field(static=True)
 
     def __call__(self, t: Any, y: Coordinates, args: object) -> Tangent:
         del t, args
-        return self.flow.drift(_tree.join(y, self.remainder))
+        point = _tree.join(y, self.remainder)
+        if self.form == "stratonovich":
+            assert isinstance(self.flow, AbstractDiffusion)
+            return self.flow.stratonovich_drift(point)
+        return self.flow.drift(point)
+
+
+class _Diffusion(eqx.Module):
+    flow: AbstractFlow
+    remainder: Point
+
+    def __call__(self, t: Any, y: Coordinates, args: object) -> lx.AbstractLinearOperator:
+        del t, args
+        assert isinstance(self.flow, AbstractDiffusion)
+        return self.flow.diffusion(_tree.join(y, self.remainder))
+
+
+def form_of(solver: dfx.AbstractSolver) -> Form:
+    """The sense of the integral that a solver approximates, by its marker class."""
+    ito = isinstance(solver, dfx.AbstractItoSolver)
+    if ito == isinstance(solver, dfx.AbstractStratonovichSolver):
+        raise ValueError(
+            f"{type(solver).__name__} is marked neither as an Itô nor as a Stratonovich solver. "
+            "For stochastic flows use e.g. diffrax.Euler() (Itô) or diffrax.EulerHeun() "
+            "(Stratonovich)."
+        )
+    return "ito" if ito else "stratonovich"
+
+
+def check_form(terms: Any, solver: dfx.AbstractSolver) -> None:
+    """Refuse an Itô solver for Stratonovich terms and the other way round."""
+    is_drift = lambda node: isinstance(node, Drift)
+    for node in jax.tree.leaves(terms, is_leaf=is_drift):
+        if is_drift(node) and node.form is not None and node.form != form_of(solver):
+            raise ValueError(
+                f"{type(solver).__name__} solves {form_of(solver)} equations, but the terms were "
+                f"made for the {node.form} form. Use flow.terms(point, path, "
+                f'form="{form_of(solver)}").'
+            )

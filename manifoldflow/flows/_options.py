@@ -1,19 +1,19 @@
 """What `solve` can be asked for: checked, and made ready to pass through jit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow._errors import checked_count, is_traced
-from manifoldflow._solution import Observables
-from manifoldflow._types import Coordinates, Point, Scalar
-
-Report = Callable[[Any, Coordinates, PyTree[Array]], None]
+from manifoldflow._reports import Report
+from manifoldflow._types import Key, Point, Scalar
+from manifoldflow.flows._base import AbstractFlow, form_of, is_stochastic
 
 
 class Stationary(eqx.Module):
@@ -22,11 +22,32 @@ class Stationary(eqx.Module):
     tolerance: Scalar = eqx.field(converter=lambda value: jnp.asarray(value, float))
 
 
+class NoiseOptions(eqx.Module):
+    """How a stochastic flow is stepped."""
+
+    key: Key
+    num_steps: int = eqx.field(static=True)  # equal ones between any two saves
+    has_tail: bool = eqx.field(static=True)  # is there a way to go after the last save?
+    is_adaptive: bool = eqx.field(static=True)
+
+    def legs(self, times: Array, end_time: Scalar) -> Array:
+        """The times between which steps are equal: the saves and the end."""
+        return jnp.append(times, end_time) if self.has_tail else times
+
+    def step_times(self, times: Array, end_time: Scalar) -> Array:
+        """All times that are stepped on."""
+        legs = self.legs(times, end_time)
+        fractions = jnp.arange(self.num_steps, dtype=times.dtype) / self.num_steps
+        grid = legs[:-1, None] + jnp.diff(legs)[:, None] * fractions
+        return jnp.append(grid.reshape(-1), legs[-1])
+
+
 class Options(eqx.Module):
     """What `solve` was asked for, ready to be passed through jit."""
 
-    solver: dfx.AbstractSolver
+    solver: dfx.AbstractSolver | None  # None: Euler-Maruyama in a scan
     step_size: Scalar | None
+    noise: NoiseOptions | None  # None: an ordinary differential equation
     rtol: Scalar
     atol: Scalar
     adjoint: dfx.AbstractAdjoint
@@ -68,7 +89,56 @@ def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> 
     return jnp.asarray(value, dtype)
 
 
-def solver_of(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.AbstractSolver:
+def noise_options(
+    flow: AbstractFlow,
+    key: Key | None,
+    solver: Any,
+    step_size: Any,
+    tolerances: tuple[Any, Any],
+    num_saves: int,
+    save_times: Any,
+    end_time: Any,
+) -> NoiseOptions | None:
+    """None for ordinary differential equations."""
+    if not is_stochastic(flow):
+        return None
+    name = type(flow).__name__
+    if key is None:
+        raise ValueError(f"{name} is stochastic: solve needs key=jax.random.key(…).")
+    is_adaptive = any(value is not None for value in tolerances)
+    if is_adaptive and (solver is None or step_size is not None):
+        raise ValueError(
+            f"rtol and atol ask for adaptive steps of {name}: name a Diffrax solver that can "
+            "choose them, as solver=diffrax.HalfSolver(diffrax.EulerHeun()), and no step_size."
+        )
+    if is_traced((save_times, step_size)) or (
+        is_traced(end_time) and not (save_times is None and step_size is None)
+    ):
+        raise ValueError(
+            f"{name} takes a number of steps that must be known when it is compiled: give "
+            "end_time, save_times and step_size as concrete numbers, or leave save_times and "
+            "step_size out for 1000 steps."
+        )
+    if save_times is None and step_size is None:
+        return NoiseOptions(key, -(-1000 // num_saves), False, is_adaptive)
+    end_time = float(end_time)
+    longest, has_tail = end_time / num_saves, False
+    if save_times is not None:
+        last = float(np.max(save_times))
+        # Not compared in the point's precision, in which the end may be rounded.
+        has_tail = last < end_time * (1 - 1e-6)
+        ends = [end_time] if has_tail else []
+        longest = float(np.max(np.diff([0.0, *np.asarray(save_times, float), *ends])))
+    step_size = end_time / 1000 if step_size is None else float(step_size)
+    if not 0 < step_size < math.inf:
+        raise ValueError(f"step_size must be positive and finite; got {step_size}.")
+    num_steps = max(1, math.ceil(longest / step_size * (1 - 1e-6)))
+    return NoiseOptions(key, num_steps, has_tail, is_adaptive)
+
+
+def solver_of(
+    flow: AbstractFlow, solver: dfx.AbstractSolver | None, step_size: Any
+) -> dfx.AbstractSolver:
     solver = dfx.Tsit5() if solver is None else solver
     if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
         raise ValueError(f"solver must be a Diffrax solver, as diffrax.Tsit5(); got {solver!r}.")
@@ -77,47 +147,11 @@ def solver_of(solver: dfx.AbstractSolver | None, step_size: Any) -> dfx.Abstract
             f"step_size must be positive and finite; got {step_size}. Leave it out for "
             "adaptive steps."
         )
-    if step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):
+    if is_stochastic(flow):
+        form_of(solver)  # raises for solvers of ordinary differential equations
+    elif step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):
         raise ValueError(
             f"{type(solver).__name__} estimates no error, so it cannot choose its own steps. "
             "Pass step_size=…, or wrap it in diffrax.HalfSolver."
         )
     return solver
-
-
-def checked_observables(observe: Observables | None) -> dict[str, Callable[[Point], Any]]:
-    if observe is not None and not isinstance(observe, Mapping):
-        raise ValueError(f"observe must map names to functions of a point; got {observe!r}.")
-    observe = dict(observe or {})
-    for name, fn in observe.items():
-        if not callable(fn):
-            raise ValueError(
-                f"observe maps names to functions of a point; got {fn!r} for {name!r}."
-            )
-    return observe
-
-
-def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
-    is_known = isinstance(progress, bool | dfx.AbstractProgressMeter) or callable(progress)
-    if not is_known:
-        raise ValueError(
-            f"progress must be a bool, a Diffrax progress meter or a function; got {progress!r}."
-        )
-    if progress is True:
-        return dfx.TextProgressMeter()
-    return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
-
-
-def row_reports(progress: Any) -> tuple["_RowReport", ...]:
-    is_fn = callable(progress) and not isinstance(progress, dfx.AbstractProgressMeter)
-    fn: Any = progress
-    return (_RowReport(fn),) if is_fn else ()
-
-
-class _RowReport(eqx.Module):
-    """Calls a user's function with one dict for each save."""
-
-    fn: Callable[[dict[str, Any]], None]
-
-    def __call__(self, time: Any, coordinates: Coordinates, observables: Any) -> None:
-        self.fn({"time": time, "coordinates": coordinates, **observables})

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow.flows._base import check_form
 from manifoldflow.manifolds import AbstractManifold
 
 
@@ -79,6 +80,7 @@ class Projected(dfx.AbstractWrappedSolver):
         return self.solver.error_order(terms)
 
     def init(self, terms, t0, t1, y0, args) -> _ProjectedState:
+        check_form(terms, self.solver)
         inner = self.solver.init(terms, t0, t1, y0, args)
         zero = jnp.zeros((), _tree.dtype_of(y0))
         return _ProjectedState(inner, jnp.asarray(0), zero)

@@ -1,32 +1,36 @@
 """Solving a flow by Diffrax: one driver for every flow, the same `Solution` for all."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._checkpoint import Checkpoint, flat_names
 from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import Observables, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
-from manifoldflow.flows._checkpoint import Checkpoint, flat_names
+from manifoldflow.flows._landing import started, touched_up
 from manifoldflow.flows._options import (
-    checked_observables,
-    meter_of,
+    noise_options,
     Options,
-    row_reports,
     save_times_of,
     solver_of,
     Stationary,
     tolerance,
 )
 from manifoldflow.flows._projected import Projected
+from manifoldflow.flows._stepping import controller_of, first_step, max_steps_of, terms_of
+from manifoldflow.flows._walk import walk
 
 
 def solve(
@@ -61,14 +65,19 @@ def solve(
         num_saves: saves at equal distances up to `end_time`, besides the start.
         save_times: increasing times in (0, end_time] to save at instead, besides the
             start.
-        solver: a Diffrax solver, by default `diffrax.Tsit5()`.
-        step_size: a fixed step; by default steps are adaptive.
-        rtol: relative tolerance of adaptive steps: 1e-6 in float64, 1e-4 in float32.
+        solver: a Diffrax solver. By default `diffrax.Tsit5()`; for stochastic flows
+            Euler-Maruyama steps in one scan, without Diffrax, whose noise at step k comes
+            from `fold_in(key, k)`. Itô and Stratonovich solvers get the drift they need.
+        step_size: a fixed step, by default `end_time / 1000` for stochastic flows, which
+            step onto every save: no step is longer, most are a little shorter. By default
+            all others have adaptive steps.
+        rtol: relative tolerance of adaptive steps: 1e-6 in float64, 1e-4 in float32. For
+            stochastic flows it asks for adaptive steps, whose paths are reproducible in
+            law only: a rounding error can change a step and with it the noise.
         atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32.
         adjoint: by default reverse mode works; `diffrax.ForwardMode()` for jvp.
         observe: name → function of a point, evaluated at every save.
-        key: for stochastic flows; all present flows are ordinary differential equations
-            and ignore it.
+        key: for stochastic flows, which need one; ordinary differential equations ignore it.
         until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
             after every step. The remaining saves then repeat the final point.
         progress: True prints percentages, a Diffrax progress meter shows itself, a
@@ -88,7 +97,6 @@ def solve(
         ValueError: wrong options, structure or shapes.
         EquinoxRuntimeError: a failed solve, with the message of its `RESULTS` member.
     """
-    del key
     if not isinstance(flow, AbstractFlow):
         raise ValueError(
             f"solve follows a flow, e.g. LimitDiffusion(manifold, noise); got "
@@ -98,9 +106,13 @@ def solve(
     coordinates, remainder = flow.split(point)
     dtype = _tree.dtype_of(coordinates)
     times = save_times_of(end_time, num_saves, save_times, dtype)
+    noise = noise_options(
+        flow, key, solver, step_size, (rtol, atol), num_saves, save_times, end_time
+    )
     options = Options(
-        solver=solver_of(solver, step_size),
+        solver=None if noise is not None and solver is None else solver_of(flow, solver, step_size),
         step_size=None if step_size is None else jnp.asarray(step_size, dtype),
+        noise=noise,
         rtol=tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
         atol=tolerance("atol", atol, 1e-8, 1e-6, dtype),
         adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
@@ -112,11 +124,12 @@ def solve(
         throw=throw,
     )
     end_time = jnp.asarray(end_time, dtype)
+    run = _solve if options.solver is not None else walk
     if checkpoint is None:
-        return _solve(flow, point, times, end_time, options)
+        return run(flow, point, times, end_time, jnp.asarray(0), options)
     if is_traced((point, times)):
         raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
-    start = _started(flow, coordinates, remainder)[0]
+    start = started(flow, coordinates, remainder)[0]
     here = _tree.join(start, remainder)
     observables = {name: eqx.filter_eval_shape(fn, here) for name, fn in options.observe.items()}
     file = Checkpoint(os.fspath(checkpoint), times, start, flow.drift(here), observables)
@@ -126,7 +139,7 @@ def solve(
     options = eqx.tree_at(
         lambda o: o.reports, options, (*options.reports, file.write), is_leaf=callable
     )
-    solution = _solve(flow, point, times[num_done - 1 :], end_time, options)
+    solution = run(flow, point, times[num_done - 1 :], end_time, jnp.asarray(num_done - 1), options)
     return _joined(file, num_done - 1, times, solution)
 
 
@@ -142,10 +155,12 @@ def _solve(
     point: Point,
     times: Float[Array, " saves"],
     end_time: Scalar,
+    first_save: Int[Array, ""],
     options: Options,
 ) -> Solution:
+    del first_save
     coordinates, remainder = flow.split(point)
-    start, start_result = _started(flow, coordinates, remainder)
+    start, start_result = started(flow, coordinates, remainder)
 
     def observed(y: Coordinates) -> dict[str, PyTree[Array]]:
         here = _tree.join(y, remainder)
@@ -154,7 +169,7 @@ def _solve(
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del args
         # Saves between steps are interpolated, and so off the manifold: project again.
-        y, defect = _touched_up(flow, y, remainder)
+        y, defect = touched_up(flow, y, remainder)
         saved = _Save(y, observed(y), defect)
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
@@ -169,26 +184,28 @@ def _solve(
     subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
     manifold: Any = flow.manifold
     has_manifold = manifold is not None
+    assert options.solver is not None
     solver = options.solver
     if has_manifold:
         solver = Projected(solver, manifold, like=_tree.join(start, remainder))
-    solution = dfx.diffeqsolve(
-        flow.terms(point),
-        solver,
-        times[0],
-        end_time,
-        _first_step(flow, start, remainder, end_time)
-        if options.step_size is None
-        else options.step_size,
-        start,
-        saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
-        stepsize_controller=_controller(options, end_time),
-        adjoint=options.adjoint,
-        event=None if options.until is None else dfx.Event(_Until(flow, remainder, options.until)),
-        max_steps=options.max_steps,
-        throw=False,
-        progress_meter=options.meter,
-    )
+    with _without_marker_warning():
+        solution = dfx.diffeqsolve(
+            terms_of(flow, _tree.join(start, remainder), times, end_time, options),
+            solver,
+            times[0],
+            end_time,
+            first_step(flow, start, remainder, end_time, options),
+            start,
+            saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
+            stepsize_controller=controller_of(options, times, end_time),
+            adjoint=options.adjoint,
+            event=None
+            if options.until is None
+            else dfx.Event(_Until(flow, remainder, options.until)),
+            max_steps=max_steps_of(options, times),
+            throw=False,
+            progress_meter=options.meter,
+        )
     assert solution.ts is not None and solution.ys is not None
     saved, last = solution.ys
     last = jax.tree.map(lambda leaf: leaf[0], last)
@@ -225,6 +242,14 @@ def _solve(
     )
 
 
+@contextlib.contextmanager
+def _without_marker_warning() -> Iterator[None]:
+    """Diffrax sees the marker of a solver through one wrapper only; `form_of` has checked it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not marked as converging to either")
+        yield
+
+
 class _Until(eqx.Module):
     flow: AbstractFlow
     remainder: Point
@@ -236,43 +261,6 @@ class _Until(eqx.Module):
         if isinstance(self.until, Stationary):
             return _tree.norm(self.flow.drift(point)) <= self.until.tolerance
         return jnp.asarray(self.until(point), bool)
-
-
-def _touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
-    if flow.manifold is None:
-        return y, jnp.zeros((), _tree.dtype_of(y))
-    point, info = flow.manifold.touch_up(_tree.join(y, remainder))
-    return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
-
-
-def _started(
-    flow: AbstractFlow, coordinates: Coordinates, remainder: Point
-) -> tuple[Coordinates, RESULTS]:
-    """The point of the flow's manifold to start from, and how it was found."""
-    if flow.manifold is None:
-        return coordinates, RESULTS.successful
-    point, info = flow.manifold.project_with_info(_tree.join(coordinates, remainder))
-    return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
-
-
-def _first_step(
-    flow: AbstractFlow, start: Coordinates, remainder: Point, end_time: Scalar
-) -> Scalar:
-    """A step that moves the point by a hundredth of its norm.
-
-    One evaluation of the drift where Diffrax's own choice takes two: the drift is most
-    of what has to be compiled.
-    """
-    speed = _tree.norm(flow.drift(_tree.join(start, remainder)))
-    step = 0.01 * jnp.maximum(_tree.norm(start), 0.01) / jnp.maximum(speed, 1e-30)
-    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
-
-
-def _controller(options: Options, end_time: Scalar) -> dfx.AbstractStepSizeController:
-    if options.step_size is not None:
-        return dfx.ConstantStepSize()
-    smallest = jnp.finfo(end_time.dtype).eps * end_time
-    return dfx.PIDController(options.rtol, options.atol, dtmin=smallest, force_dtmin=False)
 
 
 def _result(

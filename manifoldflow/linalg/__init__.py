@@ -1,17 +1,31 @@
 """Linear algebra of Jacobians, Gram matrices and singular Hessians. Operators in, operators out."""
 
+from manifoldflow.linalg._chunked import (
+    chunked_jacobian as chunked_jacobian,
+    ChunkedJacobian as ChunkedJacobian,
+)
+from manifoldflow.linalg._contractions import (
+    column as column,
+    columns as columns,
+    contract_hessians as contract_hessians,
+    hessian_product_sum as hessian_product_sum,
+    second_derivative_sum as second_derivative_sum,
+    sum_terms as sum_terms,
+)
 from manifoldflow.linalg._dense import (
     dense_jacobian as dense_jacobian,
     DenseJacobian as DenseJacobian,
+)
+from manifoldflow.linalg._factors import (
+    factor_operator as factor_operator,
+    ResidualFactor as ResidualFactor,
 )
 from manifoldflow.linalg._gram import (
     AbstractGram as AbstractGram,
     AbstractGramSolve as AbstractGramSolve,
     condition_number as condition_number,
     DenseGram as DenseGram,
-    normal_component as normal_component,
     numerical_rank as numerical_rank,
-    pseudo_inverse_mv as pseudo_inverse_mv,
 )
 from manifoldflow.linalg._iterative import (
     AutoGram as AutoGram,
@@ -24,6 +38,10 @@ from manifoldflow.linalg._operator import (
     gauss_newton as gauss_newton,
     gram as gram,
 )
+from manifoldflow.linalg._projection import (
+    normal_component as normal_component,
+    pseudo_inverse_mv as pseudo_inverse_mv,
+)
 from manifoldflow.linalg._range import (
     log_pseudo_determinant as log_pseudo_determinant,
     lyapunov_operator as lyapunov_operator,
@@ -31,6 +49,11 @@ from manifoldflow.linalg._range import (
     pseudo_inverse as pseudo_inverse,
     range_projection as range_projection,
     range_spectrum as range_spectrum,
+)
+from manifoldflow.linalg._spectrum import (
+    gram_largest_eigenvalue as gram_largest_eigenvalue,
+    gram_log_determinant as gram_log_determinant,
+    gram_top_eigenvector as gram_top_eigenvector,
 )
 from manifoldflow.linalg._structured import (
     structured_jacobian as structured_jacobian,

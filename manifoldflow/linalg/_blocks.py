@@ -49,10 +49,9 @@ class AbstractBlock(eqx.Module):
 
 
 class RowBlock(AbstractBlock):
-    """Explicit rows. Their norms may be given apart, from a computation that needs no rows."""
+    """Explicit rows."""
 
     array: Float[Array, "n k ..."]
-    squares: Float[Array, "n k"] | None = None
 
     def _matrix(self) -> Float[Array, "nk d"]:
         num_examples, num_outputs, *shape = self.array.shape
@@ -75,8 +74,6 @@ class RowBlock(AbstractBlock):
         return product.reshape(self.array.shape[:2] + right.array.shape[:2])
 
     def norms(self) -> Float[Array, "n k"]:
-        if self.squares is not None:
-            return self.squares
         return jnp.sum(self.array**2, axis=tuple(range(2, self.array.ndim)))
 
 

@@ -47,6 +47,9 @@ class DenseJacobian(AbstractJacobian):
         ]
         return sum(products[1:], products[0])
 
+    def gram_triangle(self) -> Float[Array, "n n"]:
+        return self.gram()
+
     def row_norms_squared(self) -> Float[Array, " n"]:
         norms = [jnp.sum(rows**2, axis=1) for rows in self._matrices()]
         return sum(norms[1:], norms[0])

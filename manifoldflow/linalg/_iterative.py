@@ -7,8 +7,10 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float
 
+from manifoldflow import _tree
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram
+from manifoldflow.linalg._memory import memory_budget
 from manifoldflow.linalg._operator import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -82,15 +84,18 @@ def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
 
 class IterativeGramSolve(AbstractGramSolve):
     jacobian: AbstractJacobian
-    trace: Scalar
+    total: Scalar
     sketch: Sketch | None
     inverse: Float[Array, "n n"] | None
     rtol: float | None = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
+    def trace(self) -> Scalar:
+        return self.total
+
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        shift = 5 * jnp.finfo(vector.dtype).eps * self.trace
-        return self.damped_solve(vector, jnp.where(self.trace > 0, shift, 1))
+        shift = 5 * jnp.finfo(vector.dtype).eps * self.total
+        return self.damped_solve(vector, jnp.where(self.total > 0, shift, 1))
 
     def damped_solve(self, vector: Float[Array, " n"], damping: Scalar) -> Float[Array, " n"]:
         damping = damping.astype(vector.dtype)
@@ -121,15 +126,26 @@ class IterativeGramSolve(AbstractGramSolve):
 
 
 class AutoGram(AbstractGram):
-    """`DenseGram` up to `max_dense` residuals, `IterativeGram` with a sketch beyond.
+    """`DenseGram` where n² numbers fit and factorising them pays, else `IterativeGram`.
 
-    A factorisation costs n³/3 operations and 2n² numbers: 128 MB at n = 4,096 in float32.
+    Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory`
+    and n ≤ 60·√D: the n³/3 operations of a factorisation then are no more than those of
+    300 products with J and Jᵀ at 4nD each. Iterative beyond, with a Nyström sketch.
+
+    Args:
+        memory: bytes; by default an eighth of the device's memory, or 2 GiB where the
+            device does not tell.
+        preconditioner_rank: of the sketch.
     """
 
-    max_dense: int = eqx.field(static=True, default=4096)
+    memory: int | None = eqx.field(static=True, default=None)
     preconditioner_rank: int = eqx.field(static=True, default=256)
 
     def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
-        if jacobian.out_structure().shape[0] <= self.max_dense:
+        rows = jacobian.out_structure()
+        num_rows, num_coordinates = rows.size, _tree.size(jacobian.in_structure())
+        memory = memory_budget() if self.memory is None else self.memory
+        fits = 3 * num_rows**2 * rows.dtype.itemsize <= memory
+        if fits and num_rows**2 <= 3600 * num_coordinates:
             return DenseGram()(jacobian)
         return IterativeGram(preconditioner_rank=self.preconditioner_rank)(jacobian)

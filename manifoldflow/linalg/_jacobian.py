@@ -1,4 +1,4 @@
-"""The Jacobian of a model over its examples: dense or structured, as pays."""
+"""The Jacobian of a model over its examples: dense, structured or in chunks, as pays."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,9 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Example
+from manifoldflow.linalg._chunked import chunked_jacobian
 from manifoldflow.linalg._dense import dense_jacobian
+from manifoldflow.linalg._memory import memory_budget
 from manifoldflow.linalg._operator import AbstractJacobian
 from manifoldflow.linalg._structured import structured_jacobian
 
@@ -20,16 +22,22 @@ def jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,
     data: PyTree[Array],
+    *,
+    memory: int | None = None,
 ) -> AbstractJacobian:
     """Jacobian of all outputs of `fn` on all examples, in the order of the examples.
 
     Explicit rows where n·D is at most 65,536 or there is a single example; else
-    `structured_jacobian`, which never builds n×D numbers for the layers it knows.
+    `structured_jacobian`, which never builds n×D numbers for the layers it knows; in chunks
+    of examples where its factors, or the rows of leaves that it does not know, would take
+    more than `memory`.
 
     Args:
         fn: maps coordinates and one example to an array of k numbers.
         coordinates: where to differentiate.
         data: PyTree with a leading axis of N examples.
+        memory: bytes that may be kept; by default an eighth of the device's memory, or
+            2 GiB where the device does not tell.
 
     Returns:
         An operator with n = N·k rows; row i·k + c is ∇ of output c on example i.
@@ -39,4 +47,14 @@ def jacobian(
     num_rows = num_examples * jax.eval_shape(fn, coordinates, one).size
     if num_examples == 1 or num_rows * _tree.size(coordinates) <= _SMALL:
         return dense_jacobian(fn, coordinates, data)
-    return structured_jacobian(fn, coordinates, data)
+    memory = memory_budget() if memory is None else memory
+    itemsize = _tree.dtype_of(coordinates).itemsize
+    if num_rows * _tree.size(coordinates) * itemsize <= memory:
+        return structured_jacobian(fn, coordinates, data)
+    kept = jax.eval_shape(lambda *at: structured_jacobian(fn, *at).blocks, coordinates, data)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    if num_bytes <= memory:
+        return structured_jacobian(fn, coordinates, data)
+    # Two chunks at a time, with what reverse mode keeps of each.
+    chunk_size = max(1, num_examples * memory // (8 * num_bytes))
+    return chunked_jacobian(fn, coordinates, data, chunk_size)

@@ -24,6 +24,10 @@ class AbstractJacobian(lx.AbstractLinearOperator):
         """J J'ᵀ with the Jacobian J' of the same function at another point or on other data."""
 
     @abc.abstractmethod
+    def gram_triangle(self) -> Float[Array, "n n"]:
+        """K, of which only the upper triangle need be right: for factorisations."""
+
+    @abc.abstractmethod
     def row_norms_squared(self) -> Float[Array, " n"]:
         """‖∇fᵢ‖² for every residual, the diagonal of the Gram matrix."""
 

@@ -9,6 +9,7 @@ so that the Gram matrix costs O(n² Σ widths) and not O(n² D), and the row nor
 than the loss. Leaves without such structure keep explicit rows, alone.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,21 @@ class StructuredJacobian(AbstractJacobian):
                 total = total + block.cross_gram(partner).reshape(total.shape)
         return total
 
+    def gram_triangle(self) -> Float[Array, "rows rows"]:
+        """K with zeros below the blocks on its diagonal: little more than half the products."""
+        num_rows, strips = self._num_rows, []
+        for start, stop in _strips(self.num_examples):
+            rest = self.examples(start, self.num_examples)
+            strip = self.examples(start, stop).cross_gram(rest)
+            strips.append(jnp.pad(strip, ((0, 0), (num_rows - strip.shape[1], 0))))
+        return jnp.concatenate(strips)
+
+    def examples(self, start: int, stop: int) -> "StructuredJacobian":
+        """The rows of the examples from `start` to before `stop`."""
+        # Every array of every block has a leading axis of examples.
+        blocks = jax.tree.map(lambda array: array[start:stop], self.blocks)
+        return dataclasses.replace(self, blocks=blocks, num_examples=stop - start)
+
     def _check_comparable(self, other: "StructuredJacobian") -> None:
         shapes = [tuple(leaf.shape for leaf in jac.leaves) for jac in (self, other)]
         if shapes[0] != shapes[1] or self.labels != other.labels:
@@ -154,12 +170,11 @@ def structured_jacobian(
         uses = model.uses(structures)
         read = lambda column: _taps.read_taps(model, uses, leaves, column)
         deltas, rows, records = jax.vmap(read)(columns)
-        squares = _squares_of_large_rows(read, rows, columns)
 
     blocks, labels = [], []
     for index, leaf in enumerate(leaves):
         if index in uses.opaque:
-            found, label = (RowBlock(rows[index], squares.get(index)),), "dense rows"
+            found, label = (RowBlock(rows[index]),), "dense rows"
         else:
             groups = uses.groups[index]
             found = tuple(
@@ -174,23 +189,11 @@ def structured_jacobian(
     return StructuredJacobian(tuple(blocks), num_examples, num_outputs, structures, treedef, named)
 
 
-def _squares_of_large_rows(read: Callable[..., Any], rows: Any, columns: Any) -> dict[int, Array]:
-    """Norms of explicit rows that are too many to hold, from a few examples at a time.
-
-    Under jit the compiler drops whichever of the rows and the norms is not used. Without
-    the checkpoint, reverse mode would keep the rows of all pieces after all.
-    """
-    large = [index for index, array in rows.items() if array.size > 16 * _blocks.PIECE]
-    if not large:
-        return {}
-
-    @jax.checkpoint
-    def squares(column: Any) -> dict[int, Array]:
-        _, found, _ = read(column)
-        return {i: jnp.sum(found[i] ** 2, axis=tuple(range(1, found[i].ndim))) for i in large}
-
-    per_example = sum(rows[index][0].size for index in large)
-    return jax.lax.map(squares, columns, batch_size=max(1, _blocks.PIECE // per_example))
+def _strips(num_examples: int) -> list[tuple[int, int]]:
+    """Where to cut the rows of a Gram matrix; more cuts save products but cost compile time."""
+    num_strips = 1 if num_examples < 512 else 4 if num_examples < 4096 else 8
+    stops = [num_examples * index // num_strips for index in range(num_strips + 1)]
+    return list(zip(stops, stops[1:]))
 
 
 def _checked_leaves(params: PyTree[Any]) -> tuple[list[Array], Any]:

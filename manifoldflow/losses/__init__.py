@@ -1,6 +1,7 @@
 """Losses: value, residuals, derivatives, traces. No geometry."""
 
 from manifoldflow.losses._base import (
+    AbstractExampleLoss as AbstractExampleLoss,
     AbstractLoss as AbstractLoss,
     AbstractResidualLoss as AbstractResidualLoss,
 )
@@ -10,3 +11,4 @@ from manifoldflow.losses._function import (
 )
 from manifoldflow.losses._least_squares import LeastSquares as LeastSquares
 from manifoldflow.losses._per_example import PerExampleLoss as PerExampleLoss
+from manifoldflow.losses._shard import shard_examples as shard_examples

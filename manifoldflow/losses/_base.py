@@ -108,3 +108,58 @@ class AbstractResidualLoss(AbstractLoss):
         """
         norms = self.jacobian(point).row_norms_squared()
         return self.scale.astype(norms.dtype) * jnp.sum(norms)
+
+
+class AbstractExampleLoss(AbstractResidualLoss):
+    """A residual loss that is a sum over examples, L = Σᵢ ℓᵢ(f(θ, xᵢ), yᵢ).
+
+    Mini-batches estimate it, and its labels can be noisy.
+    """
+
+    inputs: eqx.AbstractVar[PyTree[Array]]
+    targets: eqx.AbstractVar[PyTree[Array]]
+
+    @abc.abstractmethod
+    def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
+        """f(point, x), the output for the inputs of one example."""
+
+    @abc.abstractmethod
+    def output_gradient(
+        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
+    ) -> Float[Array, "N ..."]:
+        """∂L/∂f at these outputs, for targets like those of the loss."""
+
+    @abc.abstractmethod
+    def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"] | None:
+        """The u with Jᵀu = ∂fᵀw for any w, or None if there is none for some w.
+
+        J is the Jacobian of the residuals. There is none where they say less than the
+        outputs do, as with a singular output Hessian.
+        """
+
+    @abc.abstractmethod
+    def select(self, indices: Any) -> "AbstractExampleLoss":
+        """The loss on some of the examples, scaled to stay an unbiased estimate."""
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return jax.tree.leaves(self.inputs)[0].shape[0]
+
+    def outputs(self, point: Point) -> Float[Array, "N ..."]:
+        """The outputs of all examples, in the point's dtype."""
+        coordinates, remainder = self.split(point)
+        dtype = _tree.dtype_of(coordinates)
+        point = _tree.join(coordinates, remainder)
+        inputs = _tree.cast_floats(self.inputs, dtype)
+        return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
+
+    def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
+        """∂f, from tangents to all outputs in the order of the examples."""
+        coordinates, remainder = self.split(point)
+        inputs = _tree.cast_floats(self.inputs, _tree.dtype_of(coordinates))
+        return linalg.jacobian(
+            lambda x, example: self.example_output(_tree.join(x, remainder), example),
+            coordinates,
+            inputs,
+        )

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree, linalg
 from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
-from manifoldflow.losses._base import AbstractResidualLoss
+from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
 
 
-class LeastSquares(AbstractResidualLoss):
+class LeastSquares(AbstractExampleLoss):
     """L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
 
     Args:
@@ -76,9 +76,12 @@ class LeastSquares(AbstractResidualLoss):
         """n = examples × outputs."""
         return math.prod(self.targets.shape)
 
+    def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
+        return model_output(self.predict, point, x, self.targets.shape[1:])
+
     def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
         x, target = example
-        return (model_output(self.predict, point, x, target.shape) - target).reshape(-1)
+        return (self.example_output(point, x) - target).reshape(-1)
 
     def __call__(self, point: Point) -> Scalar:
         residual = self.residual(point)
@@ -95,8 +98,17 @@ class LeastSquares(AbstractResidualLoss):
             _tree.cast_floats(self.data, dtype),
         )
 
+    def output_gradient(
+        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
+    ) -> Float[Array, "N ..."]:
+        """scale·(f − y)."""
+        return self.scale.astype(outputs.dtype) * (outputs - targets)
+
+    def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"]:
+        """The weights themselves: ∂r = ∂f."""
+        return weights.reshape(-1)
+
     def select(self, indices: Any) -> "LeastSquares":
-        """The loss on some of the examples, scaled to stay an unbiased estimate."""
         inputs, targets = jax.tree.map(lambda leaf: leaf[indices], self.data)
         factor = len(self.targets) / len(targets)
         return eqx.tree_at(

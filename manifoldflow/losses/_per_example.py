@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree, linalg
 from manifoldflow._errors import checked_data, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
-from manifoldflow.losses._base import AbstractResidualLoss
+from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
 
 LossFn = Callable[[Array, PyTree[Array]], Scalar]
 
 
-class PerExampleLoss(AbstractResidualLoss):
+class PerExampleLoss(AbstractExampleLoss):
     """L(θ) = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ), with ℓ minimal at a finite output f*(yᵢ).
 
     With Wᵢ = ∂²ℓ/∂f² at the minimum and Bᵢ Bᵢᵀ = Wᵢ, the residuals are Bᵢᵀ(fᵢ − f*ᵢ) and
@@ -90,9 +90,12 @@ class PerExampleLoss(AbstractResidualLoss):
         """Examples × rank of the output Hessian."""
         return len(self.roots) * self.roots.shape[-1]
 
+    def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
+        return model_output(self.predict, point, x, self.minimizers.shape[1:])
+
     def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
         x, _, minimizer, root = example
-        output = model_output(self.predict, point, x, minimizer.shape)
+        output = self.example_output(point, x)
         return jnp.matmul(
             (output - minimizer).reshape(-1), root, precision=jax.lax.Precision.HIGHEST
         )
@@ -101,10 +104,9 @@ class PerExampleLoss(AbstractResidualLoss):
         coordinates, remainder = self.split(point)
         data = _tree.cast_floats((self.inputs, self.targets), _tree.dtype_of(coordinates))
         point = _tree.join(coordinates, remainder)
-        shape = self.minimizers.shape[1:]
 
         def one(x: Example, y: PyTree[Array]) -> Scalar:
-            return jnp.asarray(self.loss_fn(model_output(self.predict, point, x, shape), y))
+            return jnp.asarray(self.loss_fn(self.example_output(point, x), y))
 
         return jnp.mean(jax.vmap(one)(*data))
 
@@ -113,10 +115,9 @@ class PerExampleLoss(AbstractResidualLoss):
         coordinates, remainder = self.split(point)
         dtype = _tree.dtype_of(coordinates)
         inputs, targets = _tree.cast_floats((self.inputs, self.targets), dtype)
-        shape = self.minimizers.shape[1:]
 
         def output(x: PyTree[Array], example: Example) -> Array:
-            return model_output(self.predict, _tree.join(x, remainder), example, shape)
+            return self.example_output(_tree.join(x, remainder), example)
 
         def root(example: Example, target: PyTree[Array]) -> Array:
             hessian = _output_hessian(self.loss_fn, output(coordinates, example), target)
@@ -130,6 +131,27 @@ class PerExampleLoss(AbstractResidualLoss):
 
         roots = jax.lax.stop_gradient(jax.vmap(root)(inputs, targets))
         return linalg.jacobian(rooted, coordinates, (inputs, roots))
+
+    def output_gradient(
+        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
+    ) -> Float[Array, "N ..."]:
+        """∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
+        targets = _tree.cast_floats(targets, outputs.dtype)
+        slopes = jax.vmap(jax.grad(self.loss_fn))(outputs, targets)
+        return slopes / len(self.minimizers)
+
+    def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"] | None:
+        """Bᵢ⁻¹wᵢ, if the output Hessians are regular."""
+        if self.roots.shape[1] != self.roots.shape[2]:
+            return None
+        roots = self.roots.astype(weights.dtype)
+        return jnp.linalg.solve(roots, weights[..., None])[..., 0].reshape(-1)
+
+    def select(self, indices: Any) -> "PerExampleLoss":
+        data = jax.tree.map(lambda leaf: leaf[indices], self.data)
+        return eqx.tree_at(
+            lambda loss: (loss.inputs, loss.targets, loss.minimizers, loss.roots), self, data
+        )
 
 
 def _output_hessian(loss_fn: Callable[..., Any], output: Array, target: PyTree[Array]) -> Array:

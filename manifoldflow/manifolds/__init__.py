@@ -10,9 +10,18 @@ from manifoldflow.manifolds._limit_map import (
     limit_map as limit_map,
     limit_map_with_info as limit_map_with_info,
 )
+from manifoldflow.manifolds._limit_map_derivatives import (
+    limit_map_derivative as limit_map_derivative,
+    limit_map_second_derivative as limit_map_second_derivative,
+    limit_map_second_derivative_parts as limit_map_second_derivative_parts,
+    normal_second_derivative_parts as normal_second_derivative_parts,
+)
 from manifoldflow.manifolds._minimizer import MinimizerManifold as MinimizerManifold
 from manifoldflow.manifolds._normal_space import (
     AbstractNormalSpace as AbstractNormalSpace,
     GramNormalSpace as GramNormalSpace,
     HessianNormalSpace as HessianNormalSpace,
+)
+from manifoldflow.manifolds._second_derivative import (
+    AbstractSecondDerivative as AbstractSecondDerivative,
 )

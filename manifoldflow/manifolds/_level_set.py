@@ -22,7 +22,7 @@ class LevelSet(AbstractManifold):
         fn: point → array or PyTree of arrays, n numbers in all. To differentiate in values
             it uses, hand them over as `jax.tree_util.Partial(fn, a)` or in a module; values
             it merely closes over cannot be differentiated in.
-        gram: how Gram matrices are solved; by default `linalg.DenseGram()`.
+        gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
         trainable: which leaves are coordinates, as for `LeastSquares`.
 
     Raises:
@@ -41,7 +41,7 @@ class LevelSet(AbstractManifold):
         trainable: PyTree[Any] | None = None,
     ):
         self.fn = _tree.as_pytree_callable(fn)
-        self.gram = linalg.DenseGram() if gram is None else gram
+        self.gram = linalg.AutoGram() if gram is None else gram
         self.trainable = None if trainable is None else _tree.Static(trainable)
 
     @property
@@ -65,7 +65,7 @@ class ZeroLossManifold(AbstractManifold):
 
     Args:
         loss: `LeastSquares`, `PerExampleLoss`, or another residual loss.
-        gram: how Gram matrices are solved; by default `linalg.DenseGram()`.
+        gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
 
     Raises:
         ValueError: when used, if there are more residuals than coordinates.
@@ -81,7 +81,7 @@ class ZeroLossManifold(AbstractManifold):
                 "the minimisers of any other loss use MinimizerManifold(loss, rank)."
             )
         self.loss = loss
-        self.gram = linalg.DenseGram() if gram is None else gram
+        self.gram = linalg.AutoGram() if gram is None else gram
 
     def codimension(self, point: Point) -> int:
         """The number of scalar residuals."""

@@ -1,5 +1,11 @@
 """Noise: what SGD adds to the gradient, sampled and as a covariance."""
 
-from manifoldflow.noise._base import AbstractNoise as AbstractNoise
+from manifoldflow.noise._base import (
+    AbstractDataNoise as AbstractDataNoise,
+    AbstractNoise as AbstractNoise,
+)
+from manifoldflow.noise._custom import CustomNoise as CustomNoise
 from manifoldflow.noise._isotropic import IsotropicNoise as IsotropicNoise
 from manifoldflow.noise._label import LabelNoise as LabelNoise
+from manifoldflow.noise._minibatch import MinibatchNoise as MinibatchNoise
+from manifoldflow.noise._resampled import ResampledLabels as ResampledLabels

@@ -5,8 +5,8 @@ import abc
 import equinox as eqx
 import lineax as lx
 
-from manifoldflow._types import Key, Point, Tangent
-from manifoldflow.losses import AbstractLoss
+from manifoldflow._types import Key, Point, Scalar, Tangent
+from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
 
 
 class AbstractNoise(eqx.Module):
@@ -24,3 +24,18 @@ class AbstractNoise(eqx.Module):
         """Σ(point) = F Fᵀ, a self-adjoint lineax operator on tangents."""
         factor = self.factor(loss, point)
         return lx.TaggedLinearOperator(factor @ factor.T, lx.positive_semidefinite_tag)
+
+
+class AbstractDataNoise(AbstractNoise):
+    """Noise of the data: which examples are in the batch, and which labels they have."""
+
+    @abc.abstractmethod
+    def checked(self, loss: AbstractLoss) -> AbstractExampleLoss:
+        """The loss, if this noise can act on it; else a ValueError that says why not."""
+
+    @abc.abstractmethod
+    def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
+        """The c with Σ = c·∇²L everywhere on the zero-loss manifold.
+
+        None where there is none. Which of both it is depends on types, never on values.
+        """

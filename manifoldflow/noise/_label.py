@@ -1,32 +1,49 @@
 """Fresh noise on the labels at every step."""
 
+import math
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
 
-from manifoldflow._errors import checked_count, checked_nonnegative
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count, checked_nonnegative, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
-from manifoldflow.losses import AbstractLoss, LeastSquares
-from manifoldflow.noise._base import AbstractNoise
+from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, LeastSquares
+from manifoldflow.noise._base import AbstractDataNoise
+from manifoldflow.noise._examples import (
+    batch_of,
+    checked_examples,
+    label_factor,
+    Weights,
+)
 
 
-class LabelNoise(AbstractNoise):
+class LabelNoise(AbstractDataNoise):
     """Gaussian noise of standard deviation `std` on every target, redrawn at each step.
 
-    On the zero-loss manifold the covariance of the gradient is c·∇²L with
+    On the zero-loss manifold of `LeastSquares` the covariance of the gradient is c·∇²L with
     c = scale·std²·N/B for N examples in batches of B: the noise under which SGD walks the
     manifold by −(c/4) P∇tr∇²L [LiWangArora2022, Corollary 5.2].
 
+    Other losses feel a change ε of the target to first order: ∂ℓ/∂f + (∂²ℓ/∂f∂y) ε. That is
+    the whole of it for cross-entropies, which are linear in the target; for others it keeps
+    the gradient unbiased and is what is left for a small std. The covariance is then no
+    multiple of the Hessian; where labels are classes, `ResampledLabels` has one that is.
+
     Args:
         std: standard deviation, in the units of the targets.
-        batch_size: B, examples in a batch, drawn without replacement; None for all.
+        batch_size: B, examples in a batch, drawn without replacement; None for all. Small
+            batches have a noise of their own, which vanishes where all examples are fitted.
 
     Raises:
         ValueError: negative std; a batch size below 1 or above the number of examples; a
-            loss other than `LeastSquares`.
+            loss without examples or with integer targets.
     """
 
     std: Scalar
@@ -39,44 +56,61 @@ class LabelNoise(AbstractNoise):
         self.batch_size = batch_size
 
     def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
-        loss = self._checked(loss)
         batch_key, label_key = jr.split(key)
-        num_examples = len(loss.targets)
-        if self.batch_size is not None and self.batch_size < num_examples:
-            loss = loss.select(
-                jr.choice(batch_key, num_examples, (self.batch_size,), replace=False)
-            )
-        dtype = loss.targets.dtype
-        labels = self.std.astype(dtype) * jr.normal(label_key, loss.targets.shape, dtype)
-        return loss.shift_targets(labels).gradient(point)
+        batch = batch_of(self.checked(loss), self.batch_size, batch_key)
+        coordinates, remainder = batch.split(point)
+        outputs, pull = jax.vjp(lambda x: batch.outputs(_tree.join(x, remainder)), coordinates)
+        targets = _tree.cast_floats(batch.targets, outputs.dtype)
+        change = _tree.scale(self.std, _tree.random_normal_like(label_key, targets))
+        slopes, response = _response(batch, outputs, targets, change)
+        return pull((slopes + response).astype(outputs.dtype))[0]
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """√(c·scale)·Jᵀ from n label perturbations to tangents.
+        """From one number for every label and, for small batches, one for every example."""
+        loss = self.checked(loss)
+        outputs = loss.outputs(point)
+        targets = _tree.cast_floats(loss.targets, outputs.dtype)
+        labels, unravel = ravel_pytree(targets)
+        size = math.sqrt(loss.num_examples / (self.batch_size or loss.num_examples))
 
-        It is the whole covariance on the manifold, and anywhere for full batches; off the
-        manifold small batches add their own, which vanishes with the residual.
-        """
-        loss = self._checked(loss)
-        jacobian = loss.jacobian(point)
-        factor = jnp.sqrt(self.strength(loss) * loss.scale)
-        return factor.astype(jacobian.out_structure().dtype) * jacobian.T
+        def from_labels(u: Array) -> Weights:
+            if isinstance(loss, LeastSquares):
+                weights = jnp.sqrt(self.strength(loss) * loss.scale) * u
+            else:
+                weights = size * self.std * _response(loss, outputs, targets, unravel(u))[1]
+            return weights.reshape(loss.num_examples, -1)
+
+        return label_factor(loss, point, self.batch_size, from_labels, len(labels))
 
     def strength(self, loss: AbstractLoss) -> Scalar:
-        """The c of Σ = c·∇²L on the manifold: scale·std²·N/B."""
-        loss = self._checked(loss)
-        num_examples = len(loss.targets)
-        batch_size = num_examples if self.batch_size is None else self.batch_size
-        return loss.scale * self.std**2 * (num_examples / batch_size)
-
-    def _checked(self, loss: AbstractLoss) -> LeastSquares:
+        """The c of Σ = c·∇²L on the manifold of a `LeastSquares` loss: scale·std²·N/B."""
         if not isinstance(loss, LeastSquares):
             raise ValueError(
-                f"LabelNoise perturbs the targets of LeastSquares; got {type(loss).__name__}. "
-                "Elsewhere its covariance is not a multiple of the Hessian."
+                "LabelNoise has a strength c on LeastSquares; got "
+                f"{type(loss).__name__}, where its covariance is not a multiple of the Hessian."
             )
-        if self.batch_size is not None and self.batch_size > len(loss.targets):
+        self.checked(loss)
+        batch_size = loss.num_examples if self.batch_size is None else self.batch_size
+        return loss.scale * self.std**2 * (loss.num_examples / batch_size)
+
+    def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
+        """`strength` on LeastSquares, None elsewhere."""
+        return self.strength(loss) if isinstance(loss, LeastSquares) else None
+
+    def checked(self, loss: AbstractLoss) -> AbstractExampleLoss:
+        loss = checked_examples("LabelNoise", loss, self.batch_size)
+        leaves = jax.tree.leaves(loss.targets)
+        if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
             raise ValueError(
-                f"LabelNoise: batch_size={self.batch_size} exceeds the {len(loss.targets)} "
-                "examples of the loss. Use batch_size=None for full batches."
+                "LabelNoise adds to targets, which must be floating-point arrays; got "
+                f"{shapes_of(loss.targets)}. For labels that are classes, hand the loss their "
+                "probabilities and use ResampledLabels."
             )
         return loss
+
+
+def _response(
+    loss: AbstractExampleLoss, outputs: Array, targets: PyTree[Array], change: PyTree[Array]
+) -> tuple[Float[Array, "N ..."], Float[Array, "N ..."]]:
+    """∂L/∂f, and how it answers to a change of the targets."""
+    return jax.jvp(lambda y: loss.output_gradient(outputs, y), (targets,), (change,))

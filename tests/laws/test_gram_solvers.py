@@ -24,7 +24,7 @@ def solvers(loss: mf.LeastSquares, model: eqx.nn.MLP) -> dict[str, linalg.Abstra
         "sketched": linalg.IterativeGram(preconditioner_rank=12),
         "stale inverse": linalg.IterativeGram(inverse=linalg.inverse_gram(loss.jacobian(nearby))),
         "automatic, dense": linalg.AutoGram(),
-        "automatic, iterative": linalg.AutoGram(max_dense=4, preconditioner_rank=8),
+        "automatic, iterative": linalg.AutoGram(memory=1000, preconditioner_rank=8),
     }
 
 

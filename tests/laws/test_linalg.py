@@ -139,6 +139,21 @@ def test_tangency_of_ill_conditioned_jacobians(dtype, condition, bound):
         close(f"P² = P, seed {seed}", tangent - normal_component(matrix, tangent), tangent, bound)
 
 
+@pytest.mark.parametrize("condition", [1e5, 1e6, 1e7])
+def test_float32_projections_at_high_condition(condition):
+    """Right to 1e-3 where a float32 Cholesky factorisation has no correct digit left."""
+    for seed in range(3):
+        spectrum = np.logspace(0, -0.5 * np.log10(condition), 40)
+        matrix = matrix_with_spectrum(spectrum, 400, seed, np.float32)
+        jacobian = linalg.DenseJacobian(matrix)
+        v = jr.normal(jr.key(seed), (400,), jnp.float32)
+        normal = linalg.normal_component(jacobian, linalg.DenseGram()(jacobian), v)
+        exact = np.asarray(matrix, np.float64)
+        expected = np.linalg.pinv(exact) @ (exact @ np.asarray(v, np.float64))
+        error = np.linalg.norm(normal - expected) / np.linalg.norm(v)
+        at_most(f"‖P⊥v − exact‖/‖v‖, condition {condition:.0e}, seed {seed}", error, 1e-3)
+
+
 def test_operators():
     matrix, _ = JACOBIANS["full rank"]
     jacobian, v = linalg.DenseJacobian(matrix), jr.normal(jr.key(9), (9,))

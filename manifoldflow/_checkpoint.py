@@ -16,8 +16,8 @@ Saved = tuple[Coordinates, dict[str, PyTree[Array]]]
 class Checkpoint:
     """An .npz file with all save times and, for those that are done, points and observables.
 
-    Each save rewrites the file under another name and moves it into place: whatever
-    moment a run is killed at, the file is whole.
+    Each save rewrites it by `write_whole`: whatever moment a run is killed at, the file is
+    whole.
     """
 
     def __init__(
@@ -30,8 +30,7 @@ class Checkpoint:
     ):
         """What tells this solve from others: its times, its start, the flow's drift there
         (which changes with the loss, the data and the noise), and what it observes."""
-        self.path = _with_suffix(path)
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        self.path = with_suffix(path)
         self._times = np.asarray(times)
         self._start, self._treedef = jax.tree.flatten(coordinates)
         self._velocity = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(velocity)])
@@ -87,20 +86,30 @@ class Checkpoint:
             column = self._columns.setdefault(name, [])
             del column[num_done:]
             column.append(np.asarray(value))
-        partial = self.path + ".partial"
-        with open(partial, "wb") as file:
-            columns: dict[str, Any] = {n: np.stack(c) for n, c in self._columns.items()}
-            np.savez(file, times=self._times, velocity=self._velocity, **columns)
-        os.replace(partial, self.path)
+        columns = {name: np.stack(column) for name, column in self._columns.items()}
+        write_whole(self.path, {"times": self._times, "velocity": self._velocity, **columns})
 
     def before(self, num_done: int, name: str) -> np.ndarray:
         """The first `num_done` entries of a column."""
         return np.stack(self._columns[name][:num_done])
 
 
-def _with_suffix(path: str | os.PathLike[str]) -> str:
+def with_suffix(path: str | os.PathLike[str]) -> str:
+    """The path with .npz at its end, as NumPy would write it."""
     path = os.fspath(path)
     return path if path.endswith(".npz") else path + ".npz"
+
+
+def write_whole(path: str, arrays: dict[str, Any]) -> None:
+    """Write an .npz file under another name and move it into place.
+
+    So it is whole whatever moment the program is killed at. Makes the folder.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    partial = path + ".partial"
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(partial, path)
 
 
 def flat_names(observables: PyTree[Any]) -> dict[str, Any]:
@@ -113,12 +122,12 @@ def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, 
     """The time and the point of the last save in a checkpoint file.
 
     Args:
-        path: the file that was given to `solve(checkpoint=…)`.
+        path: the file that was given to `solve(checkpoint=…)` or `simulate(checkpoint=…)`.
         point: any point of the same kind, for its structure.
     """
     coordinates, remainder = _tree.split(point)
     leaves, treedef = jax.tree.flatten(coordinates)
-    with np.load(_with_suffix(path)) as stored:
+    with np.load(with_suffix(path)) as stored:
         columns = [stored.get(f"point_{i}") for i in range(len(leaves))]
         times = stored["times"]
     if any(c is None or c.shape[1:] != x.shape for c, x in zip(columns, leaves)):

@@ -1,0 +1,52 @@
+"""What a long run shows on its way: observables, progress meters, reports."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+from jaxtyping import Array, PyTree
+
+from manifoldflow._solution import Observables
+from manifoldflow._types import Coordinates, Point
+
+Report = Callable[[Any, Coordinates, PyTree[Array]], None]
+"""What is called at every save: time, coordinates, observables."""
+
+
+def checked_observables(observe: Observables | None) -> dict[str, Callable[[Point], Any]]:
+    if observe is not None and not isinstance(observe, Mapping):
+        raise ValueError(f"observe must map names to functions of a point; got {observe!r}.")
+    observe = dict(observe or {})
+    for name, fn in observe.items():
+        if not callable(fn):
+            raise ValueError(
+                f"observe maps names to functions of a point; got {fn!r} for {name!r}."
+            )
+    return observe
+
+
+def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
+    is_known = isinstance(progress, bool | dfx.AbstractProgressMeter) or callable(progress)
+    if not is_known:
+        raise ValueError(
+            f"progress must be a bool, a Diffrax progress meter or a function; got {progress!r}."
+        )
+    if progress is True:
+        return dfx.TextProgressMeter()
+    return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
+
+
+def row_reports(progress: Any) -> tuple[Report, ...]:
+    is_fn = callable(progress) and not isinstance(progress, dfx.AbstractProgressMeter)
+    fn: Any = progress
+    return (_RowReport(fn),) if is_fn else ()
+
+
+class _RowReport(eqx.Module):
+    """Calls a user's function with one dict for each save."""
+
+    fn: Callable[[dict[str, Any]], None]
+
+    def __call__(self, time: Any, coordinates: Coordinates, observables: Any) -> None:
+        self.fn({"time": time, "coordinates": coordinates, **observables})

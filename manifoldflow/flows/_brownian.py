@@ -1,0 +1,43 @@
+"""Brownian motion on a manifold."""
+
+import equinox as eqx
+import lineax as lx
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow.flows._base import AbstractDiffusion
+from manifoldflow.manifolds import AbstractManifold, limit_map_second_derivative_parts
+
+
+class BrownianMotion(AbstractDiffusion):
+    """dX = ½ tr II dt + P dW: the diffusion on a manifold with generator ½Δ.
+
+    In the sense of Stratonovich, dX = P∘dW. The Itô drift ½ tr II, normal to the manifold,
+    takes D second directional derivatives of the constraint.
+
+    Args:
+        manifold: any manifold, with the metric of the space of points.
+    """
+
+    manifold: AbstractManifold
+
+    @property
+    def is_stochastic(self) -> bool:
+        return True
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        return self.manifold.split(point)
+
+    @eqx.filter_jit
+    def drift(self, point: Point) -> Tangent:
+        """½ tr II, half of the (not averaged) mean curvature vector."""
+        tangents = _tree.structure_of(self.split(point)[0])
+        identity = lx.IdentityLinearOperator(tangents)
+        parts = limit_map_second_derivative_parts(self.manifold, point, identity)
+        return _tree.scale(0.5, parts.tangent_part())
+
+    def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
+        """P, as an operator on tangents."""
+        tangents = _tree.structure_of(self.split(point)[0])
+        project = self.manifold.normal_space(point).tangent
+        return lx.FunctionLinearOperator(project, tangents, lx.symmetric_tag)

@@ -1,0 +1,34 @@
+"""Where a flow starts, and how its points get back on its manifold."""
+
+import jax.numpy as jnp
+
+from manifoldflow import _tree
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow.flows._base import AbstractFlow
+
+
+def touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
+    if flow.manifold is None:
+        return y, jnp.zeros((), _tree.dtype_of(y))
+    point, info = flow.manifold.touch_up(_tree.join(y, remainder))
+    return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
+
+
+def started(
+    flow: AbstractFlow, coordinates: Coordinates, remainder: Point
+) -> tuple[Coordinates, RESULTS]:
+    """The point of the flow's manifold to start from, and how it was found."""
+    if flow.manifold is None:
+        return coordinates, RESULTS.successful
+    point, info = flow.manifold.project_with_info(_tree.join(coordinates, remainder))
+    return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
+
+
+def check_can_move(flow: AbstractFlow, point: Point) -> None:
+    """Noise needs a dimension to move in."""
+    if flow.manifold is not None and flow.manifold.dimension(point) == 0:
+        raise ValueError(
+            f"{type(flow).__name__} has nothing to move: its manifold has dimension 0, as many "
+            "constraints as coordinates. Use fewer examples or a wider model."
+        )

@@ -1,0 +1,62 @@
+"""The diffusion that SGD itself resembles, off the manifold too."""
+
+from typing import Any
+
+import equinox as eqx
+import lineax as lx
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_nonnegative
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.flows._base import AbstractDiffusion
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise import AbstractDataNoise, AbstractNoise
+
+
+class SGDDiffusion(AbstractDiffusion):
+    """dX = −η⁻¹∇L(X) dt + F(X) dW on the limit clock t = kη², with F Fᵀ the noise of SGD.
+
+    One step of SGD is a step of length η² of this equation's Euler scheme; `LimitDiffusion`
+    is its limit as η → 0. Stiff: steps beyond some 2η/λ_max(∇²L) diverge.
+
+    Args:
+        loss: any loss.
+        noise: any noise that fits the loss.
+        learning_rate: η > 0.
+
+    References:
+        [LiWangArora2022, eq. (3)]; [Katzenberger1991].
+    """
+
+    loss: AbstractLoss
+    noise: AbstractNoise
+    learning_rate: Scalar
+
+    def __init__(self, loss: AbstractLoss, noise: AbstractNoise, learning_rate: Any):
+        if isinstance(noise, AbstractDataNoise):
+            noise.checked(loss)
+        self.loss = loss
+        self.noise = noise
+        self.learning_rate = checked_nonnegative(
+            "SGDDiffusion: learning_rate", learning_rate, "It is a step size."
+        )
+
+    @property
+    def manifold(self) -> None:
+        return None
+
+    @property
+    def is_stochastic(self) -> bool:
+        return True
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        return self.loss.split(point)
+
+    @eqx.filter_jit
+    def drift(self, point: Point) -> Tangent:
+        """−η⁻¹∇L."""
+        return _tree.scale(-1 / self.learning_rate, self.loss.gradient(point))
+
+    def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
+        """F, from the space of the noise to tangents."""
+        return self.noise.factor(self.loss, point)

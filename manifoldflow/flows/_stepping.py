@@ -1,0 +1,82 @@
+"""What Diffrax steps with: terms, first step and step-size controller of a solve."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow, form_of
+from manifoldflow.flows._landing import check_can_move
+from manifoldflow.flows._options import NoiseOptions, Options
+
+
+def terms_of(
+    flow: AbstractFlow, point: Point, times: Array, end_time: Scalar, options: Options
+) -> dfx.AbstractTerm:
+    noise = options.noise
+    if noise is None:
+        return flow.terms(point)
+    assert isinstance(flow, AbstractDiffusion) and options.solver is not None
+    check_can_move(flow, point)
+    # One path for the whole time, so that a solve that goes on sees the same noise. Far
+    # below the steps, since the tree is only right down to its tolerance.
+    path = dfx.VirtualBrownianTree(
+        jnp.zeros_like(end_time),
+        end_time,
+        _smallest_step(noise, times, end_time) / 4,
+        flow.diffusion(point).in_structure(),
+        noise.key,
+        getattr(options.solver, "minimal_levy_area", dfx.BrownianIncrement),
+    )
+    return flow.terms(point, path, form=form_of(options.solver))
+
+
+def _smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar:
+    if noise.is_adaptive:
+        return end_time / 2**14
+    return jnp.min(jnp.diff(noise.legs(times, end_time))) / noise.num_steps
+
+
+def first_step(
+    flow: AbstractFlow, start: Coordinates, remainder: Point, end_time: Scalar, options: Options
+) -> Scalar | None:
+    """A step that moves the point by a hundredth of its norm.
+
+    One evaluation of the drift where Diffrax's own choice takes two: the drift is most
+    of what has to be compiled.
+    """
+    if options.noise is not None:
+        return end_time / 1000 if options.noise.is_adaptive else None
+    if options.step_size is not None:
+        return options.step_size
+    speed = _tree.norm(flow.drift(_tree.join(start, remainder)))
+    step = 0.01 * jnp.maximum(_tree.norm(start), 0.01) / jnp.maximum(speed, 1e-30)
+    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
+
+
+def controller_of(
+    options: Options, times: Array, end_time: Scalar
+) -> dfx.AbstractStepSizeController:
+    noise = options.noise
+    if noise is not None and not noise.is_adaptive:
+        return dfx.StepTo(ts=noise.step_times(times, end_time))
+    if options.step_size is not None:
+        return dfx.ConstantStepSize()
+    smallest = jnp.finfo(end_time.dtype).eps * end_time
+    if noise is None:
+        return dfx.PIDController(options.rtol, options.atol, dtmin=smallest, force_dtmin=False)
+    # Steps end on the saves: between them the path is rough. Rejected steps are revisited,
+    # without which adaptive steps would bias the law of the noise.
+    smallest = end_time / 2**12
+    controller = dfx.PIDController(
+        options.rtol, options.atol, pcoeff=0.1, icoeff=0.3, dtmin=smallest, dtmax=end_time / 10
+    )
+    return dfx.ClipStepSizeController(controller, step_ts=times, store_rejected_steps=100)
+
+
+def max_steps_of(options: Options, times: Array) -> int:
+    if options.noise is None or options.noise.is_adaptive:
+        return options.max_steps
+    return options.noise.num_steps * len(times) + 1

@@ -1,0 +1,93 @@
+"""The drift of label noise from some of the examples, with its uncertainty."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count
+from manifoldflow._types import Key, Point, Scalar, Tangent
+from manifoldflow.flows._limit_diffusion import LimitDiffusion
+from manifoldflow.losses import LeastSquares
+from manifoldflow.noise import LabelNoise
+
+
+class DriftEstimate(NamedTuple):
+    """An unbiased estimate of a drift.
+
+    Attributes:
+        drift: the estimate.
+        standard_error: √E‖estimate − drift‖², before the projection, which can only lower it.
+    """
+
+    drift: Tangent
+    standard_error: Scalar
+
+
+@eqx.filter_jit
+def subsampled_drift(
+    flow: LimitDiffusion,
+    point: Point,
+    key: Key,
+    *,
+    num_examples: int,
+    num_groups: int = 8,
+    projected: bool = True,
+) -> DriftEstimate:
+    """−(c/4) P∇tr∇²L with the trace over a random subset of the examples, each exactly.
+
+    tr∇²L is a mean over examples whose terms differ little, while probes over examples
+    (Hutchinson) see all their products: one probe costs as much as the exact gradient and
+    is 100 % off, a subset of m of N examples costs m/N of it.
+
+    Args:
+        flow: of label noise on a zero-loss manifold.
+        point: a point of the manifold.
+        key: draws the subset, without replacement.
+        num_examples: m, a multiple of `num_groups`, at most N.
+        num_groups: parts of the subset, whose spread gives the standard error; at least 2.
+        projected: whether to apply P, which needs the Gram matrix of all N examples (or
+            conjugate gradients on it, if the manifold's `gram` says so).
+
+    Raises:
+        ValueError: another noise, a subset larger than the data or not divisible.
+    """
+    loss = flow.manifold.loss
+    if not isinstance(flow.noise, LabelNoise) or not isinstance(loss, LeastSquares):
+        raise ValueError(
+            "subsampled_drift is for LabelNoise on LeastSquares, whose drift is the gradient "
+            f"of a mean over examples; got {type(flow.noise).__name__} on {type(loss).__name__}."
+        )
+    total = len(loss.targets)
+    num_examples = checked_count("subsampled_drift: num_examples", num_examples)
+    if num_examples > total or num_examples % num_groups or num_groups < 2:
+        raise ValueError(
+            f"subsampled_drift needs num_groups ≥ 2 equal groups of at most {total} examples in "
+            f"all; got num_examples={num_examples}, num_groups={num_groups}. "
+            "Use flow.drift(point) for all of them."
+        )
+    chosen = jr.choice(key, total, (num_examples,), replace=False)
+
+    def gradient_of(indices: jax.Array) -> Tangent:
+        coordinates, remainder = loss.split(point)
+        trace = loss.select(indices).trace_gauss_newton
+        return jax.grad(lambda x: trace(_tree.join(x, remainder)))(coordinates)
+
+    def step(sums: tuple[Tangent, Scalar], indices: jax.Array) -> tuple[tuple, None]:
+        gradient = gradient_of(indices)
+        return (_tree.add(sums[0], gradient), sums[1] + _tree.inner(gradient, gradient)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, loss.split(point)[0])
+    start = (zeros, jnp.zeros((), _tree.dtype_of(zeros)))
+    (gradient, squares), _ = jax.lax.scan(step, start, chosen.reshape(num_groups, -1))
+    mean = _tree.scale(1 / num_groups, gradient)
+    spread = squares - num_groups * _tree.inner(mean, mean)
+    # Drawn without replacement, all of the examples leave no error.
+    left = 1 - num_examples / total
+    variance = left * jnp.maximum(spread, 0) / (num_groups * (num_groups - 1))
+    factor = (flow.noise.strength(loss) / 4).astype(variance.dtype)
+    tangent = flow.manifold.tangent_projection(point, mean) if projected else mean
+    return DriftEstimate(_tree.scale(-factor, tangent), factor * jnp.sqrt(variance))

@@ -1,0 +1,120 @@
+"""The Jacobian of more examples than memory holds: formed a chunk at a time, never kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Example, Tangent
+from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg._structured import structured_jacobian, StructuredJacobian
+
+
+class ChunkedJacobian(AbstractJacobian):
+    """J of `fn` on all examples, through the structured Jacobians of chunks of them.
+
+    Products, row norms and their derivatives cost what they cost on all examples at once
+    and one more pass through the model; a Gram matrix of m chunks costs m such passes. The
+    memory is that of two chunks and of the result.
+
+    Args:
+        fn: maps coordinates and one example to an array of k numbers; a PyTree, so that
+            derivatives in what it holds are kept (`equinox.filter_closure_convert`).
+        coordinates: where to differentiate.
+        data: PyTree with a leading axis of examples.
+        chunk_size: examples at a time.
+    """
+
+    fn: Callable[..., Any]
+    coordinates: Coordinates
+    data: PyTree[Array]
+    chunk_size: int = eqx.field(static=True)
+
+    def _jacobian(self, chunk: PyTree[Array]) -> StructuredJacobian:
+        return structured_jacobian(self.fn, self.coordinates, chunk)
+
+    @property
+    def _num_examples(self) -> int:
+        return jax.tree.leaves(self.data)[0].shape[0]
+
+    @property
+    def _num_outputs(self) -> int:
+        return eqx.filter_eval_shape(self.fn, self.coordinates, self._example(0)).size
+
+    def _example(self, index: int) -> Example:
+        return jax.tree.map(lambda leaf: leaf[index], self.data)
+
+    def _chunks(self, *others: Array) -> tuple[PyTree[Array], PyTree[Array]]:
+        """All full chunks, stacked, and the examples that are left."""
+        full = self._num_examples // self.chunk_size
+        cut = full * self.chunk_size
+        stack = lambda x: x[:cut].reshape(full, self.chunk_size, *x.shape[1:])
+        every = (self.data, *others)
+        return jax.tree.map(stack, every), jax.tree.map(lambda x: x[cut:], every)
+
+    def _over_rows(self, fn: Callable[[Any], Array]) -> Float[Array, "n ..."]:
+        """`fn` of every chunk of data, one result for each of its rows."""
+        (head,), (tail,) = self._chunks()
+        # Without the checkpoint, reverse mode would keep all chunks after all.
+        parts = jax.lax.map(jax.checkpoint(fn), head)
+        parts = parts.reshape(-1, *parts.shape[2:])
+        if self._num_examples % self.chunk_size == 0:
+            return parts
+        return jnp.concatenate([parts, fn(tail)])
+
+    def mv(self, vector: Tangent) -> Float[Array, " n"]:
+        return self._over_rows(lambda chunk: self._jacobian(chunk).mv(vector))
+
+    def transpose_mv(self, vector: Float[Array, " n"]) -> Tangent:
+        weights = vector.reshape(self._num_examples, self._num_outputs)
+        head, tail = self._chunks(weights)
+
+        @jax.checkpoint
+        def add(total: Tangent, chunk: Any) -> tuple[Tangent, None]:
+            data, weights = chunk
+            part = self._jacobian(data).transpose_mv(weights.reshape(-1))
+            return _tree.add(total, part), None
+
+        zeros = jax.tree.map(jnp.zeros_like, self.coordinates)
+        total, _ = jax.lax.scan(add, zeros, head)
+        return total if self._num_examples % self.chunk_size == 0 else add(total, tail)[0]
+
+    def cross_gram(self, other: "ChunkedJacobian") -> Float[Array, "n m"]:
+        def strip(chunk: Any) -> Float[Array, "rows m"]:
+            mine = self._jacobian(chunk)
+            return other._over_rows(lambda theirs: other._jacobian(theirs).cross_gram(mine)).T
+
+        return self._over_rows(strip)
+
+    def gram_triangle(self) -> Float[Array, "n n"]:
+        return self.gram()
+
+    def row_norms_squared(self) -> Float[Array, " n"]:
+        return self._over_rows(lambda chunk: self._jacobian(chunk).row_norms_squared())
+
+    def rows(self) -> PyTree[Float[Array, "n ..."]]:
+        return structured_jacobian(self.fn, self.coordinates, self.data).rows()
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return _tree.structure_of(self.coordinates)
+
+    def out_structure(self) -> jax.ShapeDtypeStruct:
+        size = self._num_examples * self._num_outputs
+        return jax.ShapeDtypeStruct((size,), _tree.dtype_of(self.coordinates))
+
+
+def chunked_jacobian(
+    fn: Callable[[Coordinates, Example], Array],
+    coordinates: Coordinates,
+    data: PyTree[Array],
+    chunk_size: int,
+) -> ChunkedJacobian:
+    """As `jacobian`, formed anew for `chunk_size` examples at a time wherever it is used."""
+    num_examples = jax.tree.leaves(data)[0].shape[0]
+    example = jax.tree.map(lambda leaf: leaf[0], data)
+    fn = eqx.filter_closure_convert(fn, coordinates, example)
+    return ChunkedJacobian(fn, coordinates, data, min(chunk_size, num_examples))

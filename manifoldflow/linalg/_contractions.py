@@ -1,0 +1,187 @@
+"""Second derivatives of many functions at once, contracted before they are formed.
+
+With f: points → Rⁿ, sums over outputs of Hessian-vector products ∇²fᵢ·vᵢ and of quadratic
+forms ⟨u, ∇²f v⟩ are what the drifts on a manifold are made of. Nothing here holds D×D
+numbers, nor a tangent for each output: coefficients come as n×n matrices or as operators,
+whose columns are formed a few at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Tangent
+from manifoldflow.linalg._operator import AbstractJacobian
+
+# Terms of a sum are formed together up to this many numbers: vectorised where points are
+# small, one by one where a single tangent is large.
+_TOGETHER = 2**19
+
+
+def contract_hessians(
+    jacobian_fn: Callable[[Coordinates], AbstractJacobian],
+    coordinates: Coordinates,
+    coefficients: Float[Array, "n n"],
+) -> Tangent:
+    """Σᵢ ∇²fᵢ (JᵀC)ᵢ, one Hessian-vector product per output, each with its own tangent.
+
+    (JᵀC)ᵢ, the i-th column, is a combination of the rows of J. The sum is the gradient of
+    θ ↦ tr(J(θ) J₀ᵀ C) at J₀ = J: a Gram matrix in place of n tangents.
+
+    Args:
+        jacobian_fn: coordinates → J = ∂f there.
+        coordinates: where.
+        coefficients: C, (n, n), not necessarily symmetric.
+
+    Returns:
+        A tangent.
+    """
+    frozen = jacobian_fn(coordinates)
+
+    def weighted(x: Coordinates) -> Array:
+        return jnp.sum(jacobian_fn(x).cross_gram(frozen) * coefficients.T)
+
+    return jax.grad(weighted)(coordinates)
+
+
+def hessian_product_sum(
+    fn: Callable[[Coordinates], Float[Array, " n"]],
+    coordinates: Coordinates,
+    multipliers: lx.AbstractLinearOperator,
+    tangents: lx.AbstractLinearOperator,
+    *,
+    chunk_size: int | None = None,
+) -> Tangent:
+    """Σᵣ ∇²(bᵣ·f) vᵣ, with bᵣ and vᵣ the columns of two operators.
+
+    Equal to Σᵢ ∇²fᵢ (VBᵀ)ᵢ with the columns of VBᵀ as tangents. One term costs about two
+    gradients of b·f.
+
+    Args:
+        fn: f, coordinates → (n,).
+        coordinates: where.
+        multipliers: B, from any space of r numbers to Rⁿ.
+        tangents: V, from the same space to tangents.
+        chunk_size: terms that are formed at once; by default as many as are small.
+
+    Returns:
+        A tangent.
+
+    Raises:
+        ValueError: the operators have different numbers of columns.
+    """
+    count = _common_columns(multipliers, tangents)
+
+    def term(index: Int[Array, ""]) -> Tangent:
+        multiplier, vector = column(multipliers, index), column(tangents, index)
+
+        def transposed(x: Coordinates) -> Tangent:
+            return jax.vjp(fn, x)[1](multiplier)[0]
+
+        return jax.jvp(transposed, (coordinates,), (vector,))[1]
+
+    return sum_terms(term, count, _chunk(chunk_size, coordinates))
+
+
+def second_derivative_sum(
+    fn: Callable[[Coordinates], PyTree[Array]],
+    coordinates: Coordinates,
+    left: lx.AbstractLinearOperator,
+    right: lx.AbstractLinearOperator,
+    *,
+    chunk_size: int | None = None,
+) -> PyTree[Array]:
+    """Σᵣ D²f[uᵣ, vᵣ], with uᵣ and vᵣ the columns of two operators to tangents.
+
+    Equal to ⟨∇²fᵢ, UVᵀ⟩ for every output fᵢ: only the symmetric part of UVᵀ counts. One
+    term costs about four evaluations of f, by forward mode over forward mode.
+
+    Args:
+        fn: f, coordinates → any PyTree of arrays.
+        coordinates: where.
+        left: U, from any space of r numbers to tangents.
+        right: V, from the same space; may be the same operator.
+        chunk_size: terms that are formed at once; by default as many as are small.
+
+    Returns:
+        A PyTree like the value of f.
+
+    Raises:
+        ValueError: the operators have different numbers of columns.
+    """
+    count = _common_columns(left, right)
+
+    def term(index: Int[Array, ""]) -> PyTree[Array]:
+        u = column(left, index)
+        v = u if right is left else column(right, index)
+
+        def along(x: Coordinates) -> PyTree[Array]:
+            return jax.jvp(fn, (x,), (u,))[1]
+
+        return jax.jvp(along, (coordinates,), (v,))[1]
+
+    return sum_terms(term, count, _chunk(chunk_size, coordinates))
+
+
+def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree[Array]:
+    """One column of an operator between PyTrees, in the order of its raveled input."""
+    structure = operator.in_structure()
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
+    flat, unravel = ravel_pytree(zeros)
+    with jax.default_matmul_precision("highest"):
+        return operator.mv(unravel(flat.at[index].set(1)))
+
+
+def columns(
+    operator: lx.AbstractLinearOperator, *, chunk_size: int | None = None
+) -> Float[Array, "m r"]:
+    """The matrix of an operator to Rᵐ whose input is any PyTree, formed column by column."""
+    count = _tree.size(operator.in_structure())
+    chunk = _chunk(chunk_size, operator.in_structure())
+    rows = jax.lax.map(
+        lambda index: column(operator, index), jnp.arange(count), batch_size=min(chunk, count)
+    )
+    return rows.T
+
+
+def sum_terms(
+    term: Callable[[Int[Array, ""]], PyTree[Array]], count: int, chunk_size: int
+) -> PyTree[Array]:
+    """Σ term(r) over r = 0 … count − 1, with the memory of `chunk_size` terms."""
+    chunk_size = min(chunk_size, count)
+    num_whole, rest = divmod(count, chunk_size)
+
+    def partial_sum(start: Int[Array, ""], size: int) -> PyTree[Array]:
+        with jax.default_matmul_precision("highest"):  # the model's own products as well
+            terms = jax.vmap(term)(start + jnp.arange(size))
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), terms)
+
+    total = partial_sum(jnp.asarray(0), chunk_size)
+    if num_whole > 1:
+        # Without the checkpoint, reverse mode would keep what every term computed.
+        step = jax.checkpoint(
+            lambda total, start: (_tree.add(total, partial_sum(start, chunk_size)), None)
+        )
+        total, _ = jax.lax.scan(step, total, chunk_size * jnp.arange(1, num_whole))
+    if rest:
+        total = _tree.add(total, partial_sum(jnp.asarray(chunk_size * num_whole), rest))
+    return total
+
+
+def _chunk(chunk_size: int | None, tree: PyTree[Any]) -> int:
+    return max(1, _TOGETHER // _tree.size(tree)) if chunk_size is None else chunk_size
+
+
+def _common_columns(a: lx.AbstractLinearOperator, b: lx.AbstractLinearOperator) -> int:
+    counts = _tree.size(a.in_structure()), _tree.size(b.in_structure())
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"The two operators need the same number of columns; got {counts[0]} and {counts[1]}."
+        )
+    return counts[0]

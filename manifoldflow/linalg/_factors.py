@@ -1,0 +1,108 @@
+"""Low-rank covariances by their factors F, with Σ = F Fᵀ."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._errors import shapes_of
+from manifoldflow._types import Coordinates, Tangent
+from manifoldflow.linalg._operator import AbstractJacobian
+
+
+def factor_operator(coordinates: Coordinates, columns: PyTree[Any]) -> lx.AbstractLinearOperator:
+    """Columns of a factor, arrays like the coordinates with one more axis, as an operator.
+
+    Args:
+        coordinates: of a point.
+        columns: a PyTree like them, or like the point; every array has the shape of its
+            coordinate and a trailing axis of r columns.
+
+    Returns:
+        The operator from arrays (r,) to tangents.
+
+    Raises:
+        ValueError: another structure or other shapes.
+    """
+    arrays = eqx.filter(columns, eqx.is_inexact_array)
+    mistake = "its structure differs"
+    if jax.tree.structure(arrays) == jax.tree.structure(coordinates):
+        pairs = list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(arrays)))
+        mistake = _mistake(pairs)
+    if mistake:
+        raise ValueError(
+            "A noise factor must be like the point's coordinates "
+            f"{shapes_of(coordinates)}, every array with one more, trailing axis of r noise "
+            f"columns; {mistake}: {shapes_of(columns)}."
+        )
+    arrays = jax.tree.map(lambda c, a: a.astype(c.dtype), coordinates, arrays)
+    return lx.PyTreeLinearOperator(arrays, _tree.structure_of(coordinates))
+
+
+def _mistake(pairs: list[tuple[Array, Array]]) -> str:
+    if any(array.shape[:-1] != leaf.shape or not array.ndim for leaf, array in pairs):
+        return "the leading axes differ"
+    sizes = {array.shape[-1] for _, array in pairs}
+    if len(sizes) > 1 or 0 in sizes:
+        return "the trailing axes are not of one positive length"
+    return ""
+
+
+class ResidualFactor(lx.AbstractLinearOperator):
+    """F = JᵀG: noise that acts on a point through n residuals, with J their Jacobian.
+
+    To a manifold on which these residuals vanish such noise is normal: PF = 0.
+
+    Args:
+        jacobian: J, of the residuals at the point.
+        small: G, an operator from the noise space to Rⁿ.
+    """
+
+    jacobian: AbstractJacobian
+    small: lx.AbstractLinearOperator
+
+    def mv(self, vector: PyTree[Array]) -> Tangent:
+        return self.jacobian.transpose_mv(self.small.mv(vector))
+
+    def as_matrix(self) -> Float[Array, "D r"]:
+        """The D×r matrix, for tests and small problems."""
+        return jnp.matmul(
+            self.jacobian.as_matrix().T, self.small.as_matrix(), precision=jax.lax.Precision.HIGHEST
+        )
+
+    def transpose(self) -> lx.AbstractLinearOperator:
+        return self.small.T @ self.jacobian
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.small.in_structure()
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.jacobian.in_structure()
+
+
+def _register_with_lineax() -> None:
+    """Tell lineax that these are general, real and already linear."""
+    for question in (
+        lx.is_symmetric,
+        lx.is_diagonal,
+        lx.is_tridiagonal,
+        lx.has_unit_diagonal,
+        lx.is_lower_triangular,
+        lx.is_upper_triangular,
+        lx.is_positive_semidefinite,
+        lx.is_negative_semidefinite,
+    ):
+        question.register(ResidualFactor, lambda _: False)
+    for same in (lx.linearise, lx.conj):
+        same.register(ResidualFactor, lambda operator: operator)
+    lx.diagonal.register(ResidualFactor, lambda operator: jnp.diag(operator.as_matrix()))
+    lx.materialise.register(
+        ResidualFactor, lambda op: lx.materialise(op.jacobian.T) @ lx.materialise(op.small)
+    )
+
+
+_register_with_lineax()

@@ -1,0 +1,62 @@
+"""The noise of mini-batches."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import lineax as lx
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count
+from manifoldflow._types import Key, Point, Tangent
+from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
+from manifoldflow.noise._base import AbstractDataNoise
+from manifoldflow.noise._examples import batch_of, batch_spread, checked_examples, output_factor
+
+
+class MinibatchNoise(AbstractDataNoise):
+    """The gradient of a random batch of B of the N examples.
+
+    Its covariance is exactly
+
+        Σ = (1/B)·(1/N) Σᵢ (gᵢ − ∇L)(gᵢ − ∇L)ᵀ   × (N − B)/(N − 1) without replacement,
+
+    with gᵢ the gradient for example i alone. It vanishes where all examples are fitted, so
+    on a zero-loss manifold the limit of SGD stays put.
+
+    Args:
+        batch_size: B.
+        replacement: whether the same example can be drawn again within a batch.
+
+    Raises:
+        ValueError: a batch size below 1, or above N without replacement; a loss without
+            examples.
+    """
+
+    batch_size: int = eqx.field(static=True)
+    replacement: bool = eqx.field(static=True)
+
+    def __init__(self, batch_size: Any, replacement: bool = False):
+        self.batch_size = checked_count("MinibatchNoise: batch_size", batch_size)
+        self.replacement = bool(replacement)
+
+    def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
+        loss = self.checked(loss)
+        return batch_of(loss, self.batch_size, key, replacement=self.replacement).gradient(point)
+
+    def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
+        """From N numbers: column i is a multiple of gᵢ − ∇L."""
+        loss = self.checked(loss)
+        dtype = _tree.dtype_of(loss.split(point)[0])
+        structure = jax.ShapeDtypeStruct((loss.num_examples,), dtype)
+        spread = batch_spread(loss, point, self.batch_size, replacement=self.replacement)
+        return output_factor(loss, point, spread, structure)
+
+    def checked(self, loss: AbstractLoss) -> AbstractExampleLoss:
+        return checked_examples(
+            "MinibatchNoise", loss, self.batch_size, replacement=self.replacement
+        )
+
+    def hessian_multiple(self, loss: AbstractLoss) -> None:
+        """None: the noise vanishes where the Hessian does not."""
+        return None

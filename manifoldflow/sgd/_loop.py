@@ -1,0 +1,263 @@
+"""The loop of SGD: one step, many steps, and what is saved of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._reports import Report
+from manifoldflow._solution import RESULTS, Solution
+from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise import AbstractNoise
+from manifoldflow.sgd._optimizer import check_clock, transform_of
+from manifoldflow.sgd._sam import SAMGradient
+
+_DIVERGED = 1e8
+_METER_UPDATES = 1000
+
+
+class Problem(eqx.Module):
+    """What stays the same all through a run, ready to be passed through jit."""
+
+    loss: AbstractLoss
+    noise: AbstractNoise | SAMGradient
+    optimizer: Callable[..., Any]
+    learning_rate: Scalar | Callable[..., Any]
+    remainder: Point
+    key: Key
+    observe: dict[str, Callable[[Point], PyTree[Any]]]
+    meter: dfx.AbstractProgressMeter
+    reports: tuple[Report, ...]
+    clock_gain: float | None = eqx.field(static=True)
+
+    @property
+    def has_meter(self) -> bool:
+        return not isinstance(self.meter, dfx.NoProgressMeter)
+
+
+class State(eqx.Module):
+    """What a step changes: all that a checkpoint has to keep."""
+
+    coordinates: Coordinates
+    opt_state: PyTree[Array]
+    diverged_at: Int[Array, ""]
+    bound: Scalar
+
+
+class Row(eqx.Module):
+    """One save, or all of them along a leading axis."""
+
+    coordinates: Coordinates
+    observables: dict[str, PyTree[Array]]
+
+
+class Stepper:
+    """One step of SGD; made anew wherever one is traced."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.transform = transform_of(problem.optimizer, problem.learning_rate)
+        self.num_gradients = 0  # in one step, known once that is traced
+
+    def start(self, coordinates: Coordinates) -> State:
+        if self.problem.clock_gain is not None:
+            problem = self.problem
+            one = optax.constant_schedule(1.0) if callable(problem.learning_rate) else 1.0
+            check_clock(problem.optimizer, one, coordinates, self.problem.clock_gain)
+        return State(
+            coordinates,
+            jax.tree.map(jnp.asarray, self.transform.init(coordinates)),
+            jnp.asarray(-1, jnp.int32),
+            _DIVERGED * jnp.maximum(_largest(coordinates), 1),
+        )
+
+    def __call__(self, state: State, step: Int[Array, ""]) -> State:
+        # A barrier: what the compiler makes of a step must not depend on what is around it,
+        # or a run that was resumed would differ in the last digit.
+        state, step = jax.lax.optimization_barrier((state, step))
+        here = state.coordinates
+        updates, opt_state = self._update(here, state.opt_state, step)
+        moved = optax.apply_updates(here, updates)
+        fine = _largest(moved) < state.bound  # False for NaN as well
+        newly = ~fine & (state.diverged_at < 0)
+        diverged_at = jnp.where(newly, step.astype(jnp.int32), state.diverged_at)
+        return State(
+            _tree.where(diverged_at < 0, moved, here),
+            jax.tree.map(_as_before, opt_state, state.opt_state),
+            diverged_at,
+            state.bound,
+        )
+
+    def gradient(self, coordinates: Coordinates, step: Array) -> Tangent:
+        """The stochastic gradient with the batch and the labels of this step."""
+        problem = self.problem
+        point = _tree.join(coordinates, problem.remainder)
+        found = problem.noise.gradient(problem.loss, point, jr.fold_in(problem.key, step))
+        return _tree.as_tangent(coordinates, found, "The noise's gradient")
+
+    def _update(self, here: Coordinates, opt_state: PyTree[Array], step: Array) -> Any:
+        self.num_gradients = 1
+
+        def grad_fn(coordinates: Coordinates, *_: Any) -> Tangent:
+            self.num_gradients += 1
+            return self.gradient(coordinates, step)
+
+        def value_fn(coordinates: Coordinates) -> Scalar:
+            return self.problem.loss(_tree.join(coordinates, self.problem.remainder))
+
+        slope = self.gradient(here, step)
+        try:
+            return self.transform.update(slope, opt_state, here, grad_fn=grad_fn)
+        except TypeError:
+            # Some ask for more, but SAM refuses to be told more than grad_fn.
+            self.num_gradients = 1
+            extras = {"value": value_fn(here), "value_fn": value_fn, "grad": slope}
+            return self.transform.update(slope, opt_state, here, grad_fn=grad_fn, **extras)
+
+    def row(self, state: State, time: Scalar) -> Row:
+        """What is saved of a state, and told to whoever follows the run."""
+        point = _tree.join(state.coordinates, self.problem.remainder)
+        observables = {
+            name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in self.problem.observe.items()
+        }
+        saved = Row(state.coordinates, observables)
+        saved = _tree.where(state.diverged_at < 0, saved, jax.tree.map(_nothing, saved))
+        for report in self.problem.reports:
+            jax.debug.callback(report, time, saved.coordinates, saved.observables)
+        return saved
+
+
+@eqx.filter_jit
+def whole_run(
+    problem: Problem,
+    coordinates: Coordinates,
+    times: Float[Array, " saves"],
+    num_steps: int,
+) -> Solution:
+    """All steps in one program: a scan over the saves around a scan over steps."""
+    stepper = Stepper(problem)
+    num_saves = len(times) - 1
+    save_steps = steps_of_saves(num_steps, num_saves)
+    shortest = num_steps // num_saves
+    has_more = np.diff(save_steps, prepend=0) > shortest
+
+    def leg(carry: Any, first: Array, is_longer: Array) -> Any:
+        state, meter_state = carry
+        state, meter_state = _advance(stepper, state, meter_state, first, shortest, num_steps)
+        if has_more.any():
+            more = lambda state: stepper(state, first + shortest)
+            state = jax.lax.cond(is_longer, more, lambda state: state, state)
+        return state, meter_state
+
+    def next_save(carry: Any, save: Any) -> Any:
+        number, first, is_longer, time = save
+        # The start is a save as well, so that all of them are reported in order.
+        carry = jax.lax.cond(number > 0, leg, lambda carry, *_: carry, carry, first, is_longer)
+        return carry, stepper.row(carry[0], time)
+
+    firsts = np.concatenate([[0], save_steps[:-1]]).astype(np.int32)
+    saves = np.arange(num_saves + 1), firsts, has_more, times
+    carry = stepper.start(coordinates), problem.meter.init()
+    (state, meter_state), rows = jax.lax.scan(next_save, carry, saves)
+    problem.meter.close(meter_state)
+    num_gradients = jnp.asarray(stepper.num_gradients)
+    return solution_of(problem, rows, state, times, num_steps, num_gradients)
+
+
+def steps_of_saves(num_steps: int, num_saves: int) -> np.ndarray:
+    """⌊i·num_steps/num_saves⌋: the number of steps before each save."""
+    return np.arange(num_saves + 1, dtype=np.int64) * num_steps // num_saves
+
+
+def _advance(
+    stepper: Stepper, state: State, meter_state: Any, first: Array, length: int, num_steps: int
+) -> tuple[State, Any]:
+    """`length` steps; a meter is moved a thousand times in a run, not at every step."""
+
+    def steps(state: State, first: Array, length: int) -> State:
+        numbers = first + jnp.arange(length, dtype=jnp.int32)
+        return jax.lax.scan(lambda s, k: (stepper(s, k), None), state, numbers)[0]
+
+    meter = stepper.problem.meter
+    block = max(1, num_steps // _METER_UPDATES)
+    if not stepper.problem.has_meter or length <= block:
+        state = steps(state, first, length)
+        return state, meter.step(meter_state, share(first + length, num_steps))
+
+    def one_block(carry: Any, number: Array) -> Any:
+        state = steps(carry[0], first + number * block, block)
+        done = first + (number + 1) * block
+        return (state, meter.step(carry[1], share(done, num_steps))), None
+
+    num_blocks, rest = divmod(length, block)
+    numbers = jnp.arange(num_blocks, dtype=jnp.int32)
+    (state, meter_state), _ = jax.lax.scan(one_block, (state, meter_state), numbers)
+    if not rest:
+        return state, meter_state
+    state = steps(state, first + num_blocks * block, rest)
+    return state, meter.step(meter_state, share(first + length, num_steps))
+
+
+def share(num_done: Any, num_steps: int) -> Scalar:
+    """How much of the run is done, in the type that Diffrax's meters count in."""
+    return jnp.asarray(num_done, float) / num_steps
+
+
+@eqx.filter_jit
+def solution_of(
+    problem: Problem,
+    rows: Row,
+    state: State,
+    times: Float[Array, " saves"],
+    num_steps: int,
+    num_gradients: Int[Array, ""],
+) -> Solution:
+    """What the user gets; NaN as final point where the run failed."""
+    has_diverged = state.diverged_at >= 0
+    result = RESULTS.where(has_diverged, RESULTS.diverged, RESULTS.successful)
+    result = RESULTS.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
+    one = jnp.where(result == RESULTS.successful, 1, jnp.nan)
+    done = jnp.where(has_diverged, state.diverged_at, num_steps)
+    zero = jnp.zeros_like(done)
+    return Solution(
+        times=times,
+        points=rows.coordinates,
+        observables=rows.observables,
+        stats={
+            "num_steps": done,
+            "num_rejected": zero,
+            "num_gradients": done * num_gradients,
+            "num_factorizations": zero,
+            "diverged_at": state.diverged_at,
+        },
+        result=result,
+        # A product, so that derivatives of a failed run are NaN as well, and not zero.
+        final_coordinates=jax.tree.map(lambda x: x * one.astype(x.dtype), state.coordinates),
+        remainder=problem.remainder,
+    )
+
+
+def _largest(coordinates: Coordinates) -> Scalar:
+    """The largest absolute value among the coordinates; NaN if one is NaN."""
+    leaves = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(coordinates) if leaf.size]
+    return jnp.max(jnp.stack(leaves).astype(jnp.result_type(jnp.float32, *leaves)))
+
+
+def _nothing(leaf: Array) -> Array:
+    """What stands in the place of a value that was not reached."""
+    return jnp.full_like(leaf, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0)
+
+
+def _as_before(new: Any, old: Array) -> Array:
+    # In double precision mode, some transforms return more digits than they were given.
+    new = jnp.asarray(new)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -1,0 +1,115 @@
+"""Optax transforms: made from a learning rate, and asked which clock they run on."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from manifoldflow import _tree
+from manifoldflow._errors import is_traced
+from manifoldflow._types import Coordinates
+
+
+def checked_optimizer(optimizer: Any) -> Callable[..., Any]:
+    """Something that maps a learning rate to a transform, in a form that jit can compare."""
+    if isinstance(optimizer, optax.GradientTransformation) or not callable(optimizer):
+        raise ValueError(
+            "simulate needs an optimizer that maps a learning rate to an Optax transform, as "
+            "optax.sgd or lambda rate: optax.sgd(rate, momentum=0.9); got "
+            f"{_name(optimizer)}. The rate itself goes into learning_rate=…."
+        )
+    if isinstance(optimizer, functools.partial):
+        # Equal partials made twice are two values to jit, equal `Partial`s are one.
+        optimizer = jax.tree_util.Partial(optimizer.func, *optimizer.args, **optimizer.keywords)
+    return _tree.as_pytree_callable(optimizer)
+
+
+def transform_of(
+    optimizer: Callable[..., Any], learning_rate: Any
+) -> optax.GradientTransformationExtraArgs:
+    transform = optimizer(learning_rate)
+    if not isinstance(transform, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer(learning_rate) must return an Optax transform; got {_name(transform)}."
+        )
+    return optax.with_extra_args_support(transform)
+
+
+def _name(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def check_clock(
+    optimizer: Callable[..., Any], one: Any, coordinates: Coordinates, expected_gain: float
+) -> None:
+    """Refuse an optimiser whose limit clock is not Ση² times the square of `expected_gain`.
+
+    Momentum of any kind answers one gradient g by displacements that add up to −G·η·g, and
+    then SGD runs on the limit clock G²Ση². Ask it: a gradient, and nothing after it. The
+    answers of heavy-ball and Nesterov momentum decay geometrically, so three are enough.
+
+    Args:
+        optimizer: learning rate ↦ Optax transform.
+        one: the learning rate 1, as a number or a schedule.
+        coordinates: whatever has the structure of the point; its values are not used.
+        expected_gain: G = 1/(1−β) for the momentum β that was told.
+
+    Raises:
+        ValueError: the answer is not proportional to the gradient, as with Adam or SAM; or
+            G is neither the expected one nor 1.
+    """
+    try:
+        rest, answers, doubled = (_answers(optimizer, one, coordinates, g) for g in (0, 1e-3, 2e-3))
+    except (TypeError, ValueError) as error:
+        raise ValueError(_NO_CLOCK) from error
+    if is_traced((rest, answers, doubled)):
+        return  # The user's transform holds traced values: not known before it runs.
+    rest, answers, doubled = (np.asarray(each, float) for each in (rest, answers, doubled))
+    first, second, third = answers = (rest - answers) / 1e-3
+    if not np.allclose((rest - doubled) / 2e-3, answers, rtol=1e-2, atol=1e-3):
+        raise ValueError(_NO_CLOCK)
+    has_memory = np.abs(second) > 1e-3
+    decay = np.where(has_memory, third / np.where(has_memory, second, 1), 0)
+    gains = (first + second / (1 - decay))[first != 0]  # Others are frozen.
+    if not gains.size or np.ptp(gains) > 1e-2 * gains[0]:
+        raise ValueError(_NO_CLOCK)
+    if np.allclose(gains, expected_gain, rtol=1e-2) or np.allclose(gains, 1, rtol=1e-2):
+        return
+    raise ValueError(
+        f"The optimizer moves {gains[0]:.4g} times as far as its learning rate says, as momentum "
+        f"does; the limit clock counts it if told: pass momentum={1 - 1 / gains[0]:.4g}, or "
+        "give num_steps instead of end_time."
+    )
+
+
+_NO_CLOCK = (
+    "end_time counts on the limit clock of SGD with or without momentum, Ση²/(1−β)²; the steps "
+    "of this optimizer are not proportional to the gradients (Adam and its kin normalise "
+    "them, SAM runs on kηρ²). Give num_steps instead."
+)
+
+
+def _answers(
+    optimizer: Callable[..., Any], one: Any, coordinates: Coordinates, gradient: float
+) -> Array:
+    """The first three updates, (3, some coordinates), for the gradients `gradient`, 0, 0."""
+
+    def full(value: float) -> Coordinates:
+        # Small: two entries along each axis are enough to ask.
+        shape = lambda leaf: tuple(min(length, 2) for length in leaf.shape)
+        return jax.tree.map(lambda leaf: jnp.full(shape(leaf), value, jnp.float32), coordinates)
+
+    # Under jit as well: the answer decides what is compiled.
+    with jax.ensure_compile_time_eval():
+        transform = transform_of(optimizer, one)
+        point, updates = full(1.0), []
+        state = transform.init(point)
+        for value in (gradient, 0.0, 0.0):
+            update, state = transform.update(full(value), state, point)
+            updates.append(_tree.ravel(update)[0])
+        return jnp.stack(updates)

@@ -1,0 +1,60 @@
+"""Sharpness-aware gradients, one ascent step for each draw."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count, checked_nonnegative
+from manifoldflow._types import Key, Point, Scalar, Tangent
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise import AbstractNoise
+
+
+class SAMGradient(eqx.Module):
+    """The mean over some draws of g(θ + ρ g(θ)/‖g(θ)‖): every draw of a gradient climbs alone.
+
+    Given to `simulate` in the place of a noise. Near the zero-loss manifold and for a small
+    ρ ≫ ‖r‖, SGD on this gradient follows, on the clock kηρ², that is `Solution.times`·ρ²/η,
+    θ' = −½P∇tr∇²L where g is the gradient of one example, `MinibatchNoise(1)`, and
+    θ' = −½P∇λ_max where it is that of all, `MinibatchNoise(N)`. A single draw climbs as in
+    `optax.contrib.sam`; of several, Optax climbs along the mean. A gradient of zero does not
+    climb.
+
+    Args:
+        noise: what draws g; both gradients of a climb are taken at the same draw.
+        radius: ρ ≥ 0, the length of a climb; 0 leaves the gradient as it is.
+        num_draws: how many climbs, independent of each other. They take the memory of as
+            many points.
+
+    Raises:
+        ValueError: a negative radius, fewer draws than one.
+    """
+
+    noise: AbstractNoise
+    radius: Scalar
+    num_draws: int = eqx.field(static=True)
+
+    def __init__(self, noise: AbstractNoise, radius: Any, num_draws: int = 1):
+        self.noise = noise
+        self.radius = checked_nonnegative("SAMGradient: radius", radius, "It is a length.")
+        self.num_draws = checked_count("SAMGradient: num_draws", num_draws)
+
+    def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
+        """The sharpness-aware gradient of one batch."""
+        coordinates, remainder = loss.split(point)
+
+        def climbed(key: Key) -> Tangent:
+            slope = self.noise.gradient(loss, point, key)
+            size = _tree.norm(slope)
+            length = jnp.where(size > 0, self.radius / jnp.where(size > 0, size, 1), 0)
+            top = _tree.add(coordinates, _tree.scale(length, slope))
+            return self.noise.gradient(loss, _tree.join(top, remainder), key)
+
+        if self.num_draws == 1:
+            return climbed(key)
+        climbs = jax.vmap(climbed)(jr.split(key, self.num_draws))
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), climbs)

@@ -1,0 +1,202 @@
+"""SGD for a given time or number of steps, with the same `Solution` as the flows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._reports import checked_observables, meter_of, row_reports
+from manifoldflow._solution import Observables, RESULTS, Solution
+from manifoldflow._timescale import limit_times, num_steps_for
+from manifoldflow._types import Key, Point
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise import AbstractNoise
+from manifoldflow.sgd._loop import Problem, steps_of_saves, whole_run
+from manifoldflow.sgd._optimizer import checked_optimizer
+from manifoldflow.sgd._resume import resumable_run
+from manifoldflow.sgd._sam import SAMGradient
+from manifoldflow.sgd._store import Place
+
+
+def simulate(
+    loss: AbstractLoss,
+    noise: AbstractNoise | SAMGradient,
+    optimizer: Callable[..., Any],
+    point: Point,
+    *,
+    learning_rate: Any,
+    num_steps: int | None = None,
+    end_time: Any = None,
+    num_saves: int = 1,
+    momentum: Any = None,
+    observe: Observables | None = None,
+    key: Key,
+    progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
+    checkpoint: Place | None = None,
+    resume: Place | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Run SGD: θₖ₊₁ = θₖ + update of the optimiser for ∇L(θₖ) + noise.
+
+    Step k draws its batch and labels from `jax.random.fold_in(key, k)` alone, so what a run
+    gives does not depend on its saves, on interruptions, or on the runs beside it. Works
+    under jit, vmap and grad; repeated calls on new data, rates, keys and points of the same
+    shapes do not retrace (another number of steps does).
+
+    `Solution.times` are on the limit clock Ση²/(1−β)², as those of `solve(LimitDiffusion(…))`,
+    so that both draw into one picture. Where the optimiser has another clock or none, they
+    are just that sum: for SAM of radius ρ the clock is kηρ², `times`·ρ²/η at constant η.
+
+    Args:
+        loss: what SGD lowers.
+        noise: draws the stochastic gradients: a noise, or `SAMGradient`.
+        optimizer: learning rate or schedule ↦ Optax transform: `optax.sgd`, `optax.adam`,
+            `lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)`. Transforms that ask
+            for them get `grad_fn`, at this step's batch and labels
+            (`lambda rate: optax.contrib.sam(optax.sgd(rate), optax.chain(
+            optax.contrib.normalize(), optax.sgd(radius)), opaque_mode=True)`, which divides
+            by zero where the gradient vanishes, unlike `SAMGradient`), and `value`,
+            `value_fn`, `grad`, where the value is that of the whole loss.
+        point: where to start.
+        learning_rate: η > 0, or an Optax schedule step ↦ η.
+        num_steps: how many steps. Either this or `end_time`.
+        end_time: on the limit clock; the run ends with the first step that reaches it. For
+            optimisers that are SGD with or without momentum.
+        num_saves: saves besides the start, at most `num_steps`; number i comes after
+            ⌊i·num_steps/num_saves⌋ steps.
+        momentum: the β in [0, 1) of the optimiser, heavy-ball or Nesterov. Only tells the
+            clock, which then runs (1−β)⁻² faster.
+        observe: name → function of a point, evaluated at every save.
+        key: one key; `jax.vmap` over many.
+        progress: True prints percentages, a Diffrax progress meter shows itself, a
+            function is called at every save with a dict: time, coordinates, observables.
+        checkpoint: an .npz file, or an `orbax.checkpoint.CheckpointManager`, for the saves so
+            far and all that is needed to go on; rewritten after a save, unless that would
+            take more than a tenth of the time. If it belongs to this run already, the run
+            goes on from there.
+        resume: the checkpoint of an earlier run to go on from, which must be there. That run
+            may have had fewer steps. The result is that of a run that was never interrupted,
+            to the last bit.
+        throw: raise when SGD diverges. With `throw=False` look at `solution.result`; what
+            was not reached is NaN.
+
+    Returns:
+        A `Solution` with `num_saves` + 1 saves. In its `stats`, `num_gradients` counts the
+        draws of `noise.gradient`, and `diverged_at` is the step, counted from 0, that led to
+        a coordinate that is not finite or 10⁸ times larger than any at the start and than 1;
+        −1 if none did. From then on nothing moves.
+
+    Raises:
+        ValueError: wrong options, structure or shapes; a noise that does not fit the loss;
+            `end_time` for an optimiser whose clock is not known.
+        EquinoxRuntimeError: SGD diverged; says at which step, unless inside jit.
+
+    References:
+        [LiWangArora2022, Theorem 4.6].
+    """
+    _check_kinds(loss, noise)
+    coordinates, remainder = loss.split(point)
+    dtype = _tree.dtype_of(coordinates)
+    beta = 0.0 if momentum is None else momentum
+    has_end_time = _checked_ends(noise, num_steps, end_time)
+    num_steps = (
+        num_steps_for(learning_rate, end_time, beta)
+        if has_end_time
+        else checked_count("num_steps", num_steps)
+    )
+    num_saves = checked_count("num_saves", num_saves)
+    if num_saves > num_steps:
+        raise ValueError(
+            f"num_saves={num_saves} exceeds the {num_steps} steps of this run; ask for fewer saves."
+        )
+    times = _save_times(learning_rate, num_steps, num_saves, beta)
+    problem = Problem(
+        loss=loss,
+        noise=noise,
+        optimizer=checked_optimizer(optimizer),
+        learning_rate=_tree.as_pytree_callable(learning_rate)
+        if callable(learning_rate)
+        else jnp.asarray(learning_rate, dtype),
+        remainder=remainder,
+        key=_checked_key(key),
+        observe=checked_observables(observe),
+        meter=meter_of(progress),
+        reports=row_reports(progress),
+        clock_gain=1 / (1 - float(beta)) if has_end_time else None,
+    )
+    times = times.astype(jnp.result_type(dtype, jnp.float32))
+    if checkpoint is None and resume is None:
+        solution = whole_run(problem, coordinates, times, num_steps)
+    else:
+        solution = resumable_run(problem, coordinates, times, num_steps, checkpoint, resume)
+    return _raised(solution) if throw else solution
+
+
+def _check_kinds(loss: Any, noise: Any) -> None:
+    if not isinstance(loss, AbstractLoss):
+        raise ValueError(
+            f"simulate lowers a loss, e.g. LeastSquares(inputs, targets); got a "
+            f"{type(loss).__name__}."
+        )
+    if not isinstance(noise, AbstractNoise | SAMGradient):
+        raise ValueError(
+            "simulate draws its gradients from a noise, e.g. LabelNoise(std, batch_size), or "
+            f"from SAMGradient; got a {type(noise).__name__}. IsotropicNoise(0.0) gives full "
+            "gradients."
+        )
+
+
+def _checked_ends(noise: Any, num_steps: Any, end_time: Any) -> bool:
+    """Whether the run ends at a time, and not after a number of steps."""
+    if (num_steps is None) == (end_time is None):
+        raise ValueError(
+            f"simulate needs either num_steps or end_time; got num_steps={num_steps} and "
+            f"end_time={end_time}."
+        )
+    if end_time is not None and isinstance(noise, SAMGradient):
+        raise ValueError("SAM runs on the clock kηρ², not on end_time's. Give num_steps instead.")
+    return end_time is not None
+
+
+def _checked_key(key: Any) -> Key:
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if is_typed and shape == ():
+        return key
+    if dtype == jnp.uint32 and shape is not None and len(shape) == 1:
+        return jr.wrap_key_data(key)
+    got = "a " + type(key).__name__ if shape is None else f"shape {shape} of {dtype}"
+    raise ValueError(
+        f"simulate needs one random key, key=jax.random.key(seed); got {got}. For many keys, "
+        "vmap over them."
+    )
+
+
+def _save_times(
+    learning_rate: Any, num_steps: int, num_saves: int, momentum: Any
+) -> Float[Array, " saves"]:
+    times = limit_times(learning_rate, num_steps, momentum)
+    steps = steps_of_saves(num_steps, num_saves)
+    if is_traced(times):
+        return times[steps]
+    return jnp.asarray(np.asarray(times)[steps])
+
+
+def _raised(solution: Solution) -> Solution:
+    """The solution, or its failure as an error: at once, or when the program runs."""
+    failed = solution.result != RESULTS.successful
+    if is_traced(solution):
+        final = solution.result.error_if(solution.final_coordinates, failed)
+        return eqx.tree_at(lambda s: s.final_coordinates, solution, final)
+    if failed:
+        where = f" It was step {solution.stats['diverged_at']}, counted from 0."
+        raise eqx.EquinoxRuntimeError(f"{RESULTS[solution.result]}{where}")
+    return solution

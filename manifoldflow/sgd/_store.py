@@ -1,0 +1,93 @@
+"""Where the state of a run is kept: an .npz file, or an Orbax checkpoint manager."""
+
+import abc
+import importlib
+import os
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+
+from manifoldflow._checkpoint import with_suffix, write_whole
+
+Place = str | os.PathLike[str] | Any
+"""A path, or an `orbax.checkpoint.CheckpointManager`."""
+
+
+class AbstractStore(eqx.Module):
+    """Keeps the latest of several dictionaries of arrays."""
+
+    @abc.abstractmethod
+    def has_any(self) -> bool:
+        """Whether there is something to read."""
+
+    @abc.abstractmethod
+    def read(self) -> dict[str, np.ndarray]:
+        """What was written last."""
+
+    @abc.abstractmethod
+    def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
+        """Take these in the place of what was written before."""
+
+    @abc.abstractmethod
+    def name(self) -> str:
+        """For messages."""
+
+
+class NpzStore(AbstractStore):
+    """One .npz file, whole at any moment."""
+
+    path: str
+
+    def has_any(self) -> bool:
+        return os.path.exists(self.path)
+
+    def read(self) -> dict[str, np.ndarray]:
+        with np.load(self.path) as stored:
+            return {name: stored[name] for name in stored.files}
+
+    def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
+        del step
+        write_whole(self.path, arrays)
+
+    def name(self) -> str:
+        return self.path
+
+
+class OrbaxStore(AbstractStore):
+    """Orbax's manager: keeps as many steps as it was told, where it was told."""
+
+    manager: Any
+
+    def has_any(self) -> bool:
+        return self.manager.latest_step() is not None
+
+    def read(self) -> dict[str, np.ndarray]:
+        self.manager.wait_until_finished()
+        arrays = self.manager.restore(
+            self.manager.latest_step(), args=_orbax().args.StandardRestore()
+        )
+        return {name: np.asarray(array) for name, array in arrays.items()}
+
+    def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
+        self.manager.save(step, args=_orbax().args.StandardSave(arrays), force=True)
+
+    def name(self) -> str:
+        return str(self.manager.directory)
+
+
+def _orbax() -> Any:
+    # Only here, where a manager was given: Orbax is an extra.
+    return importlib.import_module("orbax.checkpoint")
+
+
+def store_of(option: str, place: Place) -> AbstractStore:
+    """The store for what was given as `checkpoint` or `resume`."""
+    if isinstance(place, str | os.PathLike):
+        return NpzStore(with_suffix(place))
+    if all(callable(getattr(place, name, None)) for name in ("save", "restore", "latest_step")):
+        return OrbaxStore(place)
+    raise ValueError(
+        f"{option} must be the path of an .npz file or an orbax.checkpoint.CheckpointManager "
+        f"(pip install manifoldflow[orbax]); got a {type(place).__name__}."
+    )
