@@ -128,7 +128,7 @@ def tiny_problems() -> list[Problem]:
     key = jr.key(0)
     return [
         Problem("MLP", eqx.nn.MLP(32, "scalar", 32, 2, jnp.tanh, key=key), normal(32, 32)),
-        Problem("LeNet", LeNet(8, 4, 16, key), normal(32, 1, 8, 8)),
+        Problem("LeNet", LeNet(8, 4, 16, key), normal(64, 1, 8, 8)),
         Problem(
             "transformer, 4 scores",
             TransformerBlock(16, 4, 16, 4, key),

@@ -17,7 +17,7 @@ def is_traced(tree: PyTree[Any]) -> bool:
 
 def shapes_of(tree: PyTree[Any]) -> str:
     """The shapes and dtypes of a PyTree, short enough for an error message."""
-    text = eqx.tree_pformat(tree, width=100)
+    text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
     return text if len(text) < 600 else text[:600] + " …"
 
 

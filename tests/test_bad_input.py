@@ -201,15 +201,6 @@ def test_noise():
         mf.LimitDiffusion(mf.ZeroLossManifold(least_squares()), noise)
 
 
-def test_label_noise_needs_targets():
-    per_example = zoo.softmax_loss()
-    for loss in (mf.FunctionLoss(zoo.sphere), per_example):
-        with refused(ValueError, "LeastSquares", type(loss).__name__):
-            mf.LabelNoise(1.0).factor(loss, POINT)
-    with refused(ValueError, "LabelNoise", "PerExampleLoss"):
-        mf.LimitDiffusion(mf.ZeroLossManifold(per_example), mf.LabelNoise(1.0))
-
-
 def test_limit_diffusion_needs_a_loss():
     for noise in (mf.LabelNoise(1.0), mf.IsotropicNoise()):
         with refused(ValueError, "LevelSet", "RiemannianGradientFlow"):

@@ -55,7 +55,7 @@ def test_contract_hessians(problem, kind):
     at_least("C and Cᵀ differ", np.linalg.norm(ravel_pytree(transposed)[0] - expected), 1e-2)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5])
+@pytest.mark.parametrize("chunk_size", [None, 2])
 def test_hessian_product_sum(problem, chunk_size):
     b, v = jr.normal(jr.key(2), (8, NUM_TERMS)), jr.normal(jr.key(3), (36, NUM_TERMS))
     found = linalg.hessian_product_sum(
@@ -69,7 +69,7 @@ def test_hessian_product_sum(problem, chunk_size):
     close(f"Σ ∇²(bᵣ·f)vᵣ, chunks of {chunk_size}", found, expected, 1e-10)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5])
+@pytest.mark.parametrize("chunk_size", [None, 2])
 def test_second_derivative_sum(problem, chunk_size):
     u, v = jr.normal(jr.key(4), (2, problem.flat.size, NUM_TERMS))
     left, right = problem.operator_to_tangents(u), problem.operator_to_tangents(v)
@@ -83,7 +83,10 @@ def test_second_derivative_sum(problem, chunk_size):
 
 def test_columns(problem):
     matrix = jr.normal(jr.key(6), (8, problem.flat.size))
-    left = lx.MatrixLinearOperator(matrix) @ problem.operator_to_tangents(jnp.eye(36))
+    flatten = lx.FunctionLinearOperator(
+        lambda v: ravel_pytree(v)[0], jax.eval_shape(lambda: problem.params)
+    )
+    left = lx.MatrixLinearOperator(matrix) @ flatten
     close("of a composition", linalg.columns(left), matrix, 1e-14)
     close("in chunks", linalg.columns(left, chunk_size=7), matrix, 1e-14)
 
@@ -95,7 +98,7 @@ def test_derivatives_of_the_sums(problem):
     operators = lx.MatrixLinearOperator(b), problem.operator_to_tangents(v)
     sums = {
         "contract": lambda p: linalg.contract_hessians(
-            problem.jacobian_fn("structured"), p, coefficients
+            problem.jacobian_fn("dense"), p, coefficients
         ),
         "products": lambda p: linalg.hessian_product_sum(
             problem.outputs, p, *operators, chunk_size=1

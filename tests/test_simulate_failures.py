@@ -19,9 +19,9 @@ PARABOLA = mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2)
 
 def parabola(rate, start=1.0, **options):
     """θ_k = (1 − η)^k θ₀."""
-    options = {"num_steps": 40, "num_saves": 4, "throw": False, **options}
+    options = {"num_steps": 40, "num_saves": 4, "throw": False, "noise": STILL, **options}
     point = start * jnp.ones(2)
-    return run(point=point, loss=PARABOLA, noise=STILL, learning_rate=rate, **options)
+    return run(point=point, loss=PARABOLA, learning_rate=rate, **options)
 
 
 def test_divergence_is_said_and_at_which_step():
@@ -58,6 +58,26 @@ def test_values_that_are_not_finite():
     equal("observed integers", walk.observables["count"].tolist(), [7] * (at + 1) + [0] * (6 - at))
     at_start = run(point=jnp.array([jnp.nan]), loss=root, noise=STILL, throw=False)
     equal("NaN at the start", int(at_start.stats["diverged_at"]), 0)
+
+
+def test_nothing_moves_after_divergence():
+    visited = []
+
+    class Watched(mf.AbstractNoise):
+        def gradient(self, loss, point, key):
+            jax.debug.callback(lambda x: visited.append(float(x[0])), point)
+            return loss.gradient(point)
+
+        def factor(self, loss, point):
+            raise NotImplementedError
+
+    parabola(4.0, noise=Watched(), num_steps=20)
+    jax.effects_barrier()
+    equal(
+        "where gradients were taken",
+        sorted(map(abs, visited)),
+        [3.0**k for k in range(17)] + 3 * [3.0**16],
+    )
 
 
 def test_one_member_that_diverges_leaves_the_others_alone():

@@ -153,7 +153,8 @@ class LimitDiffusion(AbstractDiffusion):
         loss = self.manifold.loss
         if isinstance(self.noise, IsotropicNoise):
             tangents = _tree.structure_of(self.split(point)[0])
-            covariance = self.noise.std**2 * lx.IdentityLinearOperator(tangents)
+            variance = (self.noise.std**2).astype(_tree.dtype_of(tangents))
+            covariance = variance * lx.IdentityLinearOperator(tangents)
             return limit_map_second_derivative_parts(self.manifold, point, covariance)
         factor = self.noise.factor(loss, point)
         through_residuals = isinstance(factor, linalg.ResidualFactor)

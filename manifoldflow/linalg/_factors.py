@@ -28,11 +28,13 @@ def factor_operator(coordinates: Coordinates, columns: PyTree[Any]) -> lx.Abstra
     Raises:
         ValueError: another structure or other shapes.
     """
-    arrays = eqx.filter(columns, eqx.is_inexact_array)
+    try:
+        arrays = jax.tree.map(lambda _, leaf: jnp.asarray(leaf), coordinates, columns)
+    except (ValueError, TypeError, AttributeError):  # static leaves of a whole model
+        arrays = jax.tree.map(jnp.asarray, eqx.filter(columns, eqx.is_inexact_array))
     mistake = "its structure differs"
     if jax.tree.structure(arrays) == jax.tree.structure(coordinates):
-        pairs = list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(arrays)))
-        mistake = _mistake(pairs)
+        mistake = _mistake(list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(arrays))))
     if mistake:
         raise ValueError(
             "A noise factor must be like the point's coordinates "

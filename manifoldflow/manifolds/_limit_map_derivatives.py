@@ -125,8 +125,29 @@ def _as_sigma(coordinates: Coordinates, given: Any, is_factor: bool | None) -> C
             "Leave out is_factor=False if it is a factor F of Σ = F Fᵀ."
         )
     if is_factor or not acts_on_tangents:
-        return Factor(given)
-    return Covariance(given if lx.is_symmetric(given) else (given + given.T) / 2)
+        return Factor(_cast(given, given.in_structure(), tangents))
+    symmetric = given if lx.is_symmetric(given) else (given + given.T) / 2
+    return Covariance(_cast(symmetric, tangents, tangents))
+
+
+def _cast(
+    operator: lx.AbstractLinearOperator, inputs: PyTree[Any], outputs: PyTree[Any]
+) -> lx.AbstractLinearOperator:
+    """The operator between spaces of these dtypes, for data in another precision."""
+    given = operator.in_structure(), operator.out_structure()
+    if _dtypes(given) == _dtypes((inputs, outputs)):
+        return operator
+
+    def cast(tree: PyTree[Array], like: PyTree[Any]) -> PyTree[Array]:
+        return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+    return lx.FunctionLinearOperator(
+        lambda v: cast(operator.mv(cast(v, given[0])), outputs), inputs
+    )
+
+
+def _dtypes(tree: PyTree[Any]) -> list[Any]:
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
 def _refuse_square(tangents: PyTree[Any], given: PyTree[Any]) -> None:

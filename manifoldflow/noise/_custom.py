@@ -48,8 +48,8 @@ class CustomNoise(AbstractNoise):
         if not isinstance(factor, lx.AbstractLinearOperator):
             return linalg.factor_operator(coordinates, factor)
         tangents, given = _tree.structure_of(coordinates), factor.out_structure()
-        shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (tangents, given)]
-        if jax.tree.structure(tangents) != jax.tree.structure(given) or shapes[0] != shapes[1]:
+        same = jax.tree.leaves(tangents) == jax.tree.leaves(given)
+        if not same or jax.tree.structure(tangents) != jax.tree.structure(given):
             raise ValueError(
                 "CustomNoise: the operator from factor_fn must map to tangents, which are like "
                 f"the point's coordinates {shapes_of(tangents)}; it maps to {shapes_of(given)}."
