@@ -39,7 +39,7 @@ class RESULTS(eqx.Enumeration):
     bad_end_time = "end_time must be positive and finite."
     diverged = (
         "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "
-        "(or than 1). `stats[\"diverged_at\"]` is the step that did it. Lower the learning "
+        '(or than 1). `stats["diverged_at"]` is the step that did it. Lower the learning '
         "rate: for plain SGD it must stay below 2 over the largest eigenvalue of the Hessian. "
         "At step 0, look at the model at the start, and whether the optimizer divides by the "
         "norm of a gradient that is zero there."

@@ -82,7 +82,6 @@ MANIFOLDS = {
     "per example": lambda: mf.ZeroLossManifold(logistic()),
     "softmax": lambda: mf.ZeroLossManifold(softmax()),
     "function": lambda: mf.MinimizerManifold(mf.FunctionLoss(wells), 2),
-    "minimisers of squares": lambda: mf.MinimizerManifold(least_squares(), 2),
 }
 
 
@@ -92,7 +91,6 @@ EQUATIONS = {
     "per example": lambda x: two_functions(x, np) - np.log(LABELS / (1 - LABELS)),
     "softmax": lambda x: np.diff(three_outputs(x, 0, np) - np.log(CLASSES)),
     "function": lambda x: two_functions(x, np),
-    "minimisers of squares": lambda x: two_functions(x, np) - TARGETS,
 }
 
 

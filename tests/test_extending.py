@@ -8,7 +8,7 @@ import lineax as lx
 
 import checks
 import manifoldflow as mf
-from manifoldflow import diagnostics, linalg, losses, manifolds
+from manifoldflow import diagnostics, flows, linalg, losses, manifolds
 
 
 class DoubleWell(mf.AbstractLoss):
@@ -64,6 +64,9 @@ class DiagonalNoise(mf.AbstractNoise):
 class EigenSolve(linalg.AbstractGramSolve):
     matrix: jax.Array
 
+    def trace(self):
+        return jnp.trace(self.matrix)
+
     def solve(self, vector):
         return linalg.pseudo_inverse(self.matrix) @ vector
 
@@ -116,6 +119,30 @@ def test_a_new_manifold_and_flow():
     assert isinstance(info, mf.Info)
     radius = jnp.hypot(START["x"], START["y"])
     checks.close("gradient flow is radial", limit["x"], START["x"] / radius, 1e-6)
+
+
+class Langevin(flows.AbstractDiffusion):
+    """dX = −X dt + √2 dW, whose stationary law is standard normal."""
+
+    manifold = None
+    is_stochastic = True
+
+    def split(self, point):
+        return mf.split(point)
+
+    def drift(self, point):
+        return -point
+
+    def diffusion(self, point):
+        return jnp.sqrt(2.0) * lx.IdentityLinearOperator(jax.eval_shape(lambda: point))
+
+
+def test_a_new_stochastic_flow():
+    run = {"end_time": 5.0, "step_size": 0.05, "key": jr.key(0)}
+    end = mf.solve(Langevin(), jnp.zeros(2000), **run).final
+    # Euler steps of size h have the stationary variance 1/(1 − h/2).
+    variance = float(jnp.var(end)) * (1 - 0.025)
+    checks.at_most("|variance − 1|, in standard errors", abs(variance - 1) * 1000**0.5, 4.0)
 
 
 def test_riemannian_gradient_on_a_circle():

@@ -13,7 +13,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
-from manifoldflow import _tree, linalg
+from manifoldflow import _tree, flows, linalg
 
 
 def problem(num_examples=30, width=64):
@@ -108,6 +108,7 @@ def test_subsampled_drift():
     flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=1.0))
     exact = flow.drift(model)
     whole = mf.subsampled_drift(flow, model, jr.key(0), num_examples=64)
+    assert isinstance(whole, flows.DriftEstimate)
     gap = _tree.norm(_tree.subtract(whole.drift, exact))
     at_most("all examples", gap / _tree.norm(exact), 1e-10)
     at_most("their standard error", whole.standard_error, 1e-10)

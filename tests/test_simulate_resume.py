@@ -147,7 +147,8 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_orbax_keeps_the_same(tmp_path):
-    orbax = pytest.importorskip("orbax.checkpoint")
+    import orbax.checkpoint as orbax
+
     options = orbax.CheckpointManagerOptions(max_to_keep=2)
     with orbax.CheckpointManager(tmp_path / "run", options=options) as manager:
         same_walk(watched(manager), watched())
