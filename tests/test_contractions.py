@@ -103,9 +103,6 @@ def test_derivatives_of_the_sums(problem):
         "products": lambda p: linalg.hessian_product_sum(
             problem.outputs, p, *operators, chunk_size=1
         ),
-        "quadratic": lambda p: linalg.second_derivative_sum(
-            problem.outputs, p, operators[1], operators[1], chunk_size=1
-        ),
     }
     direction = jr.normal(jr.key(10), problem.flat.shape)
     for name, fn in sums.items():
@@ -154,3 +151,10 @@ def test_no_array_has_a_tangent_for_each_output():
     for name, fn in sums.items():
         largest = max(zoo.array_sizes(jax.make_jaxpr(fn)(params)))
         at_most(f"largest array in {name}, in units of n·D", largest / (num_examples * size), 0.25)
+
+
+@pytest.mark.parametrize(("count", "chunk_size"), [(1, 4), (4, 4), (7, 2), (8, 2)])
+def test_sum_terms(count, chunk_size):
+    total = linalg.sum_terms(lambda i: {"i": i, "ones": jnp.ones(2)}, count, chunk_size)
+    close(f"{count} in chunks of {chunk_size}", total["i"], count * (count - 1) // 2, 0, scale=1.0)
+    close("ones", total["ones"], jnp.full(2, count), 0)

@@ -103,8 +103,14 @@ class StructuredJacobian(AbstractJacobian):
 
     def examples(self, start: int, stop: int) -> "StructuredJacobian":
         """The rows of the examples from `start` to before `stop`."""
-        # Every array of every block has a leading axis of examples.
-        blocks = jax.tree.map(lambda array: array[start:stop], self.blocks)
+        # Every array of every block has a leading axis of examples. Cut as matrices: the
+        # compiler then sees where two blocks (a weight's and a bias's) share a factor, and
+        # computes its products once.
+        def cut(array: Array) -> Array:
+            matrix = array.reshape(array.shape[0], -1)[start:stop]
+            return matrix.reshape(stop - start, *array.shape[1:])
+
+        blocks = jax.tree.map(cut, self.blocks)
         return dataclasses.replace(self, blocks=blocks, num_examples=stop - start)
 
     def _check_comparable(self, other: "StructuredJacobian") -> None:

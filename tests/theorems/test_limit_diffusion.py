@@ -164,6 +164,20 @@ def test_label_noise_is_an_ordinary_differential_equation():
     short_form_law(flow, here)
     for part in (flow.tangent_noise_compensation, flow.mixed_regularisation):
         at_most("other parts", norm(part(here.point)), 0.0)
+    residual_factor = (
+        0.8
+        * 1.7
+        * np.sqrt(2)
+        * lx.IdentityLinearOperator(jax.ShapeDtypeStruct((2,), jnp.dtype("float64")))
+    )
+
+    @jax.jit
+    def through_residuals(x):
+        parts = manifolds.normal_second_derivative_parts(here.manifold, x, residual_factor)
+        assert isinstance(parts, manifolds.AbstractSecondDerivative)
+        return parts.total()
+
+    close("by n×n matrices", through_residuals(here.point) / 2, flow.drift(here.point), 1e-9)
     at_most("diffusion", norm(diffusion_matrix(flow, here.point)), 1e-12)
 
 
