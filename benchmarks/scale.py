@@ -83,7 +83,7 @@ def memory(of_process: str, of_device: str) -> int:
     statistics = jax.devices()[0].memory_stats()
     if statistics is not None:
         return statistics[of_device]
-    status = pathlib.Path("/proc/self/status")
+    status = pathlib.Path("/", "proc", "self", "status")
     if not status.exists():
         import resource
 
