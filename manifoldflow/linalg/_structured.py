@@ -103,6 +103,7 @@ class StructuredJacobian(AbstractJacobian):
 
     def examples(self, start: int, stop: int) -> "StructuredJacobian":
         """The rows of the examples from `start` to before `stop`."""
+
         # Every array of every block has a leading axis of examples. Cut as matrices: the
         # compiler then sees where two blocks (a weight's and a bias's) share a factor, and
         # computes its products once.

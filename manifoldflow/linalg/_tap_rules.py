@@ -217,10 +217,9 @@ def _patches(image: Array, window: list[int], params: Any) -> Array:
     steps = zip(window, params["window_strides"], params["rhs_dilation"])
     for axis, (size, stride, dilation) in enumerate(steps, start=1):
         end = image.shape[axis] - dilation * (size - 1)
-        cut = lambda start, axis=axis, stride=stride, end=end: lax.slice_in_dim(
-            image, start, start + end, stride, axis
-        )
-        image = jnp.stack([cut(dilation * k) for k in range(size)], axis=-2)
+        starts = [dilation * k for k in range(size)]
+        pieces = [lax.slice_in_dim(image, s, s + end, stride, axis) for s in starts]
+        image = jnp.stack(pieces, axis=-2)
     return image
 
 
