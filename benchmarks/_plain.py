@@ -68,8 +68,8 @@ def transpose_mv(leaf_rows: Any, weights: jax.Array) -> Any:
     return jax.tree.map(lambda r: jnp.tensordot(weights, r, axes=1), leaf_rows)
 
 
-def projection(leaf_rows: Any, vector: Any, passes: int = 2) -> Any:
-    """v − Jᵀ(J Jᵀ)⁻¹J v by Cholesky, repeated for float32's sake."""
+def projection(leaf_rows: Any, vector: Any, passes: int = 3) -> Any:
+    """v − Jᵀ(J Jᵀ)⁻¹J v by Cholesky, repeated for float32's sake, as often as structured."""
     # The transpose keeps LAPACK's layout away from the products, several times slower in it.
     factor = jax.scipy.linalg.cho_factor(gram(leaf_rows).T, lower=True)
     for _ in range(passes):
@@ -97,7 +97,7 @@ def drift_without_rows(
     _, forward = jax.linearize(everything, params)
     backward = lambda w: jax.linear_transpose(forward, params)(w)[0]
     vector = trace_gradient_in_chunks(model, inputs, scale, chunk)
-    for _ in range(2):
+    for _ in range(3):
         product = lambda w: forward(backward(w))
         weights, _ = jax.scipy.sparse.linalg.cg(
             product, forward(vector), tol=tolerance, maxiter=max_steps

@@ -118,10 +118,10 @@ class Network:
                     delattr(leaf, name)
 
     def project(self, rows: list[Any], vector: list[Any]) -> list[Any]:
-        """factor·(v − Jᵀ(JJᵀ)⁻¹J v), twice."""
+        """factor·(v − Jᵀ(JJᵀ)⁻¹J v), three times, as often as the others in float32."""
         matrices = [leaf.flatten(1) for leaf in rows]
         cholesky = self.torch.linalg.cholesky(sum(matrix @ matrix.T for matrix in matrices))
-        for _ in range(2):
+        for _ in range(3):
             image = sum(m @ v.flatten() for m, v in zip(matrices, vector))
             weights = self.torch.cholesky_solve(image[:, None], cholesky)[:, 0]
             vector = [v - (weights @ m).view_as(v) for m, v in zip(matrices, vector)]

@@ -22,7 +22,7 @@ import manifoldflow as mf
 WIDTH, NUM_EXAMPLES = 432, 256
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 NUMBERS = (64, 128, 256, 512, 1024, 2048)
-EXPLICIT_LIMIT = 2**30
+EXPLICIT_LIMIT = 2**28
 """Numbers in J beyond which explicit rows are not tried."""
 
 
