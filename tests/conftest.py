@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 # Tests compile much and compute little: a third of the time goes without optimisation.
@@ -11,3 +12,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # So that all tests can import `checks` and `zoo`, however pytest imports the tests.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped():
+    """Each holds memory maps, of which a process may have some 65,000: XLA crashes beyond."""
+    yield
+    jax.clear_caches()
