@@ -137,3 +137,24 @@ def test_sam_follows_its_limit(noise, optimizer, rates):
     expected = start * np.exp(-end_time * np.array(rates))
     close(f"q at time {end_time}: {end}, {expected}", end, expected, 0.02)
     at_least("the limit has moved", np.max(start - expected), 0.5)
+
+
+# --- the k-phase motor ---------------------------------------------------------------------
+
+
+def test_sgd_turns_the_motor():
+    """At the angular speed (D−2)/8 of the limit, within 4 standard errors and the O(η) bias."""
+    motor, rate, end_time = mf.models.KPhaseMotor(3), 0.05, 2.0
+
+    def speed(key):
+        run = {"learning_rate": rate, "end_time": end_time, "num_saves": 20, "throw": False}
+        walk = mf.simulate(motor.loss, motor.noise, optax.sgd, motor.point(0.0), key=key, **run)
+        angles = jnp.unwrap(jnp.arctan2(walk.points[:, 1], walk.points[:, 0]))
+        return (angles[-1] - angles[10]) / (end_time / 2)
+
+    speeds = np.asarray(jax.jit(jax.vmap(speed))(jr.split(jr.key(4), 1000)))
+    error = np.std(speeds) / np.sqrt(len(speeds))
+    gap = abs(np.mean(speeds) - motor.angular_speed)
+    # 0.03 is the bias measured at twice this rate.
+    at_most(f"angular speed {np.mean(speeds):.4f} ± {error:.4f}, seed 4", gap, 4 * error + 0.03)
+    at_least("it turns anticlockwise", np.mean(speeds) / error, 10)
