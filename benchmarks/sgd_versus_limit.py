@@ -88,7 +88,7 @@ def main() -> None:
     if arguments.smoke:
         rows = measure((3, 2, 2), [0.2, 0.1], 100, 0.5)
     else:
-        rows = measure((3, 2, 2), rates, 2000, 1.0) + measure((32, 16, 12), rates, 500, 1.0)
+        rows = measure((3, 2, 2), rates, 2000, 1.0)
     _harness.write("sgd_versus_limit", __doc__.splitlines()[0], rows, arguments)
 
 
