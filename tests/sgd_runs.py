@@ -1,10 +1,12 @@
 """Small runs of SGD, and the same by hand."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import optax
 import optax.contrib
@@ -20,17 +22,20 @@ KEY = jr.key(42)
 RADIUS = 0.1
 
 
-class FullGradient(mf.AbstractNoise):
-    """No noise at all, which compiles in a third of the time."""
+class Silent(mf.AbstractNoise):
+    """No noise at all, which compiles in a third of the time; any function as the gradient."""
+
+    gradient_fn: Callable = mf.AbstractLoss.gradient
 
     def gradient(self, loss, point, key):
-        return loss.gradient(point)
+        return self.gradient_fn(loss, point)
 
     def factor(self, loss, point):
-        raise NotImplementedError
+        structure = jax.eval_shape(lambda: loss.split(point)[0])
+        return 0.0 * lx.IdentityLinearOperator(structure)
 
 
-STILL = FullGradient()
+STILL = Silent()
 LINEAR = mf.LeastSquares(INPUTS, TARGETS[:, 0], predict=jnp.dot)
 
 

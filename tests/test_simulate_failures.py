@@ -10,7 +10,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import close, equal, refused
-from sgd_runs import KEY, LOSS, NOISE, POINT, run, same_bits, STILL
+from sgd_runs import KEY, LOSS, NOISE, POINT, run, same_bits, Silent, STILL
 
 # --- divergence ----------------------------------------------------------------------------
 
@@ -63,15 +63,11 @@ def test_values_that_are_not_finite():
 def test_nothing_moves_after_divergence():
     visited = []
 
-    class Watched(mf.AbstractNoise):
-        def gradient(self, loss, point, key):
-            jax.debug.callback(lambda x: visited.append(float(x[0])), point)
-            return loss.gradient(point)
+    def watched(loss, point):
+        jax.debug.callback(lambda x: visited.append(float(x[0])), point)
+        return loss.gradient(point)
 
-        def factor(self, loss, point):
-            raise NotImplementedError
-
-    parabola(4.0, noise=Watched(), num_steps=20)
+    parabola(4.0, noise=Silent(watched), num_steps=20)
     jax.effects_barrier()
     expected = [3.0**k for k in range(17)] + 3 * [3.0**16]
     equal("where gradients were taken", sorted(map(abs, visited)), expected)
@@ -141,15 +137,9 @@ def test_a_noise_of_the_wrong_shape():
         lambda x: jnp.sum(x["weight"]), trainable={"weight": True, "bias": False, "out": False}
     )
 
-    class OfAnother(mf.AbstractNoise):
-        def gradient(self, loss, point, key):
-            return wrong.gradient(point)
-
-        def factor(self, loss, point):
-            raise NotImplementedError
-
+    of_another = Silent(lambda loss, point: wrong.gradient(point))
     with refused(ValueError, "The noise's gradient", "structure and shapes"):
-        run(noise=OfAnother())
+        run(noise=of_another)
 
 
 def test_raw_keys_are_keys():
