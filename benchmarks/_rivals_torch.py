@@ -3,7 +3,6 @@
 Not a benchmark itself. torch and BackPACK are imported when a way is asked for.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from _harness import fastest
 from _rivals_jax import DRIFT, GRADIENT, Problem, VALUE, Way
 
 CHUNK = 32
@@ -176,15 +176,7 @@ class Timed:
         return [leaf.detach().cpu().numpy() for leaf in leaves]
 
     def seconds(self, repeats: int) -> float:
-        self()
-        best, calls = float("inf"), 1
-        for _ in range(repeats):
-            began = time.perf_counter()
-            for _ in range(calls):
-                self()
-            best = min(best, (time.perf_counter() - began) / calls)
-            calls = max(1, min(1000, int(0.02 / best)))
-        return best
+        return fastest(self, repeats)
 
     def _peak(self) -> int:
         """Bytes allocated at the worst moment of one call, beyond what was there before."""

@@ -11,8 +11,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
 import _harness
@@ -24,14 +22,6 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048)
 NUMBERS = (64, 128, 256, 512, 1024, 2048)
 EXPLICIT_LIMIT = 2**28
 """Numbers in J beyond which explicit rows are not tried."""
-
-
-def problem(width: int, num_examples: int) -> tuple[mf.LimitDiffusion, eqx.nn.MLP]:
-    model = eqx.nn.MLP(32, "scalar", width, 2, activation=jnp.tanh, key=jr.key(0))
-    inputs = jr.normal(jr.key(1), (num_examples, 32))
-    loss = mf.LeastSquares(inputs, jr.normal(jr.key(2), (num_examples,)))
-    manifold = mf.ZeroLossManifold(loss)
-    return mf.LimitDiffusion(manifold, mf.LabelNoise(std=1.0, batch_size=1)), model
 
 
 def ways(flow: mf.LimitDiffusion, model: eqx.nn.MLP) -> dict[tuple[str, str], tuple[Any, ...]]:
@@ -58,7 +48,7 @@ def num_parameters(model: eqx.nn.MLP) -> int:
 
 
 def measure(varied: str, width: int, num_examples: int, repeats: int) -> list[dict[str, Any]]:
-    flow, model = problem(width, num_examples)
+    flow, model = _harness.limit_of_mlp(width, 2, num_examples)
     rows = []
     for (what, way), (function, *arguments) in ways(flow, model).items():
         compiled = _harness.Compiled(function, *arguments)

@@ -16,20 +16,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 
 import _harness
 import manifoldflow as mf
 
 GB = 1e9
-
-
-def problem(width: int, num_examples: int) -> tuple[mf.LimitDiffusion, eqx.nn.MLP]:
-    model = eqx.nn.MLP(32, "scalar", width, 3, activation=jnp.tanh, key=jr.key(0))
-    inputs = jr.normal(jr.key(1), (num_examples, 32))
-    loss = mf.LeastSquares(inputs, jr.normal(jr.key(2), (num_examples,)))
-    manifold = mf.ZeroLossManifold(loss)
-    return mf.LimitDiffusion(manifold, mf.LabelNoise(std=1.0, batch_size=1)), model
 
 
 def measure(smoke: bool) -> dict[str, Any]:
@@ -38,7 +29,7 @@ def measure(smoke: bool) -> dict[str, Any]:
     width, num_examples = (5_000, 2_048) if on_cpu else (7_060, 10_000)
     if smoke:
         width, num_examples = 1_000, 64
-    flow, model = jax.block_until_ready(problem(width, num_examples))
+    flow, model = jax.block_until_ready(_harness.limit_of_mlp(width, 3, num_examples))
     plan = mf.plan(flow, model)
     drift = _harness.Compiled(lambda f, m: f.drift(m), flow, model)
 

@@ -73,14 +73,14 @@ def with_custom_rules() -> Case:
 
 def tied_layers() -> Case:
     """One weight in two layers, as it is and transposed."""
-    params = {"w": normal(0, 3, 3), "v": normal(1, 4, 3), "b": normal(2, 3)}
+    params = {"w": normal(0, 8, 8), "v": normal(1, 5, 8), "b": normal(2, 8)}
 
     def fn(p, x):
         x = jnp.tanh(p["w"] @ x + p["b"])
         x = jnp.tanh(p["w"] @ x + p["b"])
         return p["v"].T @ jnp.tanh(p["v"] @ x)
 
-    return Case(fn, params, normal(3, 5, 3), ("elementwise", "positions", "positions"))
+    return Case(fn, params, normal(3, 5, 8), ("elementwise", "positions", "positions"))
 
 
 def layer_norm() -> Case:
@@ -91,18 +91,12 @@ def layer_norm() -> Case:
     return module_case(module, normal(1, 5, 4, 3), ("elementwise",) * 2, call)
 
 
-def attention() -> Case:
-    module = eqx.nn.MultiheadAttention(2, 4, use_output_bias=True, key=jr.key(0))
-    call = lambda model, x: model(x, x, x).sum(0)
-    labels = ("positions",) * 4 + ("elementwise",)
-    return module_case(module, normal(1, 3, 5, 4), labels, call)
-
-
-def attention_with_wide_heads() -> Case:
-    """Few positions: the Gram matrix goes over pairs of them."""
-    module = eqx.nn.MultiheadAttention(2, 12, key=jr.key(0))
-    call = lambda model, x: model(x, x, x).sum()
-    return module_case(module, normal(1, 3, 2, 12), ("positions",) * 4, call)
+def attention(
+    length: int = 5, width: int = 4, num_outputs: int = 4, label: str = "positions, summed"
+) -> Case:
+    module = eqx.nn.MultiheadAttention(2, width, use_output_bias=True, key=jr.key(0))
+    call = lambda model, x: model(x, x, x).sum(0)[:num_outputs]
+    return module_case(module, normal(1, 3, length, width), (label,) * 4 + ("elementwise",), call)
 
 
 def embedding() -> Case:
@@ -126,7 +120,7 @@ def long_look_up() -> Case:
 
 def tied_embedding(transposed: bool) -> Case:
     """One table to read tokens and to score them."""
-    params = {"table": normal(0, 6, 3), "w": normal(1, 3, 3)}
+    params = {"table": normal(0, 6, 9), "w": normal(1, 9, 9)}
 
     def fn(p, x):
         hidden = jnp.tanh(p["table"][x] @ p["w"]).sum(0)
@@ -134,7 +128,8 @@ def tied_embedding(transposed: bool) -> Case:
             hidden = jax.nn.softmax(hidden @ p["table"].T) @ p["table"]
         return p["table"] @ hidden
 
-    return Case(fn, params, jr.randint(jr.key(2), (4, 3), 0, 6), ("positions",) * 2)
+    labels = ("positions, summed", "positions")
+    return Case(fn, params, jr.randint(jr.key(2), (4, 3), 0, 6), labels)
 
 
 def wrappers() -> Case:
@@ -174,12 +169,13 @@ def repeated_and_complex() -> Case:
 def convolution(**options: Any) -> Case:
     module = eqx.nn.Conv2d(2, 4, 3, key=jr.key(0), **options)
     call = lambda model, x: jnp.tanh(model(x)).sum((1, 2))
-    return module_case(module, normal(1, 3, 2, 6, 7), ("convolution", "elementwise"), call)
+    labels = ("convolution, summed", "elementwise")
+    return module_case(module, normal(1, 3, 2, 6, 7), labels, call)
 
 
 def two_convolutions() -> Case:
     """Another layout, and an image as large as the kernel."""
-    params = {"a": normal(0, 3, 2, 4), "b": normal(1, 3, 4, 2)}
+    params = {"a": normal(0, 3, 4, 8), "b": normal(1, 3, 8, 2)}
 
     def fn(p, x):
         numbers = ("NWC", "WIO", "NWC")
@@ -188,7 +184,24 @@ def two_convolutions() -> Case:
         )
         return conv(jnp.tanh(conv(x[None], p["a"])), p["b"])
 
-    return Case(fn, params, normal(2, 3, 5, 2), ("convolution",) * 2)
+    return Case(fn, params, normal(2, 3, 5, 4), ("convolution",) * 2)
+
+
+def one_kernel_on_two_images() -> Case:
+    """A slice of a leaf as a kernel: on a long image summed to rows, on a short one not."""
+    params = {"stack": normal(0, 2, 3, 4, 8), "back": normal(1, 1, 8, 4)}
+
+    def fn(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        conv = lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (1,), "VALID", dimension_numbers=numbers
+        )
+        long = jnp.sin(conv(x[None], p["stack"][1]))
+        short = conv(jnp.tanh(conv(long, p["back"]))[:, :4], p["stack"][1])
+        return long.sum((0, 1)) * short.sum((0, 1))
+
+    labels = ("convolution, summed", "convolution, summed")
+    return Case(fn, params, normal(2, 3, 30, 4), labels)
 
 
 def recurrent() -> Case:
@@ -198,7 +211,7 @@ def recurrent() -> Case:
     def call(model, xs):
         return jax.lax.scan(lambda h, x: (model(x, h), None), jnp.zeros(3), xs, reverse=True)[0]
 
-    labels = ("positions", "positions", "elementwise", "elementwise")
+    labels = ("positions, summed",) * 2 + ("elementwise",) * 2
     return module_case(cell, normal(1, 3, 4, 2), labels, call)
 
 
@@ -219,7 +232,7 @@ def nested_scans() -> Case:
         (h, _), sums = jax.lax.scan(outer, (jnp.ones(3), p["carried"]), (x, p["scanned"]))
         return h.sum() + jnp.sin(sums).sum()
 
-    labels = ("dense rows", "elementwise", "dense rows", "embedding", "positions")
+    labels = ("dense rows", "elementwise", "dense rows", "embedding", "positions, summed")
     return Case(fn, params, jr.randint(jr.key(2), (4, 3, 2), 0, 3), labels)
 
 
@@ -254,7 +267,10 @@ CASES = {
     "tied layers": tied_layers,
     "layer norm": layer_norm,
     "attention": attention,
-    "attention with wide heads": attention_with_wide_heads,
+    # The ways to a Gram matrix: the cheapest depends on positions, widths and outputs.
+    "attention over pairs": lambda: attention(2, 12, 1, "positions"),
+    "attention in pieces": lambda: attention(3, 12, 1, "positions"),
+    "attention over examples": lambda: attention(2, 12, 4, "positions"),
     "embedding": embedding,
     "long look up": long_look_up,
     "tied embedding": lambda: tied_embedding(False),
@@ -263,6 +279,7 @@ CASES = {
     "convolution strided": lambda: convolution(stride=2, padding=(1, 2), dilation=(2, 1)),
     "convolution grouped": lambda: convolution(groups=2, padding="SAME"),
     "two convolutions": two_convolutions,
+    "one kernel on two images": one_kernel_on_two_images,
     "wrappers": wrappers,
     "repeated and complex": repeated_and_complex,
     "recurrent": recurrent,

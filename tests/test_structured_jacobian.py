@@ -13,7 +13,6 @@ import pytest
 from manifoldflow.linalg import _blocks
 from manifoldflow.linalg._structured import structured_jacobian
 from structured_models import (
-    attention,
     Case,
     CASES,
     mlp,
@@ -44,7 +43,13 @@ def assert_close(name: str, value: Any, expected: Any, bound: float = BOUND) -> 
         assert error <= bound * scale, f"{name}: error {error:.3e}, bound {bound * scale:.3e}"
 
 
-BATCHED = ("mlp scalar", "attention", "tied embedding transposed", "convolution", "recurrent")
+BATCHED = (
+    "mlp scalar",
+    "attention over pairs",
+    "tied embedding transposed",
+    "convolution",
+    "recurrent",
+)
 """One case per kind of block: enough for vmap, which is indifferent to the model."""
 
 
@@ -258,7 +263,7 @@ def test_covered_leaves_have_no_explicit_rows():
 def test_pieces_and_large_dense_rows(monkeypatch):
     """Rows that are formed in pieces give the same numbers."""
     monkeypatch.setattr(_blocks, "PIECE", 4)
-    for case in (attention(), tied_embedding(True), normalised_weights()):
+    for case in (CASES["attention in pieces"](), tied_embedding(True), normalised_weights()):
         fn = lambda p, structured, case=case: scalars(case, p, structured).sum()
         both = jax.jit(jax.value_and_grad(fn), static_argnums=1)
         assert_close("value and gradient", both(case.params, True), both(case.params, False))

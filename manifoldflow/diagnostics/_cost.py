@@ -38,7 +38,8 @@ def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
     """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
 
     A leaf with `dense rows` is used in a way whose structure is not known: it costs
-    n × its size. All others cost n × (their layer's width), up to a small factor.
+    n × its size. All others cost n × (their layer's width × the places where it is used); `summed`
+    says that explicit rows are smaller than that, and kept.
 
     Args:
         loss: a residual loss.

@@ -6,13 +6,15 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from manifoldflow import _tree
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import Report
-from manifoldflow._types import Key, Point, Scalar
+from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, form_of, is_stochastic
 
 
@@ -57,6 +59,18 @@ class Options(eqx.Module):
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+
+    def observed(self, point: Point) -> dict[str, PyTree[Array]]:
+        """What is to be seen at a point."""
+        return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in self.observe.items()}
+
+    def stops_at(self, flow: AbstractFlow, point: Point) -> Flag:
+        """Whether the flow is to end here, before its time."""
+        if self.until is None:
+            return jnp.asarray(False)
+        if isinstance(self.until, Stationary):
+            return _tree.norm(flow.drift(point)) <= self.until.tolerance
+        return jnp.asarray(self.until(point), bool)
 
 
 def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:

@@ -161,16 +161,13 @@ def _solve(
     del first_save
     coordinates, remainder = flow.split(point)
     start, start_result = started(flow, coordinates, remainder)
-
-    def observed(y: Coordinates) -> dict[str, PyTree[Array]]:
-        here = _tree.join(y, remainder)
-        return {name: jax.tree.map(jnp.asarray, fn(here)) for name, fn in options.observe.items()}
+    has_until = options.until is not None
 
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del args
         # Saves between steps are interpolated, and so off the manifold: project again.
         y, defect = touched_up(flow, y, remainder)
-        saved = _Save(y, observed(y), defect)
+        saved = _Save(y, options.observed(_tree.join(y, remainder)), defect)
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
         return saved
@@ -178,7 +175,7 @@ def _solve(
     def at_end(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del t, args
         # Only an early end has saves to fill with what is observed there.
-        observables = None if options.until is None else observed(y)
+        observables = options.observed(_tree.join(y, remainder)) if has_until else None
         return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))
 
     subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
@@ -199,9 +196,7 @@ def _solve(
             saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
             stepsize_controller=controller_of(options, times, end_time),
             adjoint=options.adjoint,
-            event=None
-            if options.until is None
-            else dfx.Event(_Until(flow, remainder, options.until)),
+            event=dfx.Event(_Until(flow, remainder, options)) if has_until else None,
             max_steps=max_steps_of(options, times),
             throw=False,
             progress_meter=options.meter,
@@ -224,7 +219,7 @@ def _solve(
         mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(mask, leaf, end.astype(leaf.dtype))
 
-    if options.until is None:
+    if not has_until:
         last_observables = jax.tree.map(lambda leaf: leaf[0], saved.observables)
         last = _Save(last.coordinates, last_observables, last.defect)
     saved = jax.tree.map(filled, saved, last)
@@ -253,14 +248,11 @@ def _without_marker_warning() -> Iterator[None]:
 class _Until(eqx.Module):
     flow: AbstractFlow
     remainder: Point
-    until: Callable[[Point], Any] | Stationary
+    options: Options
 
     def __call__(self, t: Scalar, y: Coordinates, args: Any, **kwargs: Any) -> Flag:
         del t, args, kwargs
-        point = _tree.join(y, self.remainder)
-        if isinstance(self.until, Stationary):
-            return _tree.norm(self.flow.drift(point)) <= self.until.tolerance
-        return jnp.asarray(self.until(point), bool)
+        return self.options.stops_at(self.flow, _tree.join(y, self.remainder))
 
 
 def _result(

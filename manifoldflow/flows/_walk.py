@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._solution import RESULTS, Solution
-from manifoldflow._types import Coordinates, Flag, Point, Scalar
+from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._landing import check_can_move, started, touched_up
-from manifoldflow.flows._options import Options, Stationary
+from manifoldflow.flows._options import Options
 
 
 class _State(eqx.Module):
@@ -48,12 +48,8 @@ def walk(
     start, start_result = started(flow, coordinates, remainder)
     noise_structure = flow.diffusion(_tree.join(start, remainder)).in_structure()
 
-    def observed(y: Coordinates) -> dict[str, PyTree[Array]]:
-        here = _tree.join(y, remainder)
-        return {name: jax.tree.map(jnp.asarray, fn(here)) for name, fn in options.observe.items()}
-
     def save(t: Scalar, y: Coordinates) -> tuple[Coordinates, dict[str, PyTree[Array]]]:
-        saved = y, observed(y)
+        saved = y, options.observed(_tree.join(y, remainder))
         for report in options.reports:
             jax.debug.callback(report, t, *saved)
         return saved
@@ -69,9 +65,8 @@ def walk(
         result = RESULTS.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
         result = RESULTS.where(_tree.all_finite(moved), result, RESULTS.nonfinite)
         is_fine = result == RESULTS.successful
-        if options.until is not None:
-            stops = _asked(flow, options.until, _tree.join(landed, remainder))
-            result = RESULTS.where(is_fine & stops, RESULTS.stopped_early, result)
+        stops = options.stops_at(flow, _tree.join(landed, remainder))
+        result = RESULTS.where(is_fine & stops, RESULTS.stopped_early, result)
         is_going = state.result == RESULTS.successful
         return _State(
             _tree.where(is_going, landed, state.coordinates),
@@ -132,9 +127,3 @@ def walk(
         final_coordinates=final,
         remainder=remainder,
     )
-
-
-def _asked(flow: AbstractDiffusion, until: Any, point: Point) -> Flag:
-    if isinstance(until, Stationary):
-        return _tree.norm(flow.drift(point)) <= until.tolerance
-    return jnp.asarray(until(point), bool)

@@ -1,7 +1,6 @@
 """What is kept of a Jacobian's columns for one leaf, and the products of such blocks."""
 
 import abc
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow.linalg import _taps, _walk
+from manifoldflow.linalg import _walk
 
 # On NVIDIA GPUs float32 products default to TF32, three digits: too few for projections.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -94,6 +93,15 @@ class OuterBlock(AbstractBlock):
     def is_rank_one(self) -> bool:
         return self.factor.shape[2:4] == (1, 1)
 
+    def compact(self) -> AbstractBlock:
+        """The rows themselves where they are fewer numbers than their factors.
+
+        Their squares and products then are the cheaper ones as well: with one output F·C ≤
+        T·(F + C) makes T·F·C, to form them, no more than T²·(F + C), for pairs of positions.
+        """
+        num_rows, num_factors = math.prod(_outer_shape(self)), self.delta.size + self.factor.size
+        return self if self.is_rank_one or num_rows > num_factors else RowBlock(self.rows())
+
     def swapped(self, view: _walk.View) -> "OuterBlock":
         """The same rows with F and C exchanged."""
         return OuterBlock(self.factor, self.delta, view, self.shape)
@@ -123,24 +131,14 @@ class OuterBlock(AbstractBlock):
             return RowBlock(self.rows()).cross_gram(other)
         if self.is_rank_one and other.is_rank_one:
             return _pair_gram(self, other, (0, 0, 0))
-        if _prefers_pairs(self, other):
-            counts = self.delta.shape[2], other.delta.shape[2], self.delta.shape[3]
-            return _over_positions(lambda at: _pair_gram(self, other, at), counts)
-        return _over_pieces(lambda x, y: RowBlock(x).cross_gram(RowBlock(y)), self, other)
+        return _cheapest_gram(self, other)(self, other)
 
     def norms(self) -> Float[Array, "n k"]:
         if self.is_rank_one:
             axes = (2, 3, 4)
             return jnp.sum(self.delta**2, axis=axes) * jnp.sum(self.factor**2, axis=axes)
-        positions, free, contracted = (
-            self.delta.shape[2],
-            self.delta.shape[-1],
-            self.factor.shape[-1],
-        )
-        if positions * (free + contracted) < free * contracted:
-            pair = lambda x: _einsum("nktbf,nksbf->nkbts", x, x)
-            return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
-        return _over_pieces(lambda rows: jnp.sum(rows**2, axis=(2, 3, 4)), self)
+        pair = lambda x: _einsum("nktbf,nksbf->nkbts", x, x)
+        return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
 
 
 def _with_common_outputs(x: Array, y: Array) -> tuple[Array, Array]:
@@ -176,14 +174,49 @@ def _pair_gram(x: OuterBlock, y: OuterBlock, at: Place) -> Float[Array, "n k m l
     return deltas * _inner(x.factor[:, :, t, b], y.factor[:, :, s, b])
 
 
-def _prefers_pairs(x: OuterBlock, y: OuterBlock) -> bool:
-    """Whether all pairs of positions cost less than products of explicit rows."""
-    num_pairs = x.delta.shape[2] * y.delta.shape[2]
-    outputs = max(x.delta.shape[1], x.factor.shape[1]) * max(y.delta.shape[1], y.factor.shape[1])
+def _gram_over_positions(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
+    """All pairs of positions."""
+    counts = x.delta.shape[2], y.delta.shape[2], x.delta.shape[3]
+    return _over_positions(lambda at: _pair_gram(x, y, at), counts)
+
+
+def _gram_over_rows(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
+    """Explicit rows, in pieces."""
+    return _over_pieces(lambda x, y: RowBlock(x).cross_gram(RowBlock(y)), x, y)
+
+
+def _gram_over_examples(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
+    """Where all outputs share a: Σ_t δ_t·(Σ_s (a_t·a_s) δ_s), for one example of y at a time."""
+
+    def with_one(one: tuple[Array, Array]) -> Float[Array, "n k l"]:
+        delta, factor = one
+        meetings = _einsum("ntbc,sbc->ntbs", x.factor[:, 0], factor)
+        spread = _einsum("ntbs,lsbf->ntlbf", meetings, delta)
+        return _einsum("nktbf,ntlbf->nkl", x.delta, spread)
+
+    size = max(1, PIECE * y.delta.shape[0] // (x.delta.shape[0] * y.delta.size))
+    examples = y.delta, y.factor[:, 0]
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(with_one), examples, batch_size=size), 0, 2)
+
+
+def _cheapest_gram(x: OuterBlock, y: OuterBlock) -> Callable[..., Array]:
+    """The way with the fewest products for a pair of examples."""
+    (deltas, factors), (other_deltas, other_factors) = (
+        (block.delta.shape[1], block.factor.shape[1]) for block in (x, y)
+    )
     free, contracted = x.delta.shape[-1], x.factor.shape[-1]
-    deltas = x.delta.shape[1] * y.delta.shape[1] * free
-    factors = x.factor.shape[1] * y.factor.shape[1] * contracted
-    return num_pairs * (deltas + factors) < outputs * free * contracted
+    positions, other_positions = x.delta.shape[2], y.delta.shape[2]
+    pairs = positions * other_positions
+    outputs = max(deltas, factors) * max(other_deltas, other_factors)
+    costs: dict[Callable[..., Array], int] = {
+        _gram_over_positions: pairs
+        * (deltas * other_deltas * free + factors * other_factors * contracted),
+        _gram_over_rows: outputs * free * contracted,
+    }
+    if factors == other_factors == 1 and deltas * other_deltas > 1:
+        spread = pairs * (contracted + other_deltas * free)
+        costs[_gram_over_examples] = spread + deltas * other_deltas * positions * free
+    return min(costs, key=lambda way: costs[way])
 
 
 def _accumulate(fn: Callable[[Any], Array], xs: Any) -> Array:
@@ -266,106 +299,3 @@ class LookUpBlock(AbstractBlock):
     def norms(self) -> Float[Array, "n k"]:
         same = self.index[:, :, None] == self.index[:, None, :]
         return jnp.sum(_einsum("nktd,nksd->nkts", self.delta, self.delta) * same[:, None], (2, 3))
-
-
-def block_of(
-    sites: tuple[_walk.Site, ...], group: _taps.Group, deltas: Any, records: Any, leaf: Array
-) -> AbstractBlock:
-    """One group of uses, from tap derivatives (n, k, ...) and records (n, ...)."""
-    blocks = []
-    for index in group.sites:
-        read = lambda delta, record, site=sites[index]: _read(site, delta, record, leaf)
-        parts = jax.vmap(read)(deltas[index], records[index])
-        blocks.append(_BLOCKS[sites[index].kind](*parts, sites[index].view, leaf.shape))
-    return _sum_of_blocks(blocks, group.swapped)
-
-
-def _sum_of_blocks(blocks: list[Any], swapped: tuple[bool, ...]) -> AbstractBlock:
-    """Uses of one form are further positions of one weight, or a sum of rows."""
-    if len(blocks) == 1:
-        return blocks[0]
-    if isinstance(blocks[0], RowBlock):
-        return RowBlock(functools.reduce(jnp.add, [block.array for block in blocks]))
-    view, shape = blocks[0].view, blocks[0].shape
-    if all(isinstance(block, LookUpBlock) for block in blocks) and not any(swapped):
-        index = jnp.concatenate([block.index for block in blocks], axis=1)
-        delta = jnp.concatenate([block.delta for block in blocks], axis=2)
-        return LookUpBlock(index, delta, view, shape)
-    blocks = [block.as_outer() if isinstance(block, LookUpBlock) else block for block in blocks]
-    blocks = [b.swapped(view) if s else b for b, s in zip(blocks, swapped, strict=True)]
-    delta = _concatenate_positions([block.delta for block in blocks])
-    factor = _concatenate_positions([block.factor for block in blocks])
-    return OuterBlock(delta, factor, view, shape)
-
-
-def _concatenate_positions(arrays: list[Array]) -> Array:
-    size = max(array.shape[1] for array in arrays)
-    full = [jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:])) for x in arrays]
-    return jnp.concatenate(full, axis=2)
-
-
-def _read(site: _walk.Site, delta: Array, record: _walk.Record, leaf: Array) -> tuple[Array, ...]:
-    """One example: what the block of a site keeps, from its tap derivative (k, ...)."""
-    adds = site.kind in ("sum", "product")
-    if site.steps:  # the steps of a scan are positions, or terms of a sum
-        inner = site._replace(
-            steps=site.steps[1:], tap=jax.ShapeDtypeStruct(site.tap.shape[1:], site.tap.dtype)
-        )
-        step = lambda d, r: _read(inner, d, r, leaf)
-        if site.kind == "look-up":
-            index, deltas = jax.vmap(step, in_axes=(1, 0), out_axes=(0, 1))(delta, record)
-            return index.reshape(-1), _merge(deltas)
-        parts = jax.vmap(step, in_axes=(1, 0), out_axes=1)(delta, record)
-        return tuple(jnp.sum(part, 1) if adds else _merge(part) for part in parts)
-    delta = delta.astype(leaf.dtype)
-    if record.scale is not None:
-        delta = delta * jnp.asarray(record.scale, leaf.dtype)
-    if adds:
-        return (_elementwise_rows(site, delta, record.factor, leaf),)
-    delta = jax.vmap(lambda x: _walk.apply_view(site.dims[-1], x))(delta)
-    if site.kind == "look-up":
-        # An index of -1 says that no entry of the table was used.
-        return jnp.maximum(record.factor, 0), jnp.where(record.factor[:, None] >= 0, delta, 0)
-    return delta, _walk.apply_view(site.dims[0], record.factor.astype(leaf.dtype))[None]
-
-
-def _merge(part: Float[Array, "k steps T ..."]) -> Float[Array, "k stepsT ..."]:
-    return part.reshape(part.shape[0], -1, *part.shape[3:])
-
-
-def _elementwise_rows(
-    site: _walk.Site, delta: Float[Array, "k ..."], factor: Array | None, leaf: Array
-) -> Float[Array, "k ..."]:
-    """Rows of z = x ⊙ view(leaf), or of z = view(leaf) + …: summed over broadcast axes."""
-
-    def use(x: Array) -> Array:
-        seen = _walk.apply_view(site.view, x)
-        seen = seen if factor is None else seen * factor.astype(leaf.dtype)
-        return jnp.broadcast_to(seen, site.tap.shape)
-
-    structure = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return jax.vmap(lambda d: jax.linear_transpose(use, structure)(d)[0])(delta)
-
-
-_BLOCKS: dict[str, Callable[..., AbstractBlock]] = {
-    "dot": OuterBlock,
-    "convolution": OuterBlock,
-    "look-up": LookUpBlock,
-    "sum": lambda rows, view, shape: RowBlock(rows),
-    "product": lambda rows, view, shape: RowBlock(rows),
-}
-
-
-def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
-    names = []
-    for block, group in zip(blocks, groups, strict=True):
-        kinds = {sites[index].kind for index in group.sites}
-        if isinstance(block, RowBlock):
-            names.append("elementwise")
-        elif isinstance(block, LookUpBlock):
-            names.append("embedding")
-        elif kinds == {"convolution"}:
-            names.append("convolution")
-        else:
-            names.append("rank one" if block.is_rank_one else "positions")
-    return " + ".join(dict.fromkeys(names)) or "unused"

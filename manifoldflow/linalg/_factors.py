@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Tangent
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg._operator import AbstractJacobian, register_with_lineax
 
 
 def factor_operator(coordinates: Coordinates, columns: PyTree[Any]) -> lx.AbstractLinearOperator:
@@ -86,25 +86,6 @@ class ResidualFactor(lx.AbstractLinearOperator):
         return self.jacobian.in_structure()
 
 
-def _register_with_lineax() -> None:
-    """Tell lineax that these are general, real and already linear."""
-    for question in (
-        lx.is_symmetric,
-        lx.is_diagonal,
-        lx.is_tridiagonal,
-        lx.has_unit_diagonal,
-        lx.is_lower_triangular,
-        lx.is_upper_triangular,
-        lx.is_positive_semidefinite,
-        lx.is_negative_semidefinite,
-    ):
-        question.register(ResidualFactor, lambda _: False)
-    for same in (lx.linearise, lx.conj):
-        same.register(ResidualFactor, lambda operator: operator)
-    lx.diagonal.register(ResidualFactor, lambda operator: jnp.diag(operator.as_matrix()))
-    lx.materialise.register(
-        ResidualFactor, lambda op: lx.materialise(op.jacobian.T) @ lx.materialise(op.small)
-    )
-
-
-_register_with_lineax()
+register_with_lineax(
+    ResidualFactor, lambda op: lx.materialise(op.jacobian.T) @ lx.materialise(op.small)
+)

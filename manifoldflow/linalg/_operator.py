@@ -1,6 +1,7 @@
 """A Jacobian as a lineax operator, and what the geometry needs of it beside its products."""
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,27 +85,28 @@ def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLin
     return lx.FunctionLinearOperator(mv, jacobian.in_structure(), lx.positive_semidefinite_tag)
 
 
-def _register_with_lineax() -> None:
-    """Tell lineax what these operators are: general, real, and already linear."""
-    for kind in (AbstractJacobian, TransposedJacobian):
-        for question in (
-            lx.is_symmetric,
-            lx.is_diagonal,
-            lx.is_tridiagonal,
-            lx.has_unit_diagonal,
-            lx.is_lower_triangular,
-            lx.is_upper_triangular,
-            lx.is_positive_semidefinite,
-            lx.is_negative_semidefinite,
-        ):
-            question.register(kind, lambda _: False)
-        lx.linearise.register(kind, lambda operator: operator)
-        lx.conj.register(kind, lambda operator: operator)
-        lx.diagonal.register(kind, lambda operator: jnp.diag(operator.as_matrix()))
-    lx.materialise.register(
-        AbstractJacobian, lambda jac: lx.PyTreeLinearOperator(jac.rows(), jac.out_structure())
-    )
-    lx.materialise.register(TransposedJacobian, lambda op: lx.materialise(op.jacobian).T)
+def register_with_lineax(
+    kind: type[lx.AbstractLinearOperator], materialise: Callable[[Any], Any]
+) -> None:
+    """Tell lineax what operators of this kind are: general, real, and already linear."""
+    for question in (
+        lx.is_symmetric,
+        lx.is_diagonal,
+        lx.is_tridiagonal,
+        lx.has_unit_diagonal,
+        lx.is_lower_triangular,
+        lx.is_upper_triangular,
+        lx.is_positive_semidefinite,
+        lx.is_negative_semidefinite,
+    ):
+        question.register(kind, lambda _: False)
+    for same in (lx.linearise, lx.conj):
+        same.register(kind, lambda operator: operator)
+    lx.diagonal.register(kind, lambda operator: jnp.diag(operator.as_matrix()))
+    lx.materialise.register(kind, materialise)
 
 
-_register_with_lineax()
+register_with_lineax(
+    AbstractJacobian, lambda jac: lx.PyTreeLinearOperator(jac.rows(), jac.out_structure())
+)
+register_with_lineax(TransposedJacobian, lambda op: lx.materialise(op.jacobian).T)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow.linalg import _blocks, _taps
+from manifoldflow.linalg import _taps
+from manifoldflow.linalg._assemble import block_of, label_of
 from manifoldflow.linalg._blocks import AbstractBlock, RowBlock
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -93,9 +94,9 @@ class StructuredJacobian(AbstractJacobian):
         return total
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
-        """K with zeros below the blocks on its diagonal: little more than half the products."""
+        """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
         num_rows, strips = self._num_rows, []
-        for start, stop in _strips(self.num_examples):
+        for start, stop in _strips(self.num_examples, num_rows):
             rest = self.examples(start, self.num_examples)
             strip = self.examples(start, stop).cross_gram(rest)
             strips.append(jnp.pad(strip, ((0, 0), (num_rows - strip.shape[1], 0))))
@@ -184,10 +185,8 @@ def structured_jacobian(
             found, label = (RowBlock(rows[index]),), "dense rows"
         else:
             groups = uses.groups[index]
-            found = tuple(
-                _blocks.block_of(uses.sites, group, deltas, records, leaf) for group in groups
-            )
-            label = _blocks.label_of(uses.sites, found, groups)
+            found = tuple(block_of(uses.sites, group, deltas, records, leaf) for group in groups)
+            label = label_of(uses.sites, found, groups)
         blocks.append(found)
         labels.append(label)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -196,9 +195,10 @@ def structured_jacobian(
     return StructuredJacobian(tuple(blocks), num_examples, num_outputs, structures, treedef, named)
 
 
-def _strips(num_examples: int) -> list[tuple[int, int]]:
-    """Where to cut the rows of a Gram matrix; more cuts save products but cost compile time."""
-    num_strips = 1 if num_examples < 512 else 4 if num_examples < 4096 else 8
+def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:
+    """Where to cut the examples of a Gram matrix; more cuts save products, cost compile time."""
+    num_strips = 1 if num_rows < 512 else 4 if num_rows < 4096 else 8
+    num_strips = min(num_strips, num_examples)
     stops = [num_examples * index // num_strips for index in range(num_strips + 1)]
     return list(zip(stops, stops[1:]))
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from manifoldflow.linalg._kernels import Kernel, slabs
 from manifoldflow.linalg._walk import (
     ints,
     is_differentiable,
@@ -175,52 +176,26 @@ def _convolution(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | Non
     """A convolution is a matrix product at every output place, with patches as factors."""
     params, (image, kernel) = eqn.params, inputs
     groups, (o, i, *window) = params["feature_group_count"], params["dimension_numbers"].rhs_spec
-    if image.alias is not None or params["batch_group_count"] > 1 or not _selections(inputs):
+    is_plain = params["batch_group_count"] == 1 and window
+    if image.alias is not None or not is_plain or not _selections(inputs):
         return None
     (output,) = walk.plain(eqn, inputs)
-    z, numbers = output.array, params["dimension_numbers"]
-    shape = kernel.array.shape
-    batch, feature, *places = numbers.out_spec
-    last = (("transpose", ints((batch, *places, feature))),)
-    positions = z.size // z.shape[feature]
-    num_free, num_inputs = shape[o] // groups, shape[i]
-    num_contracted = int(np.prod(shape)) // shape[o]
+    z, shape = output.array, kernel.array.shape
+    batch, feature, *places = params["dimension_numbers"].out_spec
+    last = (
+        ("transpose", ints((batch, *places, feature))),
+        ("reshape", (z.size // z.shape[feature], groups, shape[o] // groups)),
+    )
     kernel_view = (
         ("transpose", ints((o, *window, i))),
-        ("reshape", (groups, num_free, num_contracted)),
+        ("reshape", (groups, shape[o] // groups, int(np.prod(shape)) // shape[o])),
     )
-    split = (positions, num_contracted // num_inputs, groups, num_inputs)
-    dims = (
-        (
-            ("reshape", split),
-            ("transpose", (0, 2, 1, 3)),
-            ("reshape", (positions, groups, num_contracted)),
-        ),
-        last + (("reshape", (positions, groups, num_free)),),
-    )
-    patches = _patches(image.array, [shape[axis] for axis in window], params)
+    sizes = [shape[axis] for axis in window]
+    first = (sizes[0], params["window_strides"][0], params["rhs_dilation"][0])
+    dims = (Kernel(*first, groups, shape[i]), last)
     view = kernel.alias.view + kernel_view
-    return [Value(walk.tap(z, kernel.alias, "convolution", patches, dims, view))]
-
-
-def _patches(image: Array, window: list[int], params: Any) -> Array:
-    """What a kernel sees at every place: (batch, *places, *window, channels).
-
-    By slices, one axis after the other: the reverse mode of
-    `lax.conv_general_dilated_patches` is ten times slower on CPUs.
-    """
-    batch, feature, *space = params["dimension_numbers"].lhs_spec
-    image = lax.transpose(image, (batch, *space, feature))
-    interior = [dilation - 1 for dilation in params["lhs_dilation"]]
-    margins = [(low, high, gap) for (low, high), gap in zip(params["padding"], interior)]
-    image = lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
-    steps = zip(window, params["window_strides"], params["rhs_dilation"])
-    for axis, (size, stride, dilation) in enumerate(steps, start=1):
-        end = image.shape[axis] - dilation * (size - 1)
-        starts = [dilation * k for k in range(size)]
-        pieces = [lax.slice_in_dim(image, s, s + end, stride, axis) for s in starts]
-        image = jnp.stack(pieces, axis=-2)
-    return image
+    factor = slabs(image.array, sizes, params)
+    return [Value(walk.tap(z, kernel.alias, "convolution", factor, dims, view))]
 
 
 def _look_up(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:

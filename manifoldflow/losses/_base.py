@@ -1,6 +1,7 @@
 """What a loss is: a number at every point, and its derivatives as operators."""
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -87,13 +88,15 @@ class AbstractResidualLoss(AbstractLoss):
 
     def jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """J = ∂r, a lineax operator from tangents to n residuals."""
+        return self._jacobian_of(self.example_residual, point, self.data)
+
+    def _jacobian_of(
+        self, fn: Callable[[Point, Example], Array], point: Point, data: PyTree[Array]
+    ) -> linalg.AbstractJacobian:
         coordinates, remainder = self.split(point)
-        data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
-        return linalg.jacobian(
-            lambda x, example: self.example_residual(_tree.join(x, remainder), example),
-            coordinates,
-            data,
-        )
+        of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
+        data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
+        return linalg.jacobian(of_coordinates, coordinates, data)
 
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
         """scale·JᵀJ on tangents, equal to ∇²L on the zero-loss manifold."""
@@ -156,10 +159,4 @@ class AbstractExampleLoss(AbstractResidualLoss):
 
     def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """∂f, from tangents to all outputs in the order of the examples."""
-        coordinates, remainder = self.split(point)
-        inputs = _tree.cast_floats(self.inputs, _tree.dtype_of(coordinates))
-        return linalg.jacobian(
-            lambda x, example: self.example_output(_tree.join(x, remainder), example),
-            coordinates,
-            inputs,
-        )
+        return self._jacobian_of(self.example_output, point, self.inputs)

@@ -1,0 +1,67 @@
+"""Rows of the Jacobian for the kernel of a convolution: a weight that meets patches of an image.
+
+Patches are far larger than their image. Here it is cut along all axes of the window but the
+first, so that rows can be summed over the places one slice of the window after the other.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class Kernel(NamedTuple):
+    """Static: how a kernel moves along the first axis, and how its channels are grouped."""
+
+    size: int
+    stride: int
+    dilation: int
+    groups: int
+    num_inputs: int  # channels in each group
+
+    def patches(self, slabs: Float[Array, "batch X ... WI"]) -> Float[Array, "T G C"]:
+        """What the kernel sees at each of T places; C = window·channels of a group."""
+        pieces = _pieces(slabs, 1, self.size, self.stride, self.dilation)
+        patches = jnp.concatenate(pieces, axis=-1)
+        num_places = patches.size // patches.shape[-1]
+        patches = patches.reshape(num_places, -1, self.groups, self.num_inputs)
+        return jnp.swapaxes(patches, 1, 2).reshape(num_places, self.groups, -1)
+
+    def rows(
+        self, slabs: Float[Array, "batch X ... WI"], delta: Float[Array, "k T G F"]
+    ) -> Float[Array, "k G F C"]:
+        """Σ_t δ_t ⊗ (patch at t), without the patches."""
+
+        def along(piece: Array) -> Array:
+            seen = piece.reshape(delta.shape[1], -1, self.groups, self.num_inputs)
+            return jnp.einsum("ktgf,twgc->kgfwc", delta, seen, precision=lax.Precision.HIGHEST)
+
+        pieces = _pieces(slabs, 1, self.size, self.stride, self.dilation)
+        rows = jnp.stack([along(piece) for piece in pieces], axis=3)
+        return rows.reshape(*rows.shape[:3], -1)
+
+
+def slabs(image: Array, window: list[int], params: Any) -> Float[Array, "batch X ... WI"]:
+    """The image padded, with its channels last, cut along all axes but the first.
+
+    By slices side by side: the reverse mode of `lax.conv_general_dilated_patches` is ten
+    times slower on CPUs.
+    """
+    batch, feature, *space = params["dimension_numbers"].lhs_spec
+    image = lax.transpose(image, (batch, *space, feature))
+    interior = [dilation - 1 for dilation in params["lhs_dilation"]]
+    margins = [(low, high, gap) for (low, high), gap in zip(params["padding"], interior)]
+    image = lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+    # The last axis first: the next one's slices then stand before it, as in the kernel.
+    for axis in range(len(window), 1, -1):
+        of_axis = (params[name][axis - 1] for name in ("window_strides", "rhs_dilation"))
+        image = jnp.concatenate(_pieces(image, axis, window[axis - 1], *of_axis), axis=-1)
+    return image
+
+
+def _pieces(image: Array, axis: int, size: int, stride: int, dilation: int) -> list[Array]:
+    """The image as each entry of the window sees it, along one axis."""
+    length = image.shape[axis] - dilation * (size - 1)
+    starts = [dilation * k for k in range(size)]
+    return [lax.slice_in_dim(image, start, start + length, stride, axis) for start in starts]
