@@ -109,8 +109,8 @@ def problems() -> list[Problem]:
         Problem("MLP", eqx.nn.MLP(32, "scalar", 432, 2, jnp.tanh, key=key), normal(1024, 32)),
         Problem("LeNet", LeNet(28, 8, 64, key), normal(256, 1, 28, 28)),
         Problem(
-            "transformer, 16 scores",
-            TransformerBlock(16, 8, 128, 16, key),
+            "transformer, 8 scores",
+            TransformerBlock(16, 8, 256, 8, key),
             tokens(32, 8, below=16),
         ),
         Problem(

@@ -91,11 +91,9 @@ def layer_norm() -> Case:
     return module_case(module, normal(1, 5, 4, 3), ("elementwise",) * 2, call)
 
 
-def attention(
-    length: int = 5, width: int = 4, num_outputs: int = 4, label: str = "positions, summed"
-) -> Case:
+def attention(length: int = 5, width: int = 4, label: str = "positions, summed") -> Case:
     module = eqx.nn.MultiheadAttention(2, width, use_output_bias=True, key=jr.key(0))
-    call = lambda model, x: model(x, x, x).sum(0)[:num_outputs]
+    call = lambda model, x: model(x, x, x).sum(0)[:1]
     return module_case(module, normal(1, 3, length, width), (label,) * 4 + ("elementwise",), call)
 
 
@@ -267,10 +265,9 @@ CASES = {
     "tied layers": tied_layers,
     "layer norm": layer_norm,
     "attention": attention,
-    # The ways to a Gram matrix: the cheapest depends on positions, widths and outputs.
-    "attention over pairs": lambda: attention(2, 12, 1, "positions"),
-    "attention in pieces": lambda: attention(3, 12, 1, "positions"),
-    "attention over examples": lambda: attention(2, 12, 4, "positions"),
+    # Two positions: the Gram matrix goes over pairs of them; three: over pieces of the rows.
+    "attention over pairs": lambda: attention(2, 12, "positions"),
+    "attention in pieces": lambda: attention(3, 12, "positions"),
     "embedding": embedding,
     "long look up": long_look_up,
     "tied embedding": lambda: tied_embedding(False),

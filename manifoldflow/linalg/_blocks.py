@@ -131,7 +131,10 @@ class OuterBlock(AbstractBlock):
             return RowBlock(self.rows()).cross_gram(other)
         if self.is_rank_one and other.is_rank_one:
             return _pair_gram(self, other, (0, 0, 0))
-        return _cheapest_gram(self, other)(self, other)
+        if _prefers_pairs(self, other):
+            counts = self.delta.shape[2], other.delta.shape[2], self.delta.shape[3]
+            return _over_positions(lambda at: _pair_gram(self, other, at), counts)
+        return _over_pieces(lambda x, y: RowBlock(x).cross_gram(RowBlock(y)), self, other)
 
     def norms(self) -> Float[Array, "n k"]:
         if self.is_rank_one:
@@ -174,49 +177,18 @@ def _pair_gram(x: OuterBlock, y: OuterBlock, at: Place) -> Float[Array, "n k m l
     return deltas * _inner(x.factor[:, :, t, b], y.factor[:, :, s, b])
 
 
-def _gram_over_positions(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
-    """All pairs of positions."""
-    counts = x.delta.shape[2], y.delta.shape[2], x.delta.shape[3]
-    return _over_positions(lambda at: _pair_gram(x, y, at), counts)
+def _prefers_pairs(x: OuterBlock, y: OuterBlock) -> bool:
+    """Whether all pairs of positions cost less than products of explicit rows.
 
-
-def _gram_over_rows(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
-    """Explicit rows, in pieces."""
-    return _over_pieces(lambda x, y: RowBlock(x).cross_gram(RowBlock(y)), x, y)
-
-
-def _gram_over_examples(x: OuterBlock, y: OuterBlock) -> Float[Array, "n k m l"]:
-    """Where all outputs share a: Σ_t δ_t·(Σ_s (a_t·a_s) δ_s), for one example of y at a time."""
-
-    def with_one(one: tuple[Array, Array]) -> Float[Array, "n k l"]:
-        delta, factor = one
-        meetings = _einsum("ntbc,sbc->ntbs", x.factor[:, 0], factor)
-        spread = _einsum("ntbs,lsbf->ntlbf", meetings, delta)
-        return _einsum("nktbf,ntlbf->nkl", x.delta, spread)
-
-    size = max(1, PIECE * y.delta.shape[0] // (x.delta.shape[0] * y.delta.size))
-    examples = y.delta, y.factor[:, 0]
-    return jnp.moveaxis(jax.lax.map(jax.checkpoint(with_one), examples, batch_size=size), 0, 2)
-
-
-def _cheapest_gram(x: OuterBlock, y: OuterBlock) -> Callable[..., Array]:
-    """The way with the fewest products for a pair of examples."""
-    (deltas, factors), (other_deltas, other_factors) = (
-        (block.delta.shape[1], block.factor.shape[1]) for block in (x, y)
-    )
+    Where many outputs share a, (Σ_s (a_t·a_s) δ_s)·δ_t takes fewer products than either, but
+    as many small ones; on CPUs it was the slower.
+    """
+    num_pairs = x.delta.shape[2] * y.delta.shape[2]
+    outputs = max(x.delta.shape[1], x.factor.shape[1]) * max(y.delta.shape[1], y.factor.shape[1])
     free, contracted = x.delta.shape[-1], x.factor.shape[-1]
-    positions, other_positions = x.delta.shape[2], y.delta.shape[2]
-    pairs = positions * other_positions
-    outputs = max(deltas, factors) * max(other_deltas, other_factors)
-    costs: dict[Callable[..., Array], int] = {
-        _gram_over_positions: pairs
-        * (deltas * other_deltas * free + factors * other_factors * contracted),
-        _gram_over_rows: outputs * free * contracted,
-    }
-    if factors == other_factors == 1 and deltas * other_deltas > 1:
-        spread = pairs * (contracted + other_deltas * free)
-        costs[_gram_over_examples] = spread + deltas * other_deltas * positions * free
-    return min(costs, key=lambda way: costs[way])
+    deltas = x.delta.shape[1] * y.delta.shape[1] * free
+    factors = x.factor.shape[1] * y.factor.shape[1] * contracted
+    return num_pairs * (deltas + factors) < outputs * free * contracted
 
 
 def _accumulate(fn: Callable[[Any], Array], xs: Any) -> Array:

@@ -91,7 +91,7 @@ class ChunkedJacobian(AbstractJacobian):
         return self._over_rows(strip)
 
     def gram_triangle(self) -> Float[Array, "n n"]:
-        return self.gram()
+        return self.cross_gram(self)
 
     def row_norms_squared(self) -> Float[Array, " n"]:
         return self._over_rows(lambda chunk: self._jacobian(chunk).row_norms_squared())

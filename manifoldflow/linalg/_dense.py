@@ -48,7 +48,7 @@ class DenseJacobian(AbstractJacobian):
         return sum(products[1:], products[0])
 
     def gram_triangle(self) -> Float[Array, "n n"]:
-        return self.gram()
+        return self.cross_gram(self)
 
     def row_norms_squared(self) -> Float[Array, " n"]:
         norms = [jnp.sum(rows**2, axis=1) for rows in self._matrices()]

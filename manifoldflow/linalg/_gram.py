@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from manifoldflow._types import Scalar
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg._operator import AbstractJacobian, mirrored
 
 
 class AbstractGramSolve(eqx.Module):
@@ -70,12 +70,7 @@ class DenseGramSolve(AbstractGramSolve):
         return _solve(damped, _regularised_cholesky(damped), vector)
 
     def eigenvalues(self) -> Float[Array, " n"]:
-        return jnp.linalg.eigvalsh(_mirrored(self.triangle))
-
-
-def _mirrored(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The symmetric matrix with this upper triangle."""
-    return jnp.triu(triangle) + jnp.triu(triangle, 1).T
+        return jnp.linalg.eigvalsh(mirrored(self.triangle))
 
 
 def _regularised_cholesky(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -122,7 +117,7 @@ def _solve_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple
     triangle, cholesky, vector = primals
     triangle_dot, _, vector_dot = tangents
     solution = _solve(triangle, cholesky, vector)
-    change = jnp.matmul(_mirrored(triangle_dot), solution, precision=jax.lax.Precision.HIGHEST)
+    change = jnp.matmul(mirrored(triangle_dot), solution, precision=jax.lax.Precision.HIGHEST)
     return solution, _solve(triangle, cholesky, vector_dot - change)
 
 

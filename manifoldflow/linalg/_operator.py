@@ -38,7 +38,7 @@ class AbstractJacobian(lx.AbstractLinearOperator):
 
     def gram(self) -> Float[Array, "n n"]:
         """K = J Jᵀ, the empirical neural tangent kernel."""
-        return self.cross_gram(self)
+        return mirrored(self.gram_triangle())
 
     def as_matrix(self) -> Float[Array, "n D"]:
         """The n×D matrix, for tests and small problems."""
@@ -48,6 +48,11 @@ class AbstractJacobian(lx.AbstractLinearOperator):
 
     def transpose(self) -> "TransposedJacobian":
         return TransposedJacobian(self)
+
+
+def mirrored(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The symmetric matrix with this upper triangle."""
+    return jnp.triu(triangle) + jnp.triu(triangle, 1).T
 
 
 class TransposedJacobian(lx.AbstractLinearOperator):
