@@ -120,4 +120,6 @@ def _commit() -> dict[str, Any]:
         done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
         return done.stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    # Results of other benchmarks do not change what is measured.
+    changed = git("status", "--porcelain", "--", ":/", ":(exclude)results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}

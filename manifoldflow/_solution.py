@@ -36,6 +36,15 @@ class RESULTS(eqx.Enumeration):
         "A stationary point was found whose Hessian is not positive on the normal space: "
         "a saddle. Check `rank`, or start elsewhere."
     )
+    no_geodesic = (
+        "Shooting found no geodesic between the two points. Both must lie on one piece of the "
+        "manifold, nearer to each other than its radius of curvature times π; go by points "
+        "between them."
+    )
+    not_retracted = (
+        "No tangent was found whose retraction is the other point. They must be nearer to each "
+        "other than the radius of curvature of the manifold."
+    )
     bad_end_time = "end_time must be positive and finite."
     diverged = (
         "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "

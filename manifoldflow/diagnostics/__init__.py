@@ -1,5 +1,15 @@
 """What a computation will cost, and whether its assumptions hold."""
 
+from manifoldflow.diagnostics._checks import (
+    check_dimension as check_dimension,
+    check_geodesic as check_geodesic,
+    check_gradient as check_gradient,
+    check_hessian as check_hessian,
+    check_retraction as check_retraction,
+    DimensionCheck as DimensionCheck,
+    GeodesicCheck as GeodesicCheck,
+    SlopeCheck as SlopeCheck,
+)
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,

@@ -12,7 +12,6 @@ from manifoldflow.flows._gradient import (
 )
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
 from manifoldflow.flows._options import Stationary as Stationary
-from manifoldflow.flows._projected import Projected as Projected
 from manifoldflow.flows._sgd_diffusion import SGDDiffusion as SGDDiffusion
 from manifoldflow.flows._solve import solve as solve
 from manifoldflow.flows._subsample import (

@@ -1,7 +1,7 @@
 """What a flow is: coefficients at a point, and the manifold on which it stays."""
 
 import abc
-from typing import Any, Literal
+from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
@@ -11,9 +11,7 @@ from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Tangent
-from manifoldflow.manifolds import AbstractManifold
-
-Form = Literal["ito", "stratonovich"]
+from manifoldflow.manifolds import AbstractManifold, AbstractVectorField, Form
 
 
 class AbstractFlow(eqx.Module):
@@ -52,7 +50,7 @@ class AbstractFlow(eqx.Module):
         if not is_stochastic(self):
             if path is not None:
                 raise ValueError(f"{type(self).__name__} is deterministic; it takes no path.")
-            return dfx.ODETerm(Drift(self, remainder, None))
+            return dfx.ODETerm(Drift(flow=self, remainder=remainder, form=None))
         if path is None:
             raise ValueError(
                 f"{type(self).__name__} is stochastic: its terms need a Brownian path, as "
@@ -60,7 +58,7 @@ class AbstractFlow(eqx.Module):
                 "flow.diffusion(point).in_structure(), key)."
             )
         noise = dfx.ControlTerm(_Diffusion(self, remainder), path)
-        return dfx.MultiTerm(dfx.ODETerm(Drift(self, remainder, form)), noise)
+        return dfx.MultiTerm(dfx.ODETerm(Drift(flow=self, remainder=remainder, form=form)), noise)
 
 
 class AbstractDiffusion(AbstractFlow):
@@ -100,7 +98,7 @@ def is_stochastic(flow: AbstractFlow) -> bool:
     return isinstance(flow, AbstractDiffusion) and flow.is_stochastic
 
 
-class Drift(eqx.Module):
+class Drift(AbstractVectorField):
     """The drift as Diffrax calls it. A module, so that new data do not recompile."""
 
     flow: AbstractFlow
@@ -124,27 +122,3 @@ class _Diffusion(eqx.Module):
         del t, args
         assert isinstance(self.flow, AbstractDiffusion)
         return self.flow.diffusion(_tree.join(y, self.remainder))
-
-
-def form_of(solver: dfx.AbstractSolver) -> Form:
-    """The sense of the integral that a solver approximates, by its marker class."""
-    ito = isinstance(solver, dfx.AbstractItoSolver)
-    if ito == isinstance(solver, dfx.AbstractStratonovichSolver):
-        raise ValueError(
-            f"{type(solver).__name__} is marked neither as an Itô nor as a Stratonovich solver. "
-            "For stochastic flows use e.g. diffrax.Euler() (Itô) or diffrax.EulerHeun() "
-            "(Stratonovich)."
-        )
-    return "ito" if ito else "stratonovich"
-
-
-def check_form(terms: Any, solver: dfx.AbstractSolver) -> None:
-    """Refuse an Itô solver for Stratonovich terms and the other way round."""
-    is_drift = lambda node: isinstance(node, Drift)
-    for node in jax.tree.leaves(terms, is_leaf=is_drift):
-        if is_drift(node) and node.form is not None and node.form != form_of(solver):
-            raise ValueError(
-                f"{type(solver).__name__} solves {form_of(solver)} equations, but the terms were "
-                f"made for the {node.form} form. Use flow.terms(point, path, "
-                f'form="{form_of(solver)}").'
-            )

@@ -15,7 +15,8 @@ from manifoldflow import _tree
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import Report
 from manifoldflow._types import Flag, Key, Point, Scalar
-from manifoldflow.flows._base import AbstractFlow, form_of, is_stochastic
+from manifoldflow.flows._base import AbstractFlow, is_stochastic
+from manifoldflow.manifolds import form_of
 
 
 class Stationary(eqx.Module):

@@ -28,9 +28,9 @@ from manifoldflow.flows._options import (
     Stationary,
     tolerance,
 )
-from manifoldflow.flows._projected import Projected
 from manifoldflow.flows._stepping import controller_of, first_step, max_steps_of, terms_of
 from manifoldflow.flows._walk import walk
+from manifoldflow.manifolds import Projected
 
 
 def solve(

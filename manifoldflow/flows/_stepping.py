@@ -7,9 +7,10 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Scalar
-from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow, form_of
+from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._landing import check_can_move
 from manifoldflow.flows._options import NoiseOptions, Options
+from manifoldflow.manifolds import form_of
 
 
 def terms_of(

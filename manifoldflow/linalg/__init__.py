@@ -16,6 +16,16 @@ from manifoldflow.linalg._dense import (
     dense_jacobian as dense_jacobian,
     DenseJacobian as DenseJacobian,
 )
+from manifoldflow.linalg._eigenvalues import (
+    effective_rank as effective_rank,
+    largest_eigenvalues as largest_eigenvalues,
+    smallest_eigenvalues as smallest_eigenvalues,
+)
+from manifoldflow.linalg._estimate import (
+    Estimate as Estimate,
+    estimate as estimate,
+    estimate_trace as estimate_trace,
+)
 from manifoldflow.linalg._factors import (
     factor_operator as factor_operator,
     ResidualFactor as ResidualFactor,

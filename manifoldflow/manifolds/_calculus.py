@@ -1,13 +1,18 @@
-"""Calculus on a manifold: functions that take the manifold first."""
+"""Derivatives of functions and vector fields along a manifold; the manifold comes first."""
 
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
+import lineax as lx
+from jaxtyping import Array, Int, PyTree
 
-from manifoldflow import _tree
-from manifoldflow._types import Point, Tangent
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._bending import Bending, bending
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 
 
 def riemannian_gradient(
@@ -23,3 +28,168 @@ def riemannian_gradient(
     coordinates, remainder = manifold.split(point)
     gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
     return manifold.normal_space(point).tangent(gradient)
+
+
+class CovariantHessian(eqx.Module):
+    """v ↦ P(∇²F − Σλᵢ∇²fᵢ)Pv with λ = J†ᵀ∇F, the Lagrange multipliers of F."""
+
+    fn: Callable[..., Any]
+    bending: Bending
+    multipliers: Constraint
+
+    @eqx.filter_jit
+    def __call__(self, vector: Tangent) -> Tangent:
+        bend = self.bending
+        tangent = bend.tangent(vector)
+        gradient = jax.grad(lambda x: self.fn(_tree.join(x, bend.remainder)))
+        along = jax.jvp(gradient, (bend.coordinates,), (tangent,))[1]
+        return bend.space.tangent(_tree.subtract(along, bend.turn(self.multipliers, tangent)))
+
+
+def covariant_hessian(
+    manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point
+) -> lx.AbstractLinearOperator:
+    """The Hessian of a function along the manifold, a self-adjoint operator on tangents.
+
+    Its quadratic form is the second derivative of the function along geodesics. A product
+    costs two Hessian-vector products, of fn and of the constraint; normal parts of vectors
+    do not count, so that the operator is PHP on the whole space.
+
+    Args:
+        manifold: the manifold.
+        fn: point → scalar, twice differentiable on and near the manifold.
+        point: a point of the manifold.
+
+    Raises:
+        EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
+            finite.
+
+    References:
+        [Gatmiry2024, Lemma 8].
+    """
+    fn = _tree.as_pytree_callable(fn)
+    product = _covariant_hessian(manifold, fn, point)
+    structure = _tree.structure_of(manifold.split(point)[0])
+    return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
+
+
+@eqx.filter_jit
+def _covariant_hessian(
+    manifold: AbstractManifold, fn: Callable[..., Any], point: Point
+) -> CovariantHessian:
+    bend = bending(manifold, point)
+    gradient = jax.grad(lambda x: fn(_tree.join(x, bend.remainder)))(bend.coordinates)
+    return CovariantHessian(fn, bend, bend.space.multipliers(gradient))
+
+
+def covariant_derivative(
+    manifold: AbstractManifold,
+    field: Callable[[Point], PyTree[Any]],
+    point: Point,
+    vector: Tangent,
+) -> Tangent:
+    """∇_V W = P DW[V], the derivative of a tangent vector field along the manifold.
+
+    Args:
+        manifold: the manifold.
+        field: W, point → tangent, defined near the manifold.
+        point: a point of the manifold.
+        vector: V; its tangent part counts.
+    """
+    coordinates, _ = manifold.split(point)
+    space = manifold.normal_space(point)
+    vector = space.tangent(_tree.as_tangent(coordinates, vector))
+    return space.tangent(_along(manifold, field, point, vector))
+
+
+def divergence(
+    manifold: AbstractManifold,
+    field: Callable[[Point], PyTree[Any]],
+    point: Point,
+    *,
+    key: Key | None = None,
+    num_samples: int = 64,
+) -> Scalar | linalg.Estimate:
+    """tr(V ↦ ∇_V W), the divergence of a tangent vector field along the manifold.
+
+    Args:
+        manifold: the manifold.
+        field: W, point → tangent, defined near the manifold.
+        point: a point of the manifold.
+        key: estimate the trace from `num_samples` random tangents; else D derivatives.
+        num_samples: random tangents, if a key is given.
+
+    Returns:
+        A number, or with a key an `Estimate` with its standard error.
+    """
+    space = manifold.normal_space(point)
+
+    def term(vector: Tangent) -> Scalar:
+        return _tree.inner(vector, _along(manifold, field, point, vector))
+
+    return sum_over_tangents(space, manifold.split(point)[0], term, key, num_samples)
+
+
+def laplace_beltrami(
+    manifold: AbstractManifold,
+    fn: Callable[[Point], Any],
+    point: Point,
+    *,
+    key: Key | None = None,
+    num_samples: int = 64,
+) -> Scalar | linalg.Estimate:
+    """Δ_Γ fn, the trace of the covariant Hessian.
+
+    Args:
+        manifold: the manifold.
+        fn: point → scalar, twice differentiable on and near the manifold.
+        point: a point of the manifold.
+        key: estimate the trace from `num_samples` random tangents; else D products.
+        num_samples: random tangents, if a key is given.
+
+    Returns:
+        A number, or with a key an `Estimate` with its standard error.
+    """
+    product = _covariant_hessian(manifold, _tree.as_pytree_callable(fn), point)
+    term = lambda vector: _tree.inner(vector, product(vector))
+    bend = product.bending
+    return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
+
+
+def sum_over_tangents(
+    space: AbstractNormalSpace,
+    coordinates: Coordinates,
+    term: Callable[[Tangent], PyTree[Array]],
+    key: Key | None,
+    num_samples: int,
+) -> Any:
+    """Σ term(eᵢ) over an orthonormal basis of the tangent space, for a quadratic form.
+
+    Equal to the sum over the projected unit vectors of the whole space, which need no
+    basis; and to the expectation over standard normal tangents.
+    """
+    if key is not None:
+
+        def sample(key: Key) -> PyTree[Array]:
+            return term(space.tangent(_tree.random_normal_like(key, coordinates)))
+
+        return linalg.estimate(sample, key, num_samples)
+    identity = lx.IdentityLinearOperator(_tree.structure_of(coordinates))
+
+    def projected(index: Int[Array, ""]) -> PyTree[Array]:
+        return term(space.tangent(linalg.column(identity, index)))
+
+    size = _tree.size(coordinates)
+    return linalg.sum_terms(projected, size, max(1, 2**16 // size))
+
+
+def _along(
+    manifold: AbstractManifold, field: Callable[[Point], Any], point: Point, vector: Tangent
+) -> Tangent:
+    """DW[v]."""
+    coordinates, remainder = manifold.split(point)
+
+    def of_coordinates(x: Coordinates) -> Tangent:
+        return _tree.as_tangent(coordinates, field(_tree.join(x, remainder)), "The field's value")
+
+    return jax.jvp(of_coordinates, (coordinates,), (vector,))[1]

@@ -29,6 +29,10 @@ class AbstractNormalSpace(eqx.Module):
         """J†f, the shortest v with J v = f."""
 
     @abc.abstractmethod
+    def multipliers(self, vector: Tangent) -> Constraint:
+        """J†ᵀv: the λ for which Jᵀλ is the normal part of v, Lagrange's multipliers."""
+
+    @abc.abstractmethod
     def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
         """Jᵀ(J Jᵀ + damping·I)⁻¹ f."""
 
@@ -68,6 +72,11 @@ class GramNormalSpace(AbstractNormalSpace):
     def pseudo_inverse(self, constraint: Constraint) -> Tangent:
         return linalg.pseudo_inverse_mv(self.jacobian, self.gram, constraint)
 
+    def multipliers(self, vector: Tangent) -> Constraint:
+        found = self.gram.solve(self.jacobian.mv(vector))
+        left = _tree.subtract(vector, self.jacobian.transpose_mv(found))
+        return found + self.gram.solve(self.jacobian.mv(left))
+
     def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
         return self.jacobian.transpose_mv(self.gram.damped_solve(constraint, damping))
 
@@ -104,6 +113,9 @@ class HessianNormalSpace(AbstractNormalSpace):
     def pseudo_inverse(self, constraint: Constraint) -> Tangent:
         inverse = linalg.pseudo_inverse(self.hessian, self.rank_rule)
         return self._tangent(_matmul(inverse, self._flat(constraint)))
+
+    def multipliers(self, vector: Tangent) -> Constraint:
+        return self.pseudo_inverse(vector)  # the Hessian is symmetric
 
     def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
         values, vectors, inside = linalg.range_spectrum(self.hessian, self.rank_rule)

@@ -175,7 +175,31 @@ def land(
             state.num_steps + 1,
         )
 
-    return _search(body, coordinates)
+    landed, info = _search(body, coordinates)
+    if is_near:
+        return landed, info
+    is_double = _is_double_zero(normal_space(landed), constraint, landed, info.defect)
+    result = RESULTS.where(info.is_successful & is_double, RESULTS.rank_zero, info.result)
+    return landed, eqx.tree_at(lambda i: i.result, info, result)
+
+
+def _is_double_zero(
+    space: AbstractNormalSpace, constraint: Any, coordinates: Coordinates, defect: Scalar
+) -> Flag:
+    """Does the constraint vanish with its slope, as f² does: J ≈ 0 within what is left to go?
+
+    A distance d from such a set the slope along a normal is d times the second derivative,
+    and J†f = d/2; elsewhere the two are unrelated, and the slope far larger.
+    """
+    normal = space.normal(_tree.random_normal_like(jax.random.key(0), coordinates))
+    slope = _tree.norm(space.mv(normal))
+
+    def along(x: Coordinates) -> Constraint:
+        return jax.jvp(constraint, (x,), (normal,))[1]
+
+    bend = _tree.norm(jax.jvp(along, (coordinates,), (normal,))[1])
+    reach = 3 * jnp.maximum(defect, _roundings(coordinates, 16))
+    return slope * _tree.norm(normal) <= reach * bend
 
 
 def _chord_steps(

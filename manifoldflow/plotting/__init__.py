@@ -1,3 +1,4 @@
 """Pictures of walks and manifolds. Needs matplotlib: `pip install manifoldflow[plot]`."""
 
+from manifoldflow.plotting._check import plot_check as plot_check
 from manifoldflow.plotting._walk import plot_walk as plot_walk

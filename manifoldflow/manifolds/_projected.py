@@ -4,7 +4,7 @@ The only file that knows the private side of Diffrax solvers: each hook that is
 forwarded here has a test of its own.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import diffrax as dfx
 import equinox as eqx
@@ -13,9 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._solution import Info
 from manifoldflow._types import Coordinates, Point, Scalar
-from manifoldflow.flows._base import check_form
-from manifoldflow.manifolds import AbstractManifold
+from manifoldflow.manifolds._forms import check_form
+
+
+@runtime_checkable
+class Reachable(Protocol):
+    """All that `Projected` needs of a manifold."""
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]: ...
+
+    def touch_up(self, point: Point) -> tuple[Point, Info]: ...
 
 
 class _ProjectedState(eqx.Module):
@@ -35,13 +44,13 @@ class Projected(dfx.AbstractWrappedSolver):
 
     Args:
         solver: any Diffrax solver for the terms at hand.
-        manifold: where every accepted step ends.
+        manifold: where every accepted step ends; a manifold, or its tangent bundle.
         like: a point of the kind that is moved, if it has leaves that are not
             coordinates (an Equinox module's activation); the state itself if not.
     """
 
     solver: dfx.AbstractSolver
-    manifold: AbstractManifold
+    manifold: Reachable
     like: Point = None
 
     @property

@@ -1,0 +1,295 @@
+"""Numerical checks of derivatives and of maps on a manifold: does the error fall as it must?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Float
+
+from manifoldflow import _tree
+from manifoldflow._types import Key, Point, Tangent
+from manifoldflow.manifolds import (
+    AbstractManifold,
+    AbstractRetraction,
+    covariant_hessian,
+    exponential_map,
+    NewtonRetraction,
+    riemannian_gradient,
+    transport_along_geodesic,
+    Walk,
+)
+
+_NUM_SIZES = 41
+_WINDOW = 9
+
+
+class SlopeCheck(eqx.Module):
+    """How an error falls with the size t of a step, error ~ t^slope.
+
+    Attributes:
+        name: what was checked.
+        slope: measured over the window of sizes where it is steadiest; NaN if the error is
+            at rounding everywhere.
+        expected: what theory says.
+        window: (smallest, largest) t of that window.
+        sizes: all t.
+        errors: the error at each of them.
+        holds: whether the slope is at least `expected` − 0.1, or all errors are at rounding.
+    """
+
+    name: str
+    slope: float
+    expected: float
+    window: tuple[float, float]
+    sizes: Float[np.ndarray, " sizes"]
+    errors: Float[np.ndarray, " sizes"]
+    holds: bool
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "FAILS"
+        low, high = self.window
+        return (
+            f"{self.name}: slope {self.slope:.3f} over t = {low:.1e} … {high:.1e}, "
+            f"expected {self.expected:g}: {verdict}"
+        )
+
+
+def check_gradient(
+    manifold: AbstractManifold,
+    fn: Callable[[Point], Any],
+    point: Point,
+    key: Key,
+    *,
+    gradient: Tangent | None = None,
+) -> SlopeCheck:
+    """Is it the gradient? F(R(tv)) − F − t⟨∇F, v⟩ must fall like t².
+
+    Args:
+        manifold: the manifold.
+        fn: F, point → scalar.
+        point: a point of the manifold.
+        key: for the random unit tangent v.
+        gradient: what to check; by default `riemannian_gradient`.
+    """
+    if gradient is None:
+        gradient = riemannian_gradient(manifold, fn, point)
+    vector = _unit_tangent(manifold, point, key)
+    values, start = _values(manifold, fn, point, vector)
+    errors = values(_sizes(point)) - start - _sizes(point) * float(_tree.inner(gradient, vector))
+    return _check("gradient", errors, 2, point, start)
+
+
+def check_hessian(
+    manifold: AbstractManifold,
+    fn: Callable[[Point], Any],
+    point: Point,
+    key: Key,
+    *,
+    hessian: lx.AbstractLinearOperator | None = None,
+) -> SlopeCheck:
+    """Is it the Hessian? F(R(tv)) − F − t⟨∇F, v⟩ − ½t²⟨v, Hv⟩ must fall like t³.
+
+    With a retraction R of second order, so that this is so at any point, stationary or not.
+
+    Args:
+        manifold: the manifold.
+        fn: F, point → scalar.
+        point: a point of the manifold.
+        key: for the random unit tangent v.
+        hessian: what to check; by default `covariant_hessian`.
+    """
+    if hessian is None:
+        hessian = covariant_hessian(manifold, fn, point)
+    vector = _unit_tangent(manifold, point, key)
+    values, start = _values(manifold, fn, point, vector)
+    slope = float(_tree.inner(riemannian_gradient(manifold, fn, point), vector))
+    bend = float(_tree.inner(vector, hessian.mv(vector)))
+    sizes = _sizes(point)
+    errors = values(sizes) - start - sizes * slope - sizes**2 * bend / 2
+    return _check("Hessian", errors, 3, point, start)
+
+
+def check_retraction(
+    manifold: AbstractManifold,
+    retraction: AbstractRetraction,
+    point: Point,
+    key: Key,
+) -> SlopeCheck:
+    """Is the retraction of the order it says? |R(tv) − exp(tv)| must fall like t^(order + 1).
+
+    Args:
+        manifold: the manifold.
+        retraction: a value as `NewtonRetraction()`.
+        point: a point of the manifold.
+        key: for the random unit tangent v.
+    """
+    vector = _unit_tangent(manifold, point, key)
+
+    @eqx.filter_jit
+    def gap(size: Any) -> Any:
+        step = _tree.scale(size, vector)
+        there = retraction(manifold, point, step, throw=False)
+        ended = exponential_map(manifold, point, step, throw=False)
+        return _tree.norm(_tree.subtract(manifold.split(there)[0], manifold.split(ended)[0]))
+
+    errors = np.array([float(gap(size)) for size in _sizes(point)])
+    return _check("retraction", errors, retraction.order + 1, point, _scale(manifold, point))
+
+
+class GeodesicCheck(eqx.Module):
+    """Whether a curve that claims to be a geodesic is one.
+
+    Attributes:
+        speed_error: the largest change of the speed, relative to it.
+        transport_error: |transported γ′(0) − γ′(t)| relative to the speed, by differences.
+        defect: the largest distance from the manifold.
+        tolerance: what all of them must be below.
+        holds: whether they are.
+    """
+
+    speed_error: float
+    transport_error: float
+    defect: float
+    tolerance: float
+    holds: bool
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+
+def check_geodesic(
+    manifold: AbstractManifold,
+    point: Point,
+    velocity: Tangent,
+    *,
+    time: float = 1.0,
+    path: Callable[[Any], Point] | None = None,
+    tolerance: float | None = None,
+) -> GeodesicCheck:
+    """Has a curve constant speed, and is its velocity transported parallel to itself?
+
+    Args:
+        manifold: the manifold.
+        point: where the curve starts.
+        velocity: its first velocity.
+        time: where it ends.
+        path: the curve, time → point, differentiable in forward mode; by default the
+            geodesic that the library finds.
+        tolerance: of the relative errors; by default 1e-6 in float64 and 1e-3 in float32.
+    """
+    coordinates, remainder = manifold.split(point)
+    if tolerance is None:
+        tolerance = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
+    velocity = manifold.tangent_projection(point, velocity)
+    if path is None:
+        walk = Walk(adjoint=dfx.ForwardMode())
+        path = lambda t: exponential_map(manifold, point, _tree.scale(t, velocity), walk=walk)
+    of_time = path
+    speed = float(_tree.norm(velocity))
+    speeds, errors, defects = [], [], []
+    for t in np.linspace(0, time, 5)[1:]:
+        t = jnp.asarray(t, _tree.dtype_of(coordinates))
+        position, moving = jax.jvp(
+            lambda t: manifold.split(of_time(t))[0], (t,), (jnp.ones_like(t),)
+        )
+        carried = transport_along_geodesic(manifold, point, velocity, velocity, t)
+        speeds.append(float(_tree.norm(moving)))
+        errors.append(float(_tree.norm(_tree.subtract(carried, moving))))
+        defects.append(float(manifold.defect(_tree.join(position, remainder))))
+    speed_error = float(np.max(np.abs(np.array(speeds) - speed))) / speed
+    transport_error, defect = max(errors) / speed, max(defects)
+    worst = max(speed_error, transport_error, defect)
+    return GeodesicCheck(speed_error, transport_error, defect, tolerance, bool(worst <= tolerance))
+
+
+class DimensionCheck(eqx.Module):
+    """Whether as many constraints are independent at a point as the manifold counts.
+
+    Attributes:
+        rank: measured.
+        codimension: counted.
+        condition_number: of J Jᵀ over the eigenvalues that make the rank.
+        holds: whether the two agree.
+    """
+
+    rank: int
+    codimension: int
+    condition_number: float
+    holds: bool
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+
+def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
+    """Is `manifold.dimension` the dimension of the tangent space at this point?
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+    """
+    rank, codimension = int(manifold.rank(point)), manifold.codimension(point)
+    condition = float(manifold.condition_number(point))
+    return DimensionCheck(rank, codimension, condition, rank == codimension)
+
+
+def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent:
+    vector = manifold.random_tangent(point, key)
+    size = _tree.norm(vector)
+    if not float(size) > 0:
+        raise ValueError("There are no directions along a manifold of dimension 0.")
+    return _tree.scale(1 / size, vector)
+
+
+def _sizes(point: Point) -> np.ndarray:
+    """Steps from 1 down to where differences of second order drown in rounding."""
+    eps = _tree.eps_of(_tree.split(point, None)[0])
+    return np.logspace(0, np.log10(eps) / 2, _NUM_SIZES)
+
+
+def _values(
+    manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point, vector: Tangent
+) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    retraction = NewtonRetraction()
+
+    @eqx.filter_jit
+    def value(size: Any) -> Any:
+        return fn(retraction(manifold, point, _tree.scale(size, vector), throw=False))
+
+    return lambda sizes: np.array([float(value(t)) for t in sizes]), float(value(0.0))
+
+
+def _scale(manifold: AbstractManifold, point: Point) -> float:
+    return max(1.0, float(_tree.norm(manifold.split(point)[0])))
+
+
+def _check(
+    name: str, errors: np.ndarray, expected: float, point: Point, scale: float
+) -> SlopeCheck:
+    """The slope in log-log scale over the window where it is steadiest, above rounding."""
+    sizes, errors = _sizes(point), np.abs(errors)
+    floor = 50 * _tree.eps_of(_tree.split(point, None)[0]) * max(1.0, abs(scale))
+    usable = np.isfinite(errors) & (errors > floor)
+    best: tuple[float, float, tuple[float, float]] = (np.inf, np.nan, (np.nan, np.nan))
+    for start in range(_NUM_SIZES - _WINDOW + 1):
+        part = slice(start, start + _WINDOW)
+        if not usable[part].all():
+            continue
+        x, y = np.log(sizes[part]), np.log(errors[part])
+        slope, offset = np.polyfit(x, y, 1)
+        misfit = float(np.sqrt(np.mean((y - slope * x - offset) ** 2)))
+        # Among windows that are straight, the one of smaller steps says more.
+        if misfit < 0.8 * best[0] or (misfit < 0.01 and best[0] < 0.01):
+            best = misfit, float(slope), (float(sizes[part][-1]), float(sizes[part][0]))
+    slope = best[1]
+    is_zero = bool(np.all(errors[np.isfinite(errors)] <= floor)) and bool(np.isfinite(errors).any())
+    holds = is_zero if np.isnan(slope) else slope >= expected - 0.1
+    return SlopeCheck(name, slope, expected, best[2], sizes, errors, bool(holds))

@@ -1,0 +1,62 @@
+"""The second derivatives of a constraint at one point: all that curvature is made of."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from manifoldflow import _tree
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+
+
+class Bending(eqx.Module):
+    """How a manifold {f = 0} bends in the space around it, at a point."""
+
+    manifold: AbstractManifold
+    coordinates: Coordinates
+    remainder: Point
+    space: AbstractNormalSpace
+
+    def constraint(self, x: Coordinates) -> Constraint:
+        return self.manifold.constraint(_tree.join(x, self.remainder))
+
+    def second_derivative(self, u: Tangent, w: Tangent) -> Constraint:
+        """D²f[u, w]."""
+
+        def along(x: Coordinates) -> Constraint:
+            return jax.jvp(self.constraint, (x,), (u,))[1]
+
+        return jax.jvp(along, (self.coordinates,), (w,))[1]
+
+    def form(self, u: Tangent, w: Tangent) -> Tangent:
+        """II(u, w) = −J†D²f[u, w], for tangent u and w."""
+        lifted = self.space.pseudo_inverse(self.second_derivative(u, w))
+        return _tree.scale(-1, lifted)
+
+    def turn(self, multipliers: Constraint, vector: Tangent) -> Tangent:
+        """∇²(λ·f) v."""
+
+        def gradient(x: Coordinates) -> Tangent:
+            return jax.vjp(self.constraint, x)[1](multipliers)[0]
+
+        return jax.jvp(gradient, (self.coordinates,), (vector,))[1]
+
+    def tangent(self, vector: Any) -> Tangent:
+        """P v, of a vector that is checked."""
+        return self.space.tangent(_tree.as_tangent(self.coordinates, vector))
+
+
+def bending(manifold: AbstractManifold, point: Point) -> Bending:
+    """The bending at a point, or an error where there is no normal space to bend towards."""
+    coordinates, remainder = manifold.split(point)
+    space = manifold.normal_space(point)
+    size = space.largest_eigenvalue_bound()
+    result = RESULTS.where(jnp.isfinite(size), RESULTS.rank_zero, RESULTS.nonfinite)
+    is_bad: Array = ~(size > 0) | ~jnp.isfinite(size)
+    coordinates = result.error_if(coordinates, is_bad)
+    return Bending(manifold, coordinates, remainder, space)

@@ -1,0 +1,213 @@
+"""How a manifold bends in the space around it, and how it is curved in itself.
+
+The second fundamental form II(u, w) = −J†D²f[u, w] says it all; the Gauss equation makes
+sectional, Ricci and scalar curvature of it.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array
+
+from manifoldflow import _tree, linalg
+from manifoldflow._types import Key, Point, Scalar, Tangent
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._bending import Bending, bending
+from manifoldflow.manifolds._calculus import sum_over_tangents
+from manifoldflow.manifolds._normal_space import Constraint
+
+
+@eqx.filter_jit
+def second_fundamental_form(
+    manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent
+) -> Tangent:
+    """II(u, v), the normal part of the acceleration of curves on the manifold.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        u: a tangent; its normal part does not count.
+        v: another.
+
+    Returns:
+        A normal vector with the structure of the coordinates.
+
+    Raises:
+        EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
+            finite. So for all functions of curvature.
+    """
+    bend = bending(manifold, point)
+    return bend.form(bend.tangent(u), bend.tangent(v))
+
+
+class ShapeOperator(eqx.Module):
+    """u ↦ −P∇²(λ·f)Pu with λ = J†ᵀn."""
+
+    bending: Bending
+    multipliers: Constraint
+
+    @eqx.filter_jit
+    def __call__(self, vector: Tangent) -> Tangent:
+        turned = self.bending.turn(self.multipliers, self.bending.tangent(vector))
+        return _tree.scale(-1, self.bending.space.tangent(turned))
+
+
+def shape_operator(
+    manifold: AbstractManifold, point: Point, normal: Tangent
+) -> lx.AbstractLinearOperator:
+    """S_n with ⟨S_n u, v⟩ = ⟨II(u, v), n⟩, a self-adjoint operator on tangents.
+
+    Its eigenvalues on the tangent space are the principal curvatures in the direction n,
+    for a unit normal: −1/radius for the outer normal of a sphere.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        normal: n; its tangent part does not count.
+    """
+    product = _shape_operator(manifold, point, normal)
+    structure = _tree.structure_of(manifold.split(point)[0])
+    return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
+
+
+@eqx.filter_jit
+def _shape_operator(manifold: AbstractManifold, point: Point, normal: Tangent) -> ShapeOperator:
+    bend = bending(manifold, point)
+    normal = _tree.as_tangent(bend.coordinates, normal, "normal")
+    return ShapeOperator(bend, bend.space.multipliers(normal))
+
+
+@eqx.filter_jit
+def mean_curvature(
+    manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64
+) -> Tangent | linalg.Estimate:
+    """tr II, the mean curvature vector, not divided by the dimension.
+
+    Minus the gradient of volume; −d/radius times the outer normal of a d-sphere.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        key: estimate the trace from `num_samples` random tangents; else D second
+            directional derivatives of the constraint.
+        num_samples: random tangents, if a key is given.
+
+    Returns:
+        A normal vector, or with a key an `Estimate` of it.
+    """
+    bend = bending(manifold, point)
+    term = lambda vector: bend.form(vector, vector)
+    if key is not None:
+        return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
+    projection = lx.FunctionLinearOperator(
+        bend.space.tangent, _tree.structure_of(bend.coordinates), lx.symmetric_tag
+    )
+    total = linalg.second_derivative_sum(bend.constraint, bend.coordinates, projection, projection)
+    return _tree.scale(-1, bend.space.pseudo_inverse(total))
+
+
+@eqx.filter_jit
+def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent) -> Scalar:
+    """The Gauss curvature of the surface of geodesics in the plane of two tangents.
+
+    K(u, v) = (⟨II(u, u), II(v, v)⟩ − |II(u, v)|²)/(|u|²|v|² − ⟨u, v⟩²).
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        u: a tangent; its normal part does not count.
+        v: another, independent of the first.
+
+    Raises:
+        EquinoxRuntimeError: the tangent parts are parallel to working precision.
+    """
+    bend = bending(manifold, point)
+    u, v = bend.tangent(u), bend.tangent(v)
+    # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
+    square = _tree.inner(u, u)
+    safe = jnp.where(square > 0, square, 1)
+    across = _tree.subtract(v, _tree.scale(_tree.inner(u, v) / safe, u))
+    area = _tree.norm(u) * _tree.norm(across)
+    is_flat = ~(_tree.norm(across) > 10 * _tree.eps_of(u) * _tree.norm(v)) | ~(square > 0)
+    area = eqx.error_if(
+        area, is_flat, "sectional_curvature needs two independent tangents; got parallel ones."
+    )
+    return _gauss(bend, u, across) / area**2
+
+
+@eqx.filter_jit
+def ricci_curvature(
+    manifold: AbstractManifold,
+    point: Point,
+    u: Tangent,
+    *,
+    key: Key | None = None,
+    num_samples: int = 64,
+) -> Scalar | linalg.Estimate:
+    """Ric(u, u): |u|² times the sum of sectional curvatures of u with its complement.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        u: a tangent; its normal part does not count.
+        key: estimate the trace from `num_samples` random tangents; else it costs 2D second
+            directional derivatives of the constraint.
+        num_samples: random tangents, if a key is given.
+
+    Returns:
+        A number, or with a key an `Estimate` of it.
+    """
+    bend = bending(manifold, point)
+    u = bend.tangent(u)
+    return sum_over_tangents(
+        bend.space, bend.coordinates, lambda v: _gauss(bend, u, v), key, num_samples
+    )
+
+
+@eqx.filter_jit
+def scalar_curvature(
+    manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64
+) -> Scalar | linalg.Estimate:
+    """The trace of Ricci curvature, |tr II|² − |II|²: d(d − 1)/radius² for a d-sphere.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        key: estimate it from `num_samples` pairs of random tangents; else it costs D²
+            second directional derivatives of the constraint.
+        num_samples: pairs, if a key is given.
+
+    Returns:
+        A number, or with a key an `Estimate` of it.
+    """
+    bend = bending(manifold, point)
+    if key is not None:
+
+        def sample(key: Key) -> Scalar:
+            pair = [
+                bend.space.tangent(_tree.random_normal_like(k, bend.coordinates))
+                for k in jax.random.split(key)
+            ]
+            return _gauss(bend, *pair)
+
+        return linalg.estimate(sample, key, num_samples)
+
+    def of_one(u: Tangent) -> Array:
+        square = lambda v: _square(bend.form(u, v))
+        return sum_over_tangents(bend.space, bend.coordinates, square, None, 0)
+
+    squares = sum_over_tangents(bend.space, bend.coordinates, of_one, None, 0)
+    trace = sum_over_tangents(bend.space, bend.coordinates, lambda u: bend.form(u, u), None, 0)
+    return _square(trace) - squares
+
+
+def _gauss(bend: Bending, u: Tangent, v: Tangent) -> Scalar:
+    """⟨II(u, u), II(v, v)⟩ − |II(u, v)|², the Gauss equation."""
+    return _tree.inner(bend.form(u, u), bend.form(v, v)) - _square(bend.form(u, v))
+
+
+def _square(vector: Any) -> Scalar:
+    return _tree.inner(vector, vector)

@@ -1,0 +1,327 @@
+"""Geodesics and parallel transport: differential equations on the tangent bundle.
+
+γ″ = II(γ′, γ′) and V′ = II(γ′, V). Every step of the solver ends on the manifold, with the
+vectors projected on its tangent space there; since the field is tangent to the bundle, the
+order of the solver is kept.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from manifoldflow import _tree
+from manifoldflow._errors import is_traced
+from manifoldflow._solution import Info, RESULTS
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._bending import Bending
+from manifoldflow.manifolds._projected import Projected
+
+MAX_STEPS = 16**4
+
+Bundle = tuple[Coordinates, tuple[Tangent, ...]]
+"""A point and some tangents there; the first is the velocity."""
+
+
+class Walk(eqx.Module):
+    """How to solve for geodesics and transport.
+
+    Args:
+        solver: any Diffrax solver of ordinary differential equations; `diffrax.Dopri8()` by
+            default.
+        step_size: equal steps; adaptive ones by default.
+        rtol: relative tolerance of adaptive steps; 1e-9 in float64 and 1e-5 in float32.
+        atol: absolute tolerance; 1e-10 and 1e-6.
+        adjoint: how Diffrax differentiates; reverse mode by default,
+            `diffrax.ForwardMode()` for forward mode.
+    """
+
+    solver: dfx.AbstractSolver = dfx.Dopri8()
+    step_size: Scalar | float | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
+
+    def controller(self, dtype: Any, times: Array | None = None) -> dfx.AbstractStepSizeController:
+        """Adaptive steps end on `times`: between its steps a solver interpolates less well."""
+        if self.step_size is not None:
+            return dfx.ConstantStepSize()
+        is_double = jnp.finfo(dtype).eps < 1e-10
+        rtol = self.rtol if self.rtol is not None else 1e-9 if is_double else 1e-5
+        atol = self.atol if self.atol is not None else 1e-10 if is_double else 1e-6
+        controller = dfx.PIDController(rtol=rtol, atol=atol)
+        return controller if times is None else dfx.ClipStepSizeController(controller, times)
+
+
+def geodesic(
+    manifold: AbstractManifold,
+    point: Point,
+    velocity: Tangent,
+    times: Float[Array, " times"] | Any,
+    *,
+    walk: Walk | None = None,
+    throw: bool = True,
+) -> Point:
+    """γ(times) for the geodesic with γ(0) = point and γ′(0) = velocity.
+
+    Args:
+        manifold: the manifold.
+        point: γ(0), on the manifold; rounding is mended.
+        velocity: γ′(0), units of length per unit of time; its tangent part counts.
+        times: (T,) in order, away from 0 on one side of it; may be traced.
+        walk: how to solve.
+        throw: raise if the solve fails; with `throw=False` the coordinates are NaN.
+
+    Returns:
+        The points, with a leading axis of T at each coordinate.
+
+    Raises:
+        ValueError: times out of order.
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+    """
+    path, _ = _path(manifold, point, (velocity,), times, walk, throw)
+    return path
+
+
+def exponential_map(
+    manifold: AbstractManifold,
+    point: Point,
+    vector: Tangent,
+    *,
+    walk: Walk | None = None,
+    throw: bool = True,
+) -> Point:
+    """exp_p(v), the point that the geodesic from `point` along `vector` reaches at time 1.
+
+    Args:
+        manifold: the manifold.
+        point: p.
+        vector: v; its tangent part counts.
+        walk: how to solve.
+        throw: as for `geodesic`.
+    """
+    path, _ = _path(manifold, point, (vector,), jnp.ones(1), walk, throw)
+    return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
+
+
+def transport_along_geodesic(
+    manifold: AbstractManifold,
+    point: Point,
+    velocity: Tangent,
+    vector: Tangent,
+    time: Scalar | float,
+    *,
+    walk: Walk | None = None,
+    throw: bool = True,
+) -> Tangent:
+    """The parallel transport of a tangent along the geodesic of `geodesic`, to `time`.
+
+    Args:
+        manifold: the manifold.
+        point: where the vector is.
+        velocity: of the geodesic, at the point. Transported itself, it is γ′(time).
+        vector: what is transported; its tangent part counts.
+        time: how far, in the time of the geodesic; may be negative.
+        walk: how to solve.
+        throw: as for `geodesic`.
+    """
+    _, vectors = _path(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
+    return _last(vectors[1])
+
+
+def _last(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[-1], tree)
+
+
+def _path(
+    manifold: AbstractManifold,
+    point: Point,
+    vectors: tuple[Tangent, ...],
+    times: Any,
+    walk: Walk | None,
+    throw: bool,
+) -> tuple[Point, tuple[Tangent, ...]]:
+    coordinates, _ = manifold.split(point)
+    vectors = tuple(_tree.as_tangent(coordinates, vector) for vector in vectors)
+    times = jnp.asarray(times, _tree.dtype_of(coordinates))
+    if times.ndim != 1 or times.size == 0:
+        raise ValueError(f"times must be a sequence of numbers; got shape {times.shape}.")
+    if not is_traced(times):
+        away = jnp.diff(jnp.abs(times), prepend=0)
+        if not bool(jnp.all(away >= 0) & jnp.all(times * times[-1] >= 0)):
+            raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")
+    path, others, _ = walk_along(manifold, point, vectors, times, walk or Walk(), throw)
+    return path, others
+
+
+class _Field(eqx.Module):
+    """x′ = v, v′ = II(v, v), V′ = II(v, V)."""
+
+    manifold: AbstractManifold
+    remainder: Point
+
+    def __call__(self, t: Any, y: Bundle, args: Any) -> Bundle:
+        del t, args
+        x, vectors = y
+        space = self.manifold.normal_space(_tree.join(x, self.remainder))
+        bend = Bending(self.manifold, x, self.remainder, space)
+        return vectors[0], tuple(bend.form(vectors[0], vector) for vector in vectors)
+
+
+class _TangentBundle(eqx.Module):
+    """What `Projected` needs to keep a point on the manifold and vectors tangent to it."""
+
+    manifold: AbstractManifold
+    remainder: Point
+
+    def split(self, point: Bundle) -> tuple[Bundle, None]:
+        return point, None
+
+    def touch_up(self, point: Bundle) -> tuple[Bundle, Info]:
+        x, vectors = point
+        landed, info = self.manifold.touch_up(_tree.join(x, self.remainder))
+        space = self.manifold.normal_space(landed)
+        return (self.manifold.split(landed)[0], tuple(map(space.tangent, vectors))), info
+
+
+@eqx.filter_jit
+def walk_along(
+    manifold: AbstractManifold,
+    point: Point,
+    vectors: tuple[Tangent, ...],
+    times: Float[Array, " times"],
+    walk: Walk,
+    throw: bool,
+) -> tuple[Point, tuple[Tangent, ...], RESULTS]:
+    """The geodesic along the first vector, with all of them transported along it."""
+    coordinates, remainder = manifold.split(point)
+    landed, info = manifold.touch_up(point)
+    start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
+    space = manifold.normal_space(_tree.join(start, remainder))
+    # Backwards in time is forwards along −v; a transported vector does not mind.
+    sign = jnp.where(times[-1] < 0, -1, 1).astype(times.dtype)
+    first, *others = map(space.tangent, vectors)
+    bundle = _TangentBundle(manifold, remainder)
+    save = lambda t, y, args: bundle.touch_up(y)[0]
+    ends = dfx.SubSaveAt(ts=sign * times, fn=save), dfx.SubSaveAt(t1=True)
+    solution = dfx.diffeqsolve(
+        dfx.ODETerm(_Field(manifold, remainder)),
+        Projected(walk.solver, bundle),
+        jnp.zeros((), times.dtype),
+        sign * times[-1],
+        None if walk.step_size is None else jnp.asarray(walk.step_size, times.dtype),
+        (start, (_tree.scale(sign, first), *others)),
+        saveat=dfx.SaveAt(subs=ends),
+        stepsize_controller=walk.controller(times.dtype, sign * times),
+        adjoint=walk.adjoint,
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    assert solution.ys is not None
+    (path, (turned, *others)), _ = solution.ys
+    result = _result(solution.result, path, info.result)
+    is_fine = result == RESULTS.successful
+    found = (path, (_tree.scale(sign, turned), *others))
+    if throw:
+        path, moved = result.error_if(found, ~is_fine)
+    else:
+        path, moved = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), found)
+    return _tree.join(path, remainder), tuple(moved), result
+
+
+def _result(result: dfx.RESULTS, path: Coordinates, start: RESULTS) -> RESULTS:
+    is_fine = (result == dfx.RESULTS.successful) & _tree.all_finite(path)
+    ours = RESULTS.where(is_fine, RESULTS.successful, RESULTS.nonfinite)
+    for theirs, mine in (
+        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
+        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
+    ):
+        ours = RESULTS.where(result == theirs, mine, ours)
+    return RESULTS.where(start == RESULTS.successful, ours, start)
+
+
+class _TransportField(eqx.Module):
+    """V′ = II(γ′, V) along a given path."""
+
+    manifold: AbstractManifold
+    path: Callable[..., Any]
+
+    def __call__(self, t: Any, y: Tangent, args: Any) -> Tangent:
+        del args
+        of_time = lambda t: self.manifold.split(self.path(t))[0]
+        x, velocity = jax.jvp(of_time, (t,), (jnp.ones_like(t),))
+        remainder = self.manifold.split(self.path(t))[1]
+        space = self.manifold.normal_space(_tree.join(x, remainder))
+        return Bending(self.manifold, x, remainder, space).form(velocity, y)
+
+
+def parallel_transport(
+    manifold: AbstractManifold,
+    path: Callable[[Scalar], Point],
+    vector: Tangent,
+    *,
+    walk: Walk | None = None,
+    throw: bool = True,
+) -> Tangent:
+    """The parallel transport of a tangent at path(0) along a path to path(1).
+
+    Args:
+        manifold: the manifold.
+        path: time in [0, 1] → point of the manifold, differentiable.
+        vector: a tangent at path(0); its tangent part counts.
+        walk: how to solve.
+        throw: as for `geodesic`.
+
+    Returns:
+        A tangent at path(1), as long as the tangent part of the vector.
+
+    Raises:
+        ValueError: the path leaves the manifold (checked at its ends and in its middle).
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+    """
+    path = _tree.as_pytree_callable(path)
+    ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]
+    if not is_traced((manifold, ends)):
+        for time, point in zip((0.0, 0.5, 1.0), ends):
+            if not bool(manifold.is_on(point, tol=1e-4)):
+                raise ValueError(
+                    f"The path must lie on the manifold; at time {time} it is "
+                    f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
+                )
+    coordinates, _ = manifold.split(ends[0])
+    return _transported(
+        manifold, path, _tree.as_tangent(coordinates, vector), walk or Walk(), throw
+    )
+
+
+@eqx.filter_jit
+def _transported(
+    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: Walk, throw: bool
+) -> Tangent:
+    dtype = _tree.dtype_of(vector)
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    solution = dfx.diffeqsolve(
+        dfx.ODETerm(_TransportField(manifold, path)),
+        walk.solver,
+        zero,
+        one,
+        None if walk.step_size is None else jnp.asarray(walk.step_size, dtype),
+        manifold.normal_space(path(zero)).tangent(vector),
+        stepsize_controller=walk.controller(dtype),
+        adjoint=walk.adjoint,
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    assert solution.ys is not None
+    # Transport keeps vectors tangent; what the solver left off it is its error.
+    moved = manifold.normal_space(path(one)).tangent(_last(solution.ys))
+    result = _result(solution.result, moved, RESULTS.successful)
+    is_fine = result == RESULTS.successful
+    if throw:
+        return result.error_if(moved, ~is_fine)
+    return jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), moved)

@@ -1,0 +1,119 @@
+"""The way from one point of a manifold to another: the inverse of the exponential map."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array
+
+from manifoldflow import _tree
+from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._types import Point, Scalar, Tangent
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._geodesics import Walk, walk_along
+
+_MAX_SHOTS = 64
+
+
+def logarithm_map(
+    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
+) -> Tangent:
+    """v with exp_point(v) = other, by shooting.
+
+    Finds one geodesic between the points: the shortest if they are near to each other, some
+    other, or none, if they are not. Each shot solves D variations of a geodesic: for
+    points of up to some hundred coordinates. Derivatives in reverse mode.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        other: another.
+        throw: raise if no geodesic is found; with `throw=False` the result is NaN.
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+    """
+    return logarithm_map_with_info(manifold, point, other, throw=throw)[0]
+
+
+def distance(
+    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
+) -> Scalar:
+    """The length of the geodesic that `logarithm_map` finds between two points.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        other: another.
+        throw: as for `logarithm_map`.
+    """
+    return _tree.norm(logarithm_map(manifold, point, other, throw=throw))
+
+
+@eqx.filter_jit
+def logarithm_map_with_info(
+    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = False
+) -> tuple[Tangent, Info]:
+    """As `logarithm_map`, with the `Info` of the search; its defect is the miss at `other`."""
+    coordinates, remainder = manifold.split(point)
+    target, _ = manifold.split(other)
+    dynamic = (manifold, coordinates, target)
+    fixed = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, dynamic
+    )
+    flat, unravel = _tree.ravel(coordinates)
+
+    def miss(v: Array, at: tuple, adjoint: dfx.AbstractAdjoint) -> Array:
+        """exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
+        manifold, coordinates, target = at
+        start = _tree.join(coordinates, remainder)
+        vector = unravel(v)
+        walk = Walk(adjoint=adjoint)
+        ended, _, _ = walk_along(manifold, start, (vector,), jnp.ones(1, v.dtype), walk, False)
+        end = jax.tree.map(lambda leaf: leaf[-1], manifold.split(ended)[0])
+        gap = _tree.ravel(_tree.subtract(end, target))[0]
+        return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
+
+    def shot(v: Array, args: None) -> Array:
+        del args
+        return miss(v, fixed, dfx.ForwardMode())
+
+    chord = (
+        fixed[0]
+        .normal_space(_tree.join(fixed[1], remainder))
+        .tangent(_tree.subtract(fixed[2], fixed[1]))
+    )
+    length = _tree.norm(_tree.subtract(fixed[2], fixed[1]))
+    reach = _tree.norm(chord)
+    first = _tree.scale(length / jnp.where(reach > 0, reach, 1), chord)
+    eps = _tree.eps_of(coordinates)
+    solver = optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6)
+    search = optx.least_squares(
+        shot, solver, _tree.ravel(first)[0], max_steps=_MAX_SHOTS, throw=False,
+        options={"jac": "fwd"},
+    )  # fmt: skip
+    found = jax.lax.stop_gradient(search.value)
+
+    # One more Gauss-Newton step: it sharpens the result, and its derivative is that of the
+    # implicit function.
+    slopes = jax.lax.stop_gradient(jax.vmap(
+        lambda e: jax.jvp(lambda v: shot(v, None), (found,), (e,))[1], out_axes=1
+    )(jnp.eye(flat.size, dtype=flat.dtype)))  # fmt: skip
+    gap = miss(found, dynamic, dfx.RecursiveCheckpointAdjoint())
+    step = lx.linear_solve(
+        lx.MatrixLinearOperator(slopes), gap, lx.AutoLinearSolver(well_posed=None), throw=False
+    ).value
+    refined = unravel(found - step)
+    info = _info(fixed, gap, flat.size, search.stats["num_steps"])
+    return delivered(refined, info, throw), info
+
+
+def _info(at: tuple, gap: Array, size: int, num_steps: Array) -> Info:
+    _, coordinates, target = at
+    miss = jax.lax.stop_gradient(jnp.linalg.norm(gap[:size]))
+    tol = 100 * _tree.eps_of(coordinates) ** 0.6 * jnp.maximum(1, _tree.norm(target))
+    result = RESULTS.where(miss <= tol, RESULTS.successful, RESULTS.no_geodesic)
+    result = RESULTS.where(jnp.isfinite(miss), result, RESULTS.nonfinite)
+    return Info(result, miss, num_steps, jnp.zeros_like(num_steps))

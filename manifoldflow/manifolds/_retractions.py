@@ -1,0 +1,182 @@
+"""Ways from a point along a tangent back to the manifold, as values, and their inverses."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from manifoldflow import _tree
+from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._closest import closest_point_with_info
+from manifoldflow.manifolds._limit_map import limit_map_with_info
+
+_MAX_STEPS = 100
+
+
+class AbstractRetraction(eqx.Module):
+    """A map R_x(v) from tangents to points of a manifold, with R_x(0) = x and ∂R_x(0) = 1.
+
+    `order` is 2 if it agrees with the exponential map up to an error of third order in v,
+    1 if up to one of second order.
+    """
+
+    @property
+    @abc.abstractmethod
+    def order(self) -> int:
+        """1 or 2."""
+
+    @abc.abstractmethod
+    def with_info(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent
+    ) -> tuple[Point, Info]:
+        """R_x(v), NaN where the search failed, and the `Info` of the search."""
+
+    @abc.abstractmethod
+    def inverse_with_info(
+        self, manifold: AbstractManifold, point: Point, other: Point
+    ) -> tuple[Tangent, Info]:
+        """The tangent v at `point` with R(v) = other, and the `Info` of the search."""
+
+    def __call__(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent, *, throw: bool = True
+    ) -> Point:
+        """R_x(v); its tangent part counts. Raises if the search fails and `throw` is set."""
+        landed, info = self.with_info(manifold, point, vector)
+        coordinates, remainder = manifold.split(landed)
+        return _tree.join(delivered(coordinates, info, throw), remainder)
+
+
+class NewtonRetraction(AbstractRetraction):
+    """`manifold.retract`: back along the normal space at the start. Its inverse is P_x(y − x)."""
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    def with_info(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent
+    ) -> tuple[Point, Info]:
+        return manifold.retract_with_info(point, vector)
+
+    def inverse_with_info(
+        self, manifold: AbstractManifold, point: Point, other: Point
+    ) -> tuple[Tangent, Info]:
+        vector = _towards(manifold, point, other)
+        landed, info = self.with_info(manifold, point, vector)
+        return vector, _judged(manifold, landed, other, info)
+
+
+class ProjectionRetraction(AbstractRetraction):
+    """The closest point of the manifold to x + Pv."""
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    def with_info(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent
+    ) -> tuple[Point, Info]:
+        return closest_point_with_info(manifold, _ahead(manifold, point, vector))
+
+    def inverse_with_info(
+        self, manifold: AbstractManifold, point: Point, other: Point
+    ) -> tuple[Tangent, Info]:
+        return _inverse(self, manifold, point, other)
+
+
+class LimitMapRetraction(AbstractRetraction):
+    """Φ(x + Pv), the limit of gradient flow of the loss that the manifold minimises."""
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    def with_info(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent
+    ) -> tuple[Point, Info]:
+        return limit_map_with_info(manifold, _ahead(manifold, point, vector))
+
+    def inverse_with_info(
+        self, manifold: AbstractManifold, point: Point, other: Point
+    ) -> tuple[Tangent, Info]:
+        return _inverse(self, manifold, point, other)
+
+
+def inverse_retract(
+    retraction: AbstractRetraction,
+    manifold: AbstractManifold,
+    point: Point,
+    other: Point,
+    *,
+    throw: bool = True,
+) -> Tangent:
+    """The tangent v at `point` whose retraction is `other`, a point nearby.
+
+    Args:
+        retraction: which.
+        manifold: the manifold.
+        point: a point of the manifold.
+        other: another, less than the radius of curvature away.
+        throw: raise if there is none to be found; with `throw=False` the result is NaN.
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+    """
+    vector, info = retraction.inverse_with_info(manifold, point, other)
+    return delivered(vector, info, throw)
+
+
+def _ahead(manifold: AbstractManifold, point: Point, vector: Tangent) -> Point:
+    coordinates, remainder = manifold.split(point)
+    tangent = manifold.tangent_projection(point, vector)
+    return _tree.join(_tree.add(coordinates, tangent), remainder)
+
+
+def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:
+    """P_x(y − x)."""
+    chord = _tree.subtract(manifold.split(other)[0], manifold.split(point)[0])
+    return manifold.tangent_projection(point, chord)
+
+
+@eqx.filter_jit
+def _inverse(
+    retraction: AbstractRetraction, manifold: AbstractManifold, point: Point, other: Point
+) -> tuple[Tangent, Info]:
+    """v ← v + P_x(y − R_x(v)): for a retraction of second order the error falls each time by
+    a factor of the order of the distance over the radius of curvature."""
+    start = _towards(manifold, point, other)
+    target, _ = manifold.split(other)
+    floor = 4 * _tree.eps_of(target) * jnp.maximum(1, _tree.norm(target))
+
+    def going(state: tuple[Tangent, Scalar, Flag, Scalar]) -> Flag:
+        _, size, is_shrinking, count = state
+        return is_shrinking & (size > floor) & (count < _MAX_STEPS)
+
+    def step(state: tuple[Tangent, Scalar, Flag, Scalar]) -> tuple:
+        vector, before, _, count = state
+        landed, _ = retraction.with_info(manifold, point, vector)
+        correction = manifold.tangent_projection(
+            point, _tree.subtract(target, manifold.split(landed)[0])
+        )
+        size = _tree.norm(correction)
+        return _tree.add(vector, correction), size, size < before, count + 1
+
+    infinite = jnp.asarray(jnp.inf, _tree.dtype_of(target))
+    state = start, infinite, jnp.asarray(True), jnp.asarray(0)
+    vector, *_ = jax.lax.while_loop(going, step, state)
+    landed, info = retraction.with_info(manifold, point, vector)
+    return vector, _judged(manifold, landed, other, info)
+
+
+def _judged(manifold: AbstractManifold, landed: Point, other: Point, info: Info) -> Info:
+    """Did the retraction come back to where it should?"""
+    found: Coordinates = manifold.split(landed)[0]
+    target, _ = manifold.split(other)
+    miss = _tree.norm(_tree.subtract(found, target))
+    tol = 100 * _tree.eps_of(target) ** (2 / 3) * jnp.maximum(1, _tree.norm(target))
+    missed = info.is_successful & ~(miss <= tol)
+    result = RESULTS.where(missed, RESULTS.not_retracted, info.result)
+    return eqx.tree_at(lambda i: (i.result, i.defect), info, (result, miss))

@@ -1,0 +1,39 @@
+"""The picture of a numerical check: an error against the size of the step."""
+
+from typing import Any
+
+import numpy as np
+
+from manifoldflow.diagnostics import SlopeCheck
+
+
+def plot_check(check: SlopeCheck, axes: Any = None) -> Any:
+    """Draw the error of a check in log-log scale, with the slope that theory says.
+
+    Args:
+        check: from `diagnostics.check_gradient`, `check_hessian` or `check_retraction`.
+        axes: of matplotlib; new ones by default.
+
+    Returns:
+        The axes.
+    """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    sizes, errors = check.sizes, np.where(check.errors > 0, check.errors, np.nan)
+    axes.loglog(sizes, errors, "o", markersize=3, label="measured")
+    finite = np.isfinite(errors)
+    if finite.any():
+        anchor = int(np.nanargmin(np.abs(np.log(sizes) - np.log(check.window[1] or 1))))
+        anchor = anchor if finite[anchor] else int(np.flatnonzero(finite)[0])
+        line = errors[anchor] * (sizes / sizes[anchor]) ** check.expected
+        kept = line >= 0.1 * np.nanmin(errors)
+        axes.loglog(sizes[kept], line[kept], "--", label=f"slope {check.expected:g}")
+    if np.isfinite(check.window[0]):
+        axes.axvspan(*check.window, alpha=0.15, label=f"window, measured {check.slope:.2f}")
+    axes.set_xlabel("size t of the step")
+    axes.set_ylabel("error")
+    axes.set_title(str(check).split(":")[0] + (": holds" if check else ": fails"))
+    axes.legend(fontsize=8)
+    return axes

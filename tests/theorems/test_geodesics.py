@@ -1,0 +1,184 @@
+"""Geodesics and parallel transport by what they keep, not only by where they stay.
+
+A curve can lie on a surface to rounding and still be no geodesic: Clairaut's, Joachimsthal's
+and the angle of holonomy tell.
+"""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import manifoldflow as mf
+from checks import at_most, close, refused
+
+MAJOR, MINOR = 2.0, 0.7
+AXES = jnp.array([1.0, 1.3, 0.8, 2.0, 1.6])
+
+torus = mf.LevelSet(lambda x: (jnp.hypot(x[0], x[1]) - MAJOR) ** 2 + x[2] ** 2 - MINOR**2)
+ellipsoid = mf.LevelSet(lambda x: jnp.sum((x / AXES) ** 2) - 1)
+sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+
+
+def on_torus(u=0.4, v=0.9):
+    r = MAJOR + MINOR * jnp.cos(v)
+    return jnp.array([r * jnp.cos(u), r * jnp.sin(u), MINOR * jnp.sin(v)])
+
+
+def clairaut(x, v):
+    """r²·du/dt, the angular momentum about the axis."""
+    return x[0] * v[1] - x[1] * v[0]
+
+
+def joachimsthal(x, v):
+    return jnp.sum(x**2 / AXES**4) * jnp.sum(v**2 / AXES**2)
+
+
+def velocity_at(manifold, point, velocity, time, **options):
+    return mf.transport_along_geodesic(manifold, point, velocity, velocity, time, **options)
+
+
+@pytest.mark.parametrize(
+    ("manifold", "start", "invariant"),
+    [(torus, on_torus(), clairaut), (ellipsoid, None, joachimsthal)],
+    ids=["Clairaut, torus", "Joachimsthal, ellipsoid in five dimensions"],
+)
+def test_invariants_at_time_6(manifold, start, invariant):
+    if start is None:
+        start = manifold.project(jr.normal(jr.key(3), (5,)))
+    velocity = manifold.random_tangent(start, jr.key(1))
+    velocity = velocity / jnp.linalg.norm(velocity)
+    (end,) = mf.geodesic(manifold, start, velocity, jnp.array([6.0]))
+    moving = velocity_at(manifold, start, velocity, 6.0)
+    close("invariant", invariant(end, moving), invariant(start, velocity), 1e-6)
+    close("speed", jnp.linalg.norm(moving), 1.0, 1e-6)
+    at_most("distance from the manifold", manifold.defect(end), 1e-12)
+    assert bool(manifold.is_tangent(end, moving, tol=1e-7))  # two solves, with other steps
+
+
+@pytest.mark.parametrize("angle", [0.5, 1.0, 1.4])
+def test_holonomy_of_latitude_circles(angle):
+    """A vector carried round a circle at polar angle θ turns by 2π(1 − cos θ)."""
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+
+    def circle(t):
+        phase = 2 * jnp.pi * t
+        return jnp.array([sine * jnp.cos(phase), sine * jnp.sin(phase), cosine])
+
+    east, south = jnp.array([0.0, 1.0, 0.0]), jnp.array([cosine, 0.0, -sine])
+    carried = mf.parallel_transport(sphere, circle, south)
+    turned = jnp.arctan2(jnp.vdot(carried, east), jnp.vdot(carried, south)) % (2 * jnp.pi)
+    close("holonomy", turned, (2 * np.pi * (1 - np.cos(angle))) % (2 * np.pi), 1e-6)
+    close("length", jnp.linalg.norm(carried), 1.0, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "coarsest"),
+    [(dfx.Heun(), 2, 1 / 8), (dfx.Bosh3(), 3, 1 / 8), (dfx.Dopri5(), 5, 1 / 3)],
+)
+def test_the_order_of_the_solver_is_kept(solver, order, coarsest):
+    start = on_torus()
+    velocity = torus.tangent_projection(start, jnp.array([0.5, 1.0, 0.6]))
+    exact = mf.exponential_map(torus, start, velocity, walk=mf.Walk(rtol=1e-13, atol=1e-13))
+    steps = coarsest / jnp.array([1.0, 2.0, 4.0])
+    walk = lambda h: mf.Walk(solver, step_size=h)
+    end = jax.jit(lambda h: mf.exponential_map(torus, start, velocity, walk=walk(h)))
+    ends = [end(h) for h in steps]
+    errors = [float(jnp.linalg.norm(end - exact)) for end in ends]
+    slope = np.polyfit(np.log(np.asarray(steps)), np.log(errors), 1)[0]
+    assert slope > order - 0.3, f"observed order {slope:.2f}, errors {errors}"
+
+
+def test_great_circles_and_times_of_any_kind():
+    point, velocity = jnp.array([0.6, 0.8, 0.0]), jnp.array([0.0, 0.0, 2.0])
+
+    def circle(times):
+        times = jnp.asarray(times)[:, None]
+        return jnp.cos(2 * times) * point + jnp.sin(2 * times) * velocity / 2
+
+    for times in ([1.0, 2.5], [0.0, 0.3, 0.3], [-0.5, -1.0], [0.0]):
+        close(f"{times}", mf.geodesic(sphere, point, velocity, times), circle(times), 1e-8)
+    traced = jax.jit(lambda ts: mf.geodesic(sphere, point, velocity, ts))(jnp.array([0.2, 1.0]))
+    close("traced times", traced, circle([0.2, 1.0]), 1e-8)
+    for times in ([1.0, 0.5], [-1.0, 1.0]):
+        with refused(ValueError, "times must lead away from 0"):
+            mf.geodesic(sphere, point, velocity, times)
+
+
+def test_exponential_and_logarithm():
+    point = ellipsoid.project(jr.normal(jr.key(3), (5,)))
+    vector = ellipsoid.random_tangent(point, jr.key(2))
+    vector = 0.7 * vector / jnp.linalg.norm(vector)
+    other = mf.exponential_map(ellipsoid, point, vector)
+    close("log(exp v)", mf.logarithm_map(ellipsoid, point, other), vector, 1e-7)
+    close("distance", mf.distance(ellipsoid, point, other), 0.7, 1e-7)
+    close("symmetric", mf.distance(ellipsoid, other, point), 0.7, 1e-7)
+
+
+def test_derivative_of_the_distance():
+    """∇_q d(p, q) is the unit velocity at which the geodesic arrives."""
+    point, vector = jnp.array([0.6, 0.8, 0.0]), jnp.array([0.8, -0.6, 0.5])
+    other = mf.exponential_map(sphere, point, vector)
+    gradient = jax.grad(lambda q: mf.distance(sphere, point, q))(other)
+    tangent = sphere.tangent_projection(point, vector)
+    arriving = velocity_at(sphere, point, tangent, 1.0) / jnp.linalg.norm(tangent)
+    close("∇d", sphere.tangent_projection(other, gradient), arriving, 1e-6)
+
+
+def test_a_geodesic_that_is_not_there():
+    """Two sheets of a hyperboloid: an error that says so, NaN for that member only."""
+    sheets = mf.LevelSet(lambda x: x[0] ** 2 - x[1] ** 2 - x[2] ** 2 - 1)
+    here = jnp.array([1.0, 0.0, 0.0])
+    there = jnp.array([[jnp.sqrt(2.0), 1.0, 0.0], [-1.0, 0.0, 0.0]])
+    with refused(RuntimeError, "Shooting found no geodesic"):
+        mf.logarithm_map(sheets, here, there[1])
+    found = jax.vmap(lambda q: mf.logarithm_map(sheets, here, q, throw=False))(there)
+    assert bool(jnp.isfinite(found[0]).all()) and bool(jnp.isnan(found[1]).all())
+
+
+def test_transport_keeps_inner_products_and_undoes_itself():
+    point = ellipsoid.project(jr.normal(jr.key(3), (5,)))
+    u, v, w = (ellipsoid.random_tangent(point, jr.key(i)) for i in range(3))
+    carry = lambda x: mf.transport_along_geodesic(ellipsoid, point, u, x, 1.3)
+    close("⟨v, w⟩", jnp.vdot(carry(v), carry(w)), jnp.vdot(v, w), 1e-7)
+    end = mf.geodesic(ellipsoid, point, u, [1.3])[0]
+    back = mf.transport_along_geodesic(ellipsoid, end, carry(u), carry(v), -1.3)
+    close("there and back", back, v, 1e-7)
+
+
+def test_paths_that_leave_the_manifold_are_refused():
+    with refused(ValueError, "The path must lie on the manifold", "at time 0.5"):
+        mf.parallel_transport(
+            sphere, lambda t: jnp.array([1 - 2 * t, 2 * t * (1 - t), 0.0]), jnp.eye(3)[1]
+        )
+
+
+def test_derivatives_of_a_geodesic():
+    """In its velocity, by both modes, against differences."""
+    point, velocity = on_torus(), jnp.array([0.5, 1.0, 0.6])
+    change = torus.tangent_projection(point, jnp.array([0.3, -0.2, 1.0]))
+    h = 1e-5
+    differences = (
+        mf.exponential_map(torus, point, velocity + h * change)
+        - mf.exponential_map(torus, point, velocity - h * change)
+    ) / (2 * h)
+    forward = mf.Walk(adjoint=dfx.ForwardMode())
+    _, pushed = jax.jvp(
+        lambda v: mf.exponential_map(torus, point, v, walk=forward), (velocity,), (change,)
+    )
+    close("forward mode", pushed, differences, 1e-6)
+    weights = jnp.array([1.0, -2.0, 0.5])
+    pulled = jax.grad(lambda v: jnp.vdot(weights, mf.exponential_map(torus, point, v)))(velocity)
+    close("reverse mode", jnp.vdot(pulled, change), jnp.vdot(weights, differences), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_both_precisions(dtype):
+    point = jnp.array([0.6, 0.8, 0.0], dtype)
+    velocity = jnp.array([0.0, 0.0, 1.0], dtype)
+    end = mf.geodesic(sphere, point, velocity, jnp.array([3.0], dtype))[0]
+    assert end.dtype == dtype
+    expected = np.cos(3.0) * np.array([0.6, 0.8, 0.0]) + np.sin(3.0) * np.array([0, 0, 1.0])
+    close("great circle", end, expected, 1e-3 if dtype == jnp.float32 else 1e-8)
