@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._types import Coordinates, Flag, Point, Scalar
+from manifoldflow._types import Coordinates, Point, Scalar
 
 
 class RESULTS(eqx.Enumeration):
@@ -80,7 +80,7 @@ class Info(eqx.Module):
     num_factorizations: Int[Array, ""]
 
     @property
-    def is_successful(self) -> Flag:
+    def is_successful(self) -> Bool[Array, "..."]:
         return self.result == RESULTS.successful
 
 

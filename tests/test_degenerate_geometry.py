@@ -11,14 +11,15 @@ sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
 double = mf.LevelSet(lambda x: (jnp.sum(x**2) - 1) ** 2)
 cone = mf.LevelSet(lambda x: x[0] ** 2 + x[1] ** 2 - x[2] ** 2)
 
+ONES = jnp.ones(3)
 QUESTIONS = {
-    "second fundamental form": lambda m, x: mf.second_fundamental_form(m, x, jnp.ones(3), jnp.ones(3)),
+    "second fundamental form": lambda m, x: mf.second_fundamental_form(m, x, ONES, ONES),
     "mean curvature": mf.mean_curvature,
     "scalar curvature": mf.scalar_curvature,
-    "Ricci curvature": lambda m, x: mf.ricci_curvature(m, x, jnp.ones(3)),
-    "covariant Hessian": lambda m, x: mf.covariant_hessian(m, jnp.sum, x).mv(jnp.ones(3)),
+    "Ricci curvature": lambda m, x: mf.ricci_curvature(m, x, ONES),
+    "covariant Hessian": lambda m, x: mf.covariant_hessian(m, jnp.sum, x).mv(ONES),
     "Laplacian": lambda m, x: mf.laplace_beltrami(m, jnp.sum, x),
-    "shape operator": lambda m, x: mf.shape_operator(m, x, jnp.ones(3)).mv(jnp.ones(3)),
+    "shape operator": lambda m, x: mf.shape_operator(m, x, ONES).mv(ONES),
 }  # fmt: skip
 
 

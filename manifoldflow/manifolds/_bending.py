@@ -58,5 +58,6 @@ def bending(manifold: AbstractManifold, point: Point) -> Bending:
     size = space.largest_eigenvalue_bound()
     result = RESULTS.where(jnp.isfinite(size), RESULTS.rank_zero, RESULTS.nonfinite)
     is_bad: Array = ~(size > 0) | ~jnp.isfinite(size)
-    coordinates = result.error_if(coordinates, is_bad)
+    # Where f is quadratic the coordinates do not matter, and a check of them would be dropped.
+    coordinates, space = result.error_if((coordinates, space), is_bad)
     return Bending(manifold, coordinates, remainder, space)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._solution import delivered, Info, RESULTS
-from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._closest import closest_point_with_info
 from manifoldflow.manifolds._limit_map import limit_map_with_info
@@ -151,11 +151,11 @@ def _inverse(
     target, _ = manifold.split(other)
     floor = 4 * _tree.eps_of(target) * jnp.maximum(1, _tree.norm(target))
 
-    def going(state: tuple[Tangent, Scalar, Flag, Scalar]) -> Flag:
+    def going(state: tuple) -> Flag:
         _, size, is_shrinking, count = state
         return is_shrinking & (size > floor) & (count < _MAX_STEPS)
 
-    def step(state: tuple[Tangent, Scalar, Flag, Scalar]) -> tuple:
+    def step(state: tuple) -> tuple:
         vector, before, _, count = state
         landed, _ = retraction.with_info(manifold, point, vector)
         correction = manifold.tangent_projection(

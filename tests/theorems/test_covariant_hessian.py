@@ -145,3 +145,16 @@ def test_jit_vmap_and_derivatives():
     )
     hessian = mf.covariant_hessian(manifold, wave, point)
     close("grad", jax.grad(quadratic)(vector), 2 * hessian.mv(vector), 1e-9)
+
+
+def test_minimisers_without_residuals():
+    """The circle that a dense Hessian's null space shows: II(v, v) = −x|v|²."""
+    motor = mf.models.KPhaseMotor(3)
+    manifold, point = motor.manifold, motor.point(0.7)
+    tangent = jnp.zeros(5).at[0].set(-jnp.sin(0.7)).at[1].set(jnp.cos(0.7))
+    close("mean curvature", mf.mean_curvature(manifold, point), -point, 1e-9)
+    close("II", mf.second_fundamental_form(manifold, point, tangent, 2 * tangent), -2 * point, 1e-9)
+    hessian = mf.covariant_hessian(manifold, lambda x: x[0], point)
+    close("Hess x₁", hessian.mv(tangent), -point[0] * tangent, 1e-9)
+    end = mf.exponential_map(manifold, point, 2 * tangent)
+    close("geodesic", end, motor.point(2.7), 1e-8)
