@@ -29,6 +29,7 @@ def test_a_wrong_gradient_is_found():
         torus, height, POINT, jr.key(0), gradient=1.001 * gradient
     )
     assert not wrong and wrong.slope < 1.5, wrong
+    assert isinstance(wrong, mf.diagnostics.SlopeCheck)
     assert wrong.sizes.shape == wrong.errors.shape and wrong.window[0] < wrong.window[1]
 
 
@@ -48,7 +49,7 @@ def test_geodesics_and_other_curves():
     velocity = torus.random_tangent(POINT, jr.key(1))
     velocity = velocity / jnp.linalg.norm(velocity)
     good = mf.diagnostics.check_geodesic(torus, POINT, velocity, time=2.0)
-    assert good
+    assert good and isinstance(good, mf.diagnostics.GeodesicCheck)
     at_most("speed", good.speed_error, 1e-8)
     at_most("transport", good.transport_error, 1e-8)
     at_most("defect", good.defect, 1e-12)
@@ -68,7 +69,8 @@ def test_a_model_is_a_point():
     point = manifold.project({"w": jr.normal(jr.key(0), (3, 2)), "name": "net"})
     check = mf.diagnostics.check_hessian(manifold, loss.trace_gauss_newton, point, jr.key(1))
     assert check, check
-    assert mf.diagnostics.check_dimension(manifold, point).rank == 2
+    dimension = mf.diagnostics.check_dimension(manifold, point)
+    assert isinstance(dimension, mf.diagnostics.DimensionCheck) and dimension.rank == 2
     velocity = manifold.random_tangent(point, jr.key(2))
     assert mf.diagnostics.check_geodesic(manifold, point, _tree.scale(0.3, velocity))
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Tangent
-from manifoldflow.manifolds import AbstractManifold, AbstractVectorField, Form
+from manifoldflow.manifolds import AbstractManifold
+from manifoldflow.manifolds._forms import AbstractVectorField, Form
 
 
 class AbstractFlow(eqx.Module):

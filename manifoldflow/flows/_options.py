@@ -16,7 +16,7 @@ from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import Report
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, is_stochastic
-from manifoldflow.manifolds import form_of
+from manifoldflow.manifolds._forms import form_of
 
 
 class Stationary(eqx.Module):

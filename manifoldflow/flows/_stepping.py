@@ -10,7 +10,7 @@ from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._landing import check_can_move
 from manifoldflow.flows._options import NoiseOptions, Options
-from manifoldflow.manifolds import form_of
+from manifoldflow.manifolds._forms import form_of
 
 
 def terms_of(

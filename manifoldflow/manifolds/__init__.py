@@ -20,11 +20,6 @@ from manifoldflow.manifolds._curvature import (
     sectional_curvature as sectional_curvature,
     shape_operator as shape_operator,
 )
-from manifoldflow.manifolds._forms import (
-    AbstractVectorField as AbstractVectorField,
-    Form as Form,
-    form_of as form_of,
-)
 from manifoldflow.manifolds._geodesics import (
     exponential_map as exponential_map,
     geodesic as geodesic,

@@ -12,6 +12,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
@@ -148,13 +149,14 @@ def _path(
 ) -> tuple[Point, tuple[Tangent, ...]]:
     coordinates, _ = manifold.split(point)
     vectors = tuple(_tree.as_tangent(coordinates, vector) for vector in vectors)
-    times = jnp.asarray(times, _tree.dtype_of(coordinates))
-    if times.ndim != 1 or times.size == 0:
-        raise ValueError(f"times must be a sequence of numbers; got shape {times.shape}.")
+    if jnp.ndim(times) != 1 or jnp.size(times) == 0:
+        raise ValueError(f"times must be a sequence of numbers; got shape {jnp.shape(times)}.")
     if not is_traced(times):
-        away = jnp.diff(jnp.abs(times), prepend=0)
-        if not bool(jnp.all(away >= 0) & jnp.all(times * times[-1] >= 0)):
+        known = np.asarray(times)  # inside jit JAX would make tracers even of constants
+        away = np.diff(np.abs(known), prepend=0)
+        if not (np.all(away >= 0) and np.all(known * known[-1] >= 0)):
             raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")
+    times = jnp.asarray(times, _tree.dtype_of(coordinates))
     path, others, _ = walk_along(manifold, point, vectors, times, walk or Walk(), throw)
     return path, others
 
@@ -287,12 +289,13 @@ def parallel_transport(
     path = _tree.as_pytree_callable(path)
     ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]
     if not is_traced((manifold, ends)):
-        for time, point in zip((0.0, 0.5, 1.0), ends):
-            if not bool(manifold.is_on(point, tol=1e-4)):
-                raise ValueError(
-                    f"The path must lie on the manifold; at time {time} it is "
-                    f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
-                )
+        with jax.ensure_compile_time_eval():
+            for time, point in zip((0.0, 0.5, 1.0), ends):
+                if not bool(manifold.is_on(point, tol=1e-4)):
+                    raise ValueError(
+                        f"The path must lie on the manifold; at time {time} it is "
+                        f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
+                    )
     coordinates, _ = manifold.split(ends[0])
     return _transported(
         manifold, path, _tree.as_tangent(coordinates, vector), walk or Walk(), throw

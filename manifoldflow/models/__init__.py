@@ -1,4 +1,16 @@
 """Worked problems: data and models on which the theory can be tried."""
 
 from manifoldflow.models._digits import digits as digits
+from manifoldflow.models._matrix_manifolds import (
+    FixedProduct as FixedProduct,
+    SpecialOrthogonal as SpecialOrthogonal,
+    Stiefel as Stiefel,
+)
 from manifoldflow.models._motor import KPhaseMotor as KPhaseMotor
+from manifoldflow.models._surfaces import (
+    Ellipsoid as Ellipsoid,
+    FlatTorus as FlatTorus,
+    Hyperboloid as Hyperboloid,
+    Sphere as Sphere,
+    Torus as Torus,
+)

@@ -100,8 +100,11 @@ def test_great_circles_and_times_of_any_kind():
 
     for times in ([1.0, 2.5], [0.0, 0.3, 0.3], [-0.5, -1.0], [0.0]):
         close(f"{times}", mf.geodesic(sphere, point, velocity, times), circle(times), 1e-8)
-    traced = jax.jit(lambda ts: mf.geodesic(sphere, point, velocity, ts))(jnp.array([0.2, 1.0]))
-    close("traced times", traced, circle([0.2, 1.0]), 1e-8)
+    times = jnp.array([0.2, 1.0])
+    traced = jax.jit(lambda ts: mf.geodesic(sphere, point, velocity, ts))(times)
+    close("traced times", traced, circle(times), 1e-8)
+    constant = jax.jit(lambda v: mf.geodesic(sphere, point, v, times))(velocity)
+    close("times that jit closes over", constant, circle(times), 1e-8)
     for times in ([1.0, 0.5], [-1.0, 1.0]):
         with refused(ValueError, "times must lead away from 0"):
             mf.geodesic(sphere, point, velocity, times)
@@ -134,8 +137,10 @@ def test_a_geodesic_that_is_not_there():
     there = jnp.array([[jnp.sqrt(2.0), 1.0, 0.0], [-1.0, 0.0, 0.0]])
     with refused(RuntimeError, "Shooting found no geodesic"):
         mf.logarithm_map(sheets, here, there[1])
-    found = jax.vmap(lambda q: mf.logarithm_map(sheets, here, q, throw=False))(there)
+    search = lambda q: mf.manifolds.logarithm_map_with_info(sheets, here, q)
+    found, info = jax.vmap(search)(there)
     assert bool(jnp.isfinite(found[0]).all()) and bool(jnp.isnan(found[1]).all())
+    assert info.is_successful.tolist() == [True, False]
 
 
 def test_transport_keeps_inner_products_and_undoes_itself():
