@@ -9,6 +9,7 @@ from manifoldflow import (
     ensembles as ensembles,
     linalg as linalg,
     models as models,
+    optimize as optimize,
     theory as theory,
 )
 from manifoldflow._solution import Info as Info, RESULTS as RESULTS, Solution as Solution
@@ -77,6 +78,12 @@ from manifoldflow.noise import (
     LabelNoise as LabelNoise,
     MinibatchNoise as MinibatchNoise,
     ResampledLabels as ResampledLabels,
+)
+from manifoldflow.optimize import (
+    minimize as minimize,
+    RiemannianGradientDescent as RiemannianGradientDescent,
+    RiemannianOptax as RiemannianOptax,
+    RiemannianTrustRegion as RiemannianTrustRegion,
 )
 from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
 

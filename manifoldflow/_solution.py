@@ -41,6 +41,10 @@ class RESULTS(eqx.Enumeration):
         "manifold, nearer to each other than its radius of curvature times π; go by points "
         "between them."
     )
+    stalled = (
+        "The gradient stopped falling at the level of rounding, above `gradient_tolerance`. "
+        "Loosen the tolerance, or use float64."
+    )
     not_retracted = (
         "No tangent was found whose retraction is the other point. They must be nearer to each "
         "other than the radius of curvature of the manifold."
@@ -100,7 +104,8 @@ class Solution(eqx.Module):
         times: (saves,), the start included, on the clock of the flow.
         points: the coordinates at those times, each leaf with a leading axis `saves`.
         observables: name → array with a leading axis `saves`.
-        stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect.
+        stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect; of
+            `minimize` num_hessian_products and gradient_norm as well.
         result: a member of `RESULTS`.
         final: the user's object at the end of the path.
     """

@@ -155,10 +155,10 @@ def inner(x: Tangent, y: Tangent) -> Scalar:
 
 
 def norm(x: PyTree[Array]) -> Scalar:
-    """Euclidean norm, with derivative zero (not NaN) at zero."""
+    """Euclidean norm, with derivative zero (not NaN) at zero; NaN stays NaN."""
     square = inner(x, x)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def where(condition: Any, x: PyTree[Any], y: PyTree[Any]) -> PyTree[Any]:

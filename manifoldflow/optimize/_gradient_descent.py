@@ -1,0 +1,87 @@
+"""Steepest descent along a manifold, with steps chosen by what the gradient has done."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from manifoldflow import _tree
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Scalar
+from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
+from manifoldflow.optimize._base import (
+    AbstractMethod,
+    Attempt,
+    Iterate,
+    Problem,
+    shortest_step,
+    usual_step,
+    value_rounding,
+    Work,
+)
+
+_SUFFICIENT = 1e-4
+_MEMORY = 0.85
+
+
+class _State(eqx.Module):
+    rate: Scalar  # the step is −rate·gradient
+    reference: Scalar  # what a new value is compared with: an average of those before
+    weight: Scalar
+    num_steps: Int[Array, ""]
+
+
+class RiemannianGradientDescent(AbstractMethod):
+    """Gradient descent with Barzilai-Borwein steps and Armijo's condition.
+
+    The length of a step follows from how much the last one changed the gradient; it is
+    quartered until the value falls below an average of the last ones. An attempt costs one
+    gradient. Takes many more steps than `RiemannianTrustRegion`, and needs no second
+    derivatives.
+
+    Args:
+        retraction: how to get back to the manifold; `NewtonRetraction()` by default.
+
+    References:
+        [IannazzoPorcelli2018]; the average is that of [ZhangHager2004].
+    """
+
+    retraction: AbstractRetraction = eqx.field(default_factory=NewtonRetraction)
+
+    @property
+    def patience(self) -> int:
+        return 50
+
+    def init(self, problem: Problem, iterate: Iterate) -> _State:
+        size = iterate.gradient_norm
+        rate = usual_step(iterate) / jnp.where(size > 0, size, 1)
+        return _State(rate, iterate.value, jnp.ones_like(rate), jnp.asarray(0))
+
+    def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
+        rate, size = state.rate, iterate.gradient_norm
+        trial = problem.moved(self.retraction, iterate, _tree.scale(-rate, iterate.gradient))
+        there = trial.iterate
+        slack = 10 * value_rounding(iterate, there)
+        wanted = state.reference - _SUFFICIENT * rate * size**2
+        is_accepted = trial.is_fine & (there.value <= wanted + slack)
+        # The old gradient as a tangent at the new point.
+        old = problem.normal_space(there.coordinates).tangent(iterate.gradient)
+        change = _tree.subtract(there.gradient, old)
+        turn = -_tree.inner(old, change)
+        long = rate * _tree.inner(old, old) / turn
+        short = rate * turn / _tree.inner(change, change)
+        guess = jnp.where(state.num_steps % 2 == 0, long, short)
+        is_known = (turn > 0) & jnp.isfinite(guess)
+        guess = jnp.where(is_known, jnp.clip(guess, rate / 1e3, rate * 1e3), 4 * rate)
+        weight = _MEMORY * state.weight + 1
+        reference = (_MEMORY * state.weight * state.reference + there.value) / weight
+        is_lost = ~is_accepted & (rate * size <= shortest_step(iterate))
+        going_on = _State(guess, reference, weight, state.num_steps + 1)
+        again = eqx.tree_at(lambda s: s.rate, state, rate / 4)
+        return Attempt(
+            _tree.where(is_accepted, there, iterate),
+            _tree.where(is_accepted, going_on, again),
+            is_accepted,
+            RESULTS.where(is_lost, RESULTS.stalled, RESULTS.successful),
+            trial.work + Work(num_factorizations=1),
+            jnp.where(is_accepted, trial.defect, 0),
+        )

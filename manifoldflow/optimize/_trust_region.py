@@ -1,0 +1,95 @@
+"""Newton's method along a manifold, made safe by a trust region."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from manifoldflow import _tree
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Scalar
+from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
+from manifoldflow.optimize._base import (
+    AbstractMethod,
+    Attempt,
+    Iterate,
+    Problem,
+    shortest_step,
+    usual_step,
+    value_rounding,
+    Work,
+)
+from manifoldflow.optimize._conjugate_gradients import truncated_cg
+
+
+class RiemannianTrustRegion(AbstractMethod):
+    """Truncated conjugate gradients on the covariant Hessian, within a radius that adapts.
+
+    Converges quadratically to minima with a positive Hessian, and leaves saddles by their
+    directions of negative curvature. An attempt costs a gradient and as many products with
+    the Hessian as it takes to solve for the step: few far from the minimum, at most as many
+    as there are coordinates near it.
+
+    Args:
+        retraction: how to get back to the manifold; `NewtonRetraction()` by default.
+        initial_radius: of the trust region; by default ‖θ‖/8.
+        kappa: a step is solved for until the residual is at most
+            ‖g‖·min(kappa, ‖g‖^theta) for the gradient g.
+        theta: 1 + theta is the order of convergence, at most 2.
+        max_products: products with the Hessian for one step; by default as many as there are
+            coordinates.
+
+    References:
+        [AbsilBakerGallivan2007]; the rounding of values as in [BoumalMishraAbsilSepulchre2014].
+    """
+
+    retraction: AbstractRetraction = eqx.field(default_factory=NewtonRetraction)
+    initial_radius: Any = None
+    kappa: Any = 0.1
+    theta: Any = 1.0
+    max_products: int | None = eqx.field(static=True, default=None)
+
+    @property
+    def patience(self) -> int:
+        return 5
+
+    def init(self, problem: Problem, iterate: Iterate) -> Scalar:
+        """The radius."""
+        if self.initial_radius is None:
+            return usual_step(iterate)
+        return jnp.asarray(self.initial_radius, iterate.value.dtype)
+
+    def step(self, problem: Problem, iterate: Iterate, state: Scalar) -> Attempt:
+        radius, size = state, iterate.gradient_norm
+        hessian, most = problem.hessian(iterate), self.max_products
+        # No more digits than the gradient has.
+        floor = 10 * _tree.eps_of(iterate.slope) * _tree.norm(iterate.slope)
+        model = truncated_cg(
+            hessian,
+            # Projected again: where ∇F is nearly normal, the rounding of P∇F is a normal
+            # part that counts, in whose direction the model seems to have no curvature.
+            hessian.space.tangent(iterate.gradient),
+            radius,
+            jnp.maximum(floor, size * jnp.minimum(self.kappa, size**self.theta)),
+            _tree.size(iterate.coordinates) if most is None else most,
+        )
+        trial = problem.moved(self.retraction, iterate, model.vector)
+        # Near the minimum the decrease is smaller than the rounding of the values, and the
+        # model knows better: there the ratio tends to one.
+        slack = 1e3 * value_rounding(iterate, trial.iterate)
+        actual = iterate.value - trial.iterate.value
+        ratio = jnp.where(trial.is_fine, (actual + slack) / (model.decrease + slack), -1)
+        is_accepted = (ratio > 0.1) & (model.decrease > 0)
+        shorter = jnp.minimum(radius, _tree.norm(model.vector)) / 4
+        wider = jnp.where((ratio > 0.75) & model.is_at_boundary, 2 * radius, radius)
+        radius = jnp.where((ratio >= 0.25) & (model.decrease > 0), wider, shorter)
+        is_lost = ~is_accepted & (radius <= shortest_step(iterate))
+        spent = Work(num_hessian_products=model.num_products, num_factorizations=1)
+        return Attempt(
+            _tree.where(is_accepted, trial.iterate, iterate),
+            radius,
+            is_accepted,
+            RESULTS.where(is_lost, RESULTS.stalled, RESULTS.successful),
+            trial.work + spent,
+            jnp.where(is_accepted, trial.defect, 0),
+        )
