@@ -1,7 +1,12 @@
 """Tests run in float64; single precision is tested by giving float32 points and data."""
 
+import os
 import pathlib
 import sys
+
+# Threads of XLA's pool can wait for work that only threads of the same pool would do; with
+# one for each of two cores a test was once seen to wait for ever.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 import pytest

@@ -149,10 +149,12 @@ def _path(
 ) -> tuple[Point, tuple[Tangent, ...]]:
     coordinates, _ = manifold.split(point)
     vectors = tuple(_tree.as_tangent(coordinates, vector) for vector in vectors)
-    if jnp.ndim(times) != 1 or jnp.size(times) == 0:
-        raise ValueError(f"times must be a sequence of numbers; got shape {jnp.shape(times)}.")
-    if not is_traced(times):
-        known = np.asarray(times)  # inside jit JAX would make tracers even of constants
+    # In NumPy: inside jit JAX would make tracers even of constants.
+    known = None if is_traced(times) else np.asarray(times)
+    shape = jnp.shape(times) if known is None else known.shape
+    if len(shape) != 1 or 0 in shape:
+        raise ValueError(f"times must be a sequence of numbers; got shape {shape}.")
+    if known is not None:
         away = np.diff(np.abs(known), prepend=0)
         if not (np.all(away >= 0) and np.all(known * known[-1] >= 0)):
             raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")

@@ -7,6 +7,11 @@ from manifoldflow.models._matrix_manifolds import (
     Stiefel as Stiefel,
 )
 from manifoldflow.models._motor import KPhaseMotor as KPhaseMotor
+from manifoldflow.models._quadratic import (
+    OverparametrizedLinear as OverparametrizedLinear,
+    QuadraticallyParametrized as QuadraticallyParametrized,
+    sparse_regression as sparse_regression,
+)
 from manifoldflow.models._surfaces import (
     Ellipsoid as Ellipsoid,
     FlatTorus as FlatTorus,
@@ -14,3 +19,4 @@ from manifoldflow.models._surfaces import (
     Sphere as Sphere,
     Torus as Torus,
 )
+from manifoldflow.models._two_layer_net import TwoLayerNet as TwoLayerNet

@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
+from manifoldflow.theory._arguments import finite, matrix, number, problem, vector
+
 _EPS = float(np.finfo(np.float64).eps)
 _TINY = 1e-250
 _STAGE = 20.0  # nats by which the logarithms p, q may move between two Newton solves
@@ -61,8 +63,8 @@ def overparametrized_linear_flow(
     References:
         [LiWangArora2022, Lemmas 6.3, 6.5 and D.13]
     """
-    z, y = _problem(inputs, targets)
-    u, v = _vector("u", u, z.shape[1]), _vector("v", v, z.shape[1])
+    z, y = problem(inputs, targets)
+    u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
     times = _times(time)
     rates = _decay_rates(z, noise_constant)
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: that part of w_j is absent
@@ -105,8 +107,8 @@ def overparametrized_linear_charges(
     References:
         [LiWangArora2022, Lemma D.13]
     """
-    z = _matrix("inputs", inputs)
-    u, v = _vector("u", u, z.shape[1]), _vector("v", v, z.shape[1])
+    z = matrix("inputs", inputs)
+    u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
     return u * v * np.exp(-_decay_rates(z, noise_constant) * _times(time)[..., None])
 
 
@@ -137,7 +139,7 @@ def weighted_l1_interpolant(
     # Here, since only this oracle needs scipy, which is slow to import.
     from scipy.optimize import linprog
 
-    z, y = _problem(inputs, targets)
+    z, y = problem(inputs, targets)
     cost = np.sum(z * z, axis=0)
     tolerances = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
     program = linprog(
@@ -178,8 +180,8 @@ def kernel_rich_interpolant(
     References:
         [Woodworth2020, Theorem 1]; [Ma2022, chapter 9]
     """
-    x, y = _problem(inputs, targets)
-    log_scale = np.full(x.shape[1], 2.0 * np.log(_number("scale", scale, least=0.0, strict=True)))
+    x, y = problem(inputs, targets)
+    log_scale = np.full(x.shape[1], 2.0 * np.log(number("scale", scale, least=0.0, strict=True)))
     return _Dual(x, y, log_scale, log_scale).move_to(log_scale, log_scale)
 
 
@@ -206,8 +208,8 @@ def min_norm_interpolant(
     References:
         [Ma2022, chapter 9]
     """
-    x, y = _problem(inputs, targets)
-    origin = np.zeros(x.shape[1]) if start is None else _vector("start", start, x.shape[1])
+    x, y = problem(inputs, targets)
+    origin = np.zeros(x.shape[1]) if start is None else vector("start", start, x.shape[1])
     return origin + np.linalg.lstsq(x, y - x @ origin, rcond=None)[0]
 
 
@@ -305,58 +307,15 @@ def _difference(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 def _decay_rates(z: np.ndarray, noise_constant: float) -> np.ndarray:
     """c s_j with s_j = (4/n) sum_i z_ij^2."""
-    return _number("noise_constant", noise_constant, least=0.0) * 4.0 * np.mean(z * z, axis=0)
-
-
-def _problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    z = _matrix("inputs", inputs)
-    return z, _vector("targets", targets, z.shape[0])
-
-
-def _matrix(name: str, value: ArrayLike) -> np.ndarray:
-    array = _finite(name, value)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(
-            f"{name}: got shape {array.shape}, expected (n, d): one row for each example; "
-            "reshape it."
-        )
-    return array
-
-
-def _vector(name: str, value: ArrayLike, length: int) -> np.ndarray:
-    array = _finite(name, value)
-    if array.shape != (length,):
-        raise ValueError(
-            f"{name}: got shape {array.shape}, expected ({length},) to match the inputs; "
-            "flatten it."
-        )
-    return array
+    return number("noise_constant", noise_constant, least=0.0) * 4.0 * np.mean(z * z, axis=0)
 
 
 def _times(value: ArrayLike) -> np.ndarray:
-    array = _finite("time", value)
+    array = finite("time", value)
     if array.ndim > 1 or np.any(array < 0.0):
         raise ValueError(
             f"time: got shape {array.shape} with minimum {np.min(array, initial=0.0)}, "
             "expected a scalar or (m,), "
             "all >= 0; pass 0 for the limit of gradient flow."
-        )
-    return array
-
-
-def _number(name: str, value: float, *, least: float, strict: bool = False) -> float:
-    array = _finite(name, value)
-    if array.ndim != 0 or array < least or (strict and array == least):
-        raise ValueError(
-            f"{name}: got {value!r}, expected one number {'>' if strict else '>='} {least}."
-        )
-    return float(array)
-
-
-def _finite(name: str, value: ArrayLike) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float64)
-    if not np.all(np.isfinite(array)):
-        raise ValueError(
-            f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first."
         )
     return array

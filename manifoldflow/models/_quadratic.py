@@ -1,0 +1,193 @@
+"""Linear models with squared parameters: where label noise finds sparse solutions."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+
+from manifoldflow import theory
+from manifoldflow._errors import checked_count
+from manifoldflow._types import Key, Scalar
+from manifoldflow.losses import LeastSquares
+from manifoldflow.manifolds import ZeroLossManifold
+
+Pair = dict[str, Float[Array, " d"]]
+
+
+class OverparametrizedLinear(eqx.Module):
+    """f_i = ⟨z_i, u² − v²⟩, on points {"u": (d,), "v": (d,)}, with L = (1/2n)Σ(f_i − y_i)².
+
+    Gradient flow keeps uⱼvⱼ; label noise makes them decay, and ends at the interpolant of
+    least weighted ℓ₁ norm, which recovers a κ-sparse truth from O(κ ln d) examples.
+
+    Args:
+        inputs: z, (n, d).
+        targets: y, (n,).
+
+    References:
+        [LiWangArora2022, section 6].
+    """
+
+    inputs: Float[Array, "n d"]
+    targets: Float[Array, " n"]
+
+    def __init__(self, inputs: Any, targets: Any):
+        loss = _loss(inputs, targets, _Difference(), 1)
+        self.inputs, self.targets = loss.inputs, loss.targets
+
+    @property
+    def loss(self) -> LeastSquares:
+        """L."""
+        return _loss(self.inputs, self.targets, _Difference(), 1)
+
+    @property
+    def manifold(self) -> ZeroLossManifold:
+        """{z (u² − v²) = y}, a manifold where z has full rank and no coordinate is 0."""
+        return ZeroLossManifold(self.loss)
+
+    def initial(self, scale: Any = 1.0) -> Pair:
+        """u = v = scale, the start that prefers no sign."""
+        u = jnp.full(self.inputs.shape[1], scale, self.inputs.dtype)
+        return {"u": u, "v": u}
+
+    def random(self, key: Key, scale: Any = 1.0) -> Pair:
+        """Independent u and v, normal with this standard deviation."""
+        keys, size = jr.split(key), self.inputs.shape[1]
+        u, v = (scale * jr.normal(k, (size,), self.inputs.dtype) for k in keys)
+        return {"u": u, "v": v}
+
+    def weights(self, point: Pair) -> Float[Array, " d"]:
+        """w = u² − v²."""
+        return point["u"] ** 2 - point["v"] ** 2
+
+    def charges(self, point: Pair) -> Float[Array, " d"]:
+        """uⱼvⱼ, which gradient flow keeps and label noise of Σ = cH shrinks by e^{−c sⱼ t}."""
+        return point["u"] * point["v"]
+
+    @property
+    def decay_rates(self) -> Float[Array, " d"]:
+        """sⱼ = (4/n)Σᵢ z²ᵢⱼ; tr ∇²L = Σⱼ sⱼ(u²ⱼ + v²ⱼ) on the manifold."""
+        return 4 * jnp.mean(self.inputs**2, axis=0)
+
+    def limit(self) -> Float[np.ndarray, " d"]:
+        """The weights where label noise ends: the weighted-ℓ₁ interpolant."""
+        return theory.weighted_l1_interpolant(self.inputs, self.targets)
+
+    def flow(self, point: Pair, time: Any, noise_constant: float = 1.0) -> np.ndarray:
+        """The weights along the label-noise flow from where gradient flow lands, in closed form."""
+        u, v = point["u"], point["v"]
+        return theory.overparametrized_linear_flow(
+            self.inputs, self.targets, u, v, time=time, noise_constant=noise_constant
+        )
+
+
+class QuadraticallyParametrized(eqx.Module):
+    """f_i = ⟨β ⊙ β, x_i⟩, on points (d,), with L = (1/4n)Σ(f_i − y_i)².
+
+    From β = α1 with a small α, gradient descent that stops in time recovers a sparse truth;
+    on the manifold the limit of gradient flow minimises Σ β²ⱼ(ln(β²ⱼ/α²) − 1).
+
+    Args:
+        inputs: x, (n, d).
+        targets: y, (n,).
+
+    References:
+        [Ma2022, section 9.3].
+    """
+
+    inputs: Float[Array, "n d"]
+    targets: Float[Array, " n"]
+
+    def __init__(self, inputs: Any, targets: Any):
+        loss = _loss(inputs, targets, _Square(), 2)
+        self.inputs, self.targets = loss.inputs, loss.targets
+
+    @property
+    def loss(self) -> LeastSquares:
+        """L."""
+        return _loss(self.inputs, self.targets, _Square(), 2)
+
+    @property
+    def manifold(self) -> ZeroLossManifold:
+        """{x (β ⊙ β) = y}."""
+        return ZeroLossManifold(self.loss)
+
+    def initial(self, scale: Any) -> Float[Array, " d"]:
+        """β = scale·1."""
+        return jnp.full(self.inputs.shape[1], scale, self.inputs.dtype)
+
+    def weights(self, point: Float[Array, " d"]) -> Float[Array, " d"]:
+        """β ⊙ β."""
+        return point**2
+
+    def recovery_window(self, scale: float, learning_rate: float) -> tuple[float, float]:
+        """Steps of gradient descent between which a {0, 1}-sparse truth is recovered.
+
+        log(d/α)/η and 1/(η√(dα)), up to constants.
+
+        References:
+            [Ma2022, Theorem 9.4].
+        """
+        size = self.inputs.shape[1]
+        return float(np.log(size / scale) / learning_rate), float(
+            1 / (learning_rate * np.sqrt(size * scale))
+        )
+
+
+class _Difference(eqx.Module):
+    def __call__(self, point: Pair, x: Float[Array, " d"]) -> Scalar:
+        return jnp.vdot(x, point["u"] ** 2 - point["v"] ** 2)
+
+
+class _Square(eqx.Module):
+    def __call__(self, point: Float[Array, " d"], x: Float[Array, " d"]) -> Scalar:
+        return jnp.vdot(x, point**2)
+
+
+def _loss(inputs: Any, targets: Any, predict: Any, divisor: int) -> LeastSquares:
+    inputs, targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
+    if inputs.ndim != 2 or targets.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"The inputs must be (n, d) and the targets (n,); got shapes {inputs.shape} and "
+            f"{targets.shape}."
+        )
+    return LeastSquares(inputs, targets, predict=predict, scale=1 / (divisor * len(targets)))
+
+
+def sparse_regression(
+    key: Key,
+    num_examples: int,
+    num_features: int,
+    sparsity: int,
+    *,
+    design: str = "boolean",
+) -> tuple[Float[Array, "n d"], Float[Array, " n"], Float[Array, " d"]]:
+    """Noiseless linear data of a sparse truth.
+
+    Args:
+        key: a key of `jax.random`.
+        num_examples: n.
+        num_features: d.
+        sparsity: κ ≤ d, entries of the truth that are not 0: the first ones, ±1.
+        design: "boolean" (±1) or "gaussian" inputs, independent.
+
+    Returns:
+        Inputs (n, d), targets (n,) and the truth (d,).
+
+    Raises:
+        ValueError: another design, or more entries than features.
+    """
+    n, d = checked_count("num_examples", num_examples), checked_count("num_features", num_features)
+    if not 0 <= sparsity <= d:
+        raise ValueError(f"sparsity must be between 0 and num_features={d}; got {sparsity}.")
+    draws = {"boolean": jr.rademacher, "gaussian": jr.normal}
+    if design not in draws:
+        raise ValueError(f'design must be "boolean" or "gaussian"; got {design!r}.')
+    of_inputs, of_truth = jr.split(key)
+    inputs = draws[design](of_inputs, (n, d), jnp.result_type(float))
+    signs = jr.rademacher(of_truth, (d,), jnp.result_type(float))
+    truth = jnp.where(jnp.arange(d) < sparsity, signs, 0.0)
+    return inputs, inputs @ truth, truth

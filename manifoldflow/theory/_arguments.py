@@ -1,0 +1,47 @@
+"""What oracles are asked: checked, as float64 NumPy arrays."""
+
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    z = matrix("inputs", inputs)
+    return z, vector("targets", targets, z.shape[0])
+
+
+def matrix(name: str, value: ArrayLike) -> np.ndarray:
+    array = finite(name, value)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(
+            f"{name}: got shape {array.shape}, expected (n, d): one row for each example; "
+            "reshape it."
+        )
+    return array
+
+
+def vector(name: str, value: ArrayLike, length: int) -> np.ndarray:
+    array = finite(name, value)
+    if array.shape != (length,):
+        raise ValueError(
+            f"{name}: got shape {array.shape}, expected ({length},) to match the inputs; "
+            "flatten it."
+        )
+    return array
+
+
+def number(name: str, value: float, *, least: float, strict: bool = False) -> float:
+    array = finite(name, value)
+    if array.ndim != 0 or array < least or (strict and array == least):
+        raise ValueError(
+            f"{name}: got {value!r}, expected one number {'>' if strict else '>='} {least}."
+        )
+    return float(array)
+
+
+def finite(name: str, value: ArrayLike) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float64)
+    if not np.all(np.isfinite(array)):
+        raise ValueError(
+            f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first."
+        )
+    return array

@@ -1,0 +1,84 @@
+"""The models of the papers carry their losses, manifolds and facts."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import manifoldflow as mf
+from checks import at_most, close, refused
+
+
+def sparse(design="boolean", n=12, d=20):
+    inputs, targets, truth = mf.models.sparse_regression(jr.key(0), n, d, 2, design=design)
+    return mf.models.OverparametrizedLinear(inputs, targets), truth
+
+
+def test_overparametrized_linear_follows_its_closed_form():
+    model, _ = sparse("gaussian")
+    start = model.random(jr.key(1))
+    landed = mf.limit_map(model.manifold, start)
+    close("charges of gradient flow", model.charges(landed), model.charges(start), 1e-6)
+    close("Φ", model.weights(landed), model.flow(start, 0.0), 1e-6)
+    flow = mf.LimitDiffusion(model.manifold, mf.LabelNoise(std=1.0, batch_size=1))
+    walk = mf.solve(flow, landed, end_time=0.3)
+    close("the flow", model.weights(walk.final), model.flow(start, 0.3), 1e-4)
+    decay = jnp.exp(-0.3 * model.decay_rates)
+    close("charges", model.charges(walk.final), decay * model.charges(landed), 1e-4)
+    trace = jnp.sum(model.decay_rates * (landed["u"] ** 2 + landed["v"] ** 2))
+    close("tr H", model.loss.trace_gauss_newton(landed), trace, 1e-9)
+
+
+def test_label_noise_recovers_the_sparse_truth():
+    model, truth = sparse(n=14, d=20)
+    close("linear program", model.limit(), truth, 1e-8)
+    flow = mf.LimitDiffusion(model.manifold, mf.LabelNoise(std=1.0, batch_size=1))
+    walk = mf.solve(flow, mf.limit_map(model.manifold, model.initial()), end_time=8.0)
+    at_most("distance to the truth", jnp.max(jnp.abs(model.weights(walk.final) - truth)), 1e-4)
+
+
+def test_gradient_flow_of_squares_minimises_an_entropy():
+    """From β = α1 on β ⊙ β: Σ w(ln(w/α²) − 1) on {Xw = y}, whose gradient is a row of X."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(4, 9))
+    model = mf.models.QuadraticallyParametrized(inputs, inputs @ rng.uniform(0.5, 1.5, 9))
+    landed = mf.limit_map(model.manifold, model.initial(0.3))
+    slope = np.log(np.asarray(model.weights(landed)) / 0.3**2)
+    multipliers, *_ = np.linalg.lstsq(inputs.T, slope, rcond=None)
+    close("stationarity", inputs.T @ multipliers, slope, 1e-5)
+    close("¼n", model.loss(model.initial(0.3)), np.mean(
+        (inputs @ np.full(9, 0.09) - model.targets) ** 2) / 4, 1e-12)  # fmt: skip
+    early, late = model.recovery_window(1e-8, 0.01)
+    assert 0 < early < late
+
+
+def cubic(z):
+    return z**3 + z
+
+
+@pytest.mark.parametrize("second_layer", [None, [1.0, 0.5, 2.0]])
+def test_two_layer_net_finds_its_minimizer(second_layer):
+    inputs = np.linalg.qr(np.random.default_rng(3).normal(size=(4, 2)))[0].T
+    net = mf.models.TwoLayerNet(inputs, [0.8, -1.1], 3, second_layer=second_layer)
+    start = net.manifold.project(net.initial(jr.key(0)))
+    close("tr H = 2F", net.loss.trace_gauss_newton(start), 2 * net.flatness(start), 1e-10)
+    found = mf.minimize(net.manifold, net.flatness, start).final
+    close("features", net.features(found), net.minimizer(), 1e-7)
+    traced = jax.jit(lambda net, point: net.flatness(point))(net, found)
+    close("jit", traced, net.flatness(found), 1e-12)
+    other = mf.models.TwoLayerNet(inputs, [0.8, -1.1], 3, cubic, second_layer)
+    close("own activation", other.flatness(start), net.flatness(start), 1e-12)
+
+
+def test_bad_input():
+    with refused(ValueError, "inputs must be (n, d)"):
+        mf.models.OverparametrizedLinear(np.ones((3, 2)), np.ones(2))
+    with refused(ValueError, "inputs must be (n, d)"):
+        mf.models.TwoLayerNet(np.ones(3), np.ones(3), 2)
+    with refused(ValueError, "second_layer must have shape (2,)"):
+        mf.models.TwoLayerNet(np.ones((3, 2)), np.ones(3), 2, second_layer=np.ones(3))
+    with refused(ValueError, '"boolean" or "gaussian"'):
+        mf.models.sparse_regression(jr.key(0), 3, 4, 1, design="uniform")
+    with refused(ValueError, "sparsity must be between"):
+        mf.models.sparse_regression(jr.key(0), 3, 4, 5)
