@@ -3,7 +3,6 @@
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
-from scipy.optimize import nnls
 
 from manifoldflow.theory._arguments import finite, problem
 
@@ -31,6 +30,9 @@ def max_margin_direction(
     References:
         [Soudry2018]; C. Lawson, R. Hanson, Solving Least Squares Problems, chapter 23.
     """
+    # Here, since scipy is slow to import and only some oracles need it.
+    from scipy.optimize import nnls
+
     x, y = problem(inputs, labels)
     if not np.all(np.abs(y) == 1.0):
         raise ValueError(f"labels: got {np.unique(y)[:5]}, expected -1 and 1 only.")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
-from scipy.optimize import brentq
 
 from manifoldflow.theory._arguments import finite, matrix, number
 
@@ -140,6 +139,9 @@ def _in_double(fn: Callable[[Any], Any]) -> Callable[[float], float]:
 
 def _inverse(fn: Callable[[float], float], value: float, name: str) -> float:
     """z with fn(z) = value, for a monotone function, in a bracket that grows."""
+    # Here, since scipy is slow to import and only some oracles need it.
+    from scipy.optimize import brentq
+
     reach = 1.0
     while reach <= _FARTHEST:
         low, high = fn(-reach) - value, fn(reach) - value
