@@ -79,6 +79,8 @@ def test_no_direction_to_go():
     two_points = mf.LevelSet(lambda x: x**2 - 1)
     with refused(ValueError, "dimension 0"):
         mf.diagnostics.check_gradient(two_points, jnp.sum, jnp.ones(1), jr.key(0))
+    with refused(ValueError, "needs a velocity"):
+        mf.diagnostics.check_geodesic(torus, POINT, jnp.zeros(3))
 
 
 @pytest.mark.parametrize("expected", [2, 3])

@@ -77,10 +77,11 @@ def check_gradient(
         fn: F, point → scalar.
         point: a point of the manifold.
         key: for the random unit tangent v.
-        gradient: what to check; by default `riemannian_gradient`.
+        gradient: what to check; by default `riemannian_gradient`. Its tangent part is checked.
     """
     if gradient is None:
         gradient = riemannian_gradient(manifold, fn, point)
+    gradient = _tree.as_tangent(manifold.split(point)[0], gradient, "gradient")
     vector = _unit_tangent(manifold, point, key)
     values, start = _values(manifold, fn, point, vector)
     errors = values(_sizes(point)) - start - _sizes(point) * float(_tree.inner(gradient, vector))
@@ -194,6 +195,8 @@ def check_geodesic(
         path = lambda t: exponential_map(manifold, point, _tree.scale(t, velocity), walk=walk)
     of_time = path
     speed = float(_tree.norm(velocity))
+    if not speed > 0:
+        raise ValueError(f"check_geodesic needs a velocity along the manifold; got speed {speed}.")
     speeds, errors, defects = [], [], []
     for t in np.linspace(0, time, 5)[1:]:
         t = jnp.asarray(t, _tree.dtype_of(coordinates))
@@ -245,7 +248,10 @@ def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent
     vector = manifold.random_tangent(point, key)
     size = _tree.norm(vector)
     if not float(size) > 0:
-        raise ValueError("There are no directions along a manifold of dimension 0.")
+        raise ValueError(
+            f"There is no direction along the manifold: a random tangent has length {size}. Is its "
+            "dimension 0, or the point not finite?"
+        )
     return _tree.scale(1 / size, vector)
 
 

@@ -24,7 +24,8 @@ def logarithm_map(
 
     Finds one geodesic between the points: the shortest if they are near to each other, some
     other, or none, if they are not. Each shot solves D variations of a geodesic: for
-    points of up to some hundred coordinates. Derivatives in reverse mode.
+    points of up to some hundred coordinates. First derivatives only, in reverse mode: second
+    ones are wrong.
 
     Args:
         manifold: the manifold.
@@ -42,6 +43,8 @@ def distance(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
 ) -> Scalar:
     """The length of the geodesic that `logarithm_map` finds between two points.
+
+    First derivatives only, in reverse mode; zero where the points are the same.
 
     Args:
         manifold: the manifold.
