@@ -60,7 +60,9 @@ def _rest(
     of: Tangent,
 ) -> Tangent:
     """J†·left, unless `left` is nothing but the rounding errors of J·of."""
-    return _conjugate_gradients(jacobian, gram, left, of)
+    eps = jnp.finfo(left.dtype).eps
+    tol = jax.lax.stop_gradient(2 * eps * jnp.sqrt(gram.trace()) * _tree.norm(of))
+    return _conjugate_gradients(jacobian, gram, left, tol)
 
 
 class _State(eqx.Module):
@@ -73,29 +75,10 @@ class _State(eqx.Module):
 
 @eqx.filter_custom_jvp
 def _conjugate_gradients(
-    jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Float[Array, " n"], of: Tangent
-) -> Tangent:
-    """J†·left by conjugate gradients on J Jᵀ, the Gram solve as preconditioner."""
-    # Derivative rules elsewhere call this on tangents, which reverse mode then transposes: a
-    # loop has no transpose, but J†ᵀ is known.
-    arrays, static = eqx.partition((jacobian, gram), eqx.is_array)
-
-    def forwards(arrays: Any, vectors: tuple[Float[Array, " n"], Tangent]) -> Tangent:
-        jacobian, gram = eqx.combine(arrays, static)
-        left, of = vectors  # how far to go depends on `of`, where to does not
-        tol = 2 * jnp.finfo(left.dtype).eps * jnp.sqrt(gram.trace()) * _tree.norm(of)
-        return _iterate(jacobian, gram, left, tol)
-
-    def backwards(arrays: Any, cotangent: Tangent) -> tuple[Float[Array, " n"], Tangent]:
-        jacobian, gram = eqx.combine(arrays, static)
-        return gram.solve(jacobian.mv(cotangent)), _tree.zeros_like(cotangent)
-
-    return jax.custom_derivatives.linear_call(forwards, backwards, arrays, (left, of))
-
-
-def _iterate(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Float[Array, " n"], tol: Scalar
 ) -> Tangent:
+    """J†·left by conjugate gradients on J Jᵀ, the Gram solve as preconditioner."""
+
     def is_going(state: _State) -> Flag:
         return (jnp.linalg.norm(state.left) > tol) & (state.num_steps < _MAX_ITERATIONS)
 
