@@ -51,6 +51,8 @@ def test_gradient_flow_of_squares_minimises_an_entropy():
         (inputs @ np.full(9, 0.09) - model.targets) ** 2) / 4, 1e-12)  # fmt: skip
     early, late = model.recovery_window(1e-8, 0.01)
     assert 0 < early < late
+    close("ln(d/α)/η", early, 2061.7905321, 1e-9)
+    close("1/(η√(dα))", late, 1e6 / 3, 1e-9)
 
 
 def cubic(z):

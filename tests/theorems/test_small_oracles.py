@@ -203,3 +203,10 @@ def test_the_time_bound_bounds_the_time():
     arrived = mf.solve(flow, start, end_time=float(bound), until=there)
     assert arrived.result == mf.RESULTS.stopped_early
     assert 0 < float(arrived.times[-1]) <= bound
+
+
+def test_the_time_bound_by_hand():
+    """2/(½·2²) + ln(2²/(6·0.1)²)/(6·½), and the first term alone for a coarse accuracy."""
+    sharp = {"coherence": 0.5, "normality": 2.0, "slope": 1.0, "third_derivative": 6.0}
+    close("bound", theory.simplicity_time_bound(2.0, 0.1, **sharp), 1.8026485362, 1e-9)
+    close("coarse", theory.simplicity_time_bound(2.0, 10.0, **sharp), 1.0, 1e-12)
