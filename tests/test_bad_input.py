@@ -83,6 +83,11 @@ def test_points_without_coordinates():
         mf.LevelSet(lambda p: p["x"] ** 2 - 1).project({"x": 1.0})
 
 
+def test_a_constraint_that_cannot_be_called():
+    with refused(TypeError, "needs a function of the point; got int", "fn(point) - c"):
+        mf.LevelSet(3)
+
+
 def test_points_that_cannot_be_called():
     with refused(ValueError, "dict", "not callable", "predict=lambda"):
         mf.LeastSquares(INPUTS, TARGETS)(POINT)

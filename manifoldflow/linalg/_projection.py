@@ -6,6 +6,7 @@ better factorisation could: twice in float64. In float32 the factorisation only 
 a preconditioner for what is still left after that.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -18,8 +19,9 @@ from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve
 from manifoldflow.linalg._operator import AbstractJacobian
 
-# Each iteration gains what one factorisation is accurate to; ten are for conditions near
-# 1/eps, where it is hardly accurate at all.
+# Each iteration gains what one factorisation is accurate to: usually one is enough, ten are
+# for conditions near 1/eps, where it is hardly accurate at all.
+_REDUCTION = 1e-2
 _MAX_ITERATIONS = 10
 
 
@@ -32,7 +34,7 @@ def pseudo_inverse_mv(
     lifted = _tree.add(lifted, again)
     if _is_double(vector.dtype):
         return lifted
-    return _tree.add(lifted, _rest(jacobian, gram, vector - jacobian.mv(lifted), lifted))
+    return _tree.add(lifted, _conjugate_gradients(jacobian, gram, vector - jacobian.mv(lifted)))
 
 
 def normal_component(
@@ -44,7 +46,7 @@ def normal_component(
         multipliers = gram.solve(jacobian.mv(remainder))
         remainder = _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
     if not _is_double(_tree.dtype_of(vector)):
-        rest = _rest(jacobian, gram, jacobian.mv(remainder), vector)
+        rest = _conjugate_gradients(jacobian, gram, jacobian.mv(remainder))
         remainder = _tree.subtract(remainder, rest)
     return _tree.subtract(vector, remainder)
 
@@ -53,20 +55,8 @@ def _is_double(dtype: Any) -> bool:
     return bool(jnp.finfo(dtype).eps < 1e-10)
 
 
-def _rest(
-    jacobian: AbstractJacobian,
-    gram: AbstractGramSolve,
-    left: Float[Array, " n"],
-    of: Tangent,
-) -> Tangent:
-    """J†·left, unless `left` is nothing but the rounding errors of J·of."""
-    eps = jnp.finfo(left.dtype).eps
-    tol = jax.lax.stop_gradient(2 * eps * jnp.sqrt(gram.trace()) * _tree.norm(of))
-    return _conjugate_gradients(jacobian, gram, left, tol)
-
-
 class _State(eqx.Module):
-    lifted: Tangent
+    solution: Float[Array, " n"]
     left: Float[Array, " n"]
     direction: Float[Array, " n"]
     size: Scalar
@@ -75,33 +65,50 @@ class _State(eqx.Module):
 
 @eqx.filter_custom_jvp
 def _conjugate_gradients(
-    jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Float[Array, " n"], tol: Scalar
+    jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Float[Array, " n"]
 ) -> Tangent:
     """J†·left by conjugate gradients on J Jᵀ, the Gram solve as preconditioner."""
+
+    def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        return jacobian.mv(jacobian.transpose_mv(vector))
+
+    def solve(mv: Callable[[Array], Array], right: Float[Array, " n"]) -> Float[Array, " n"]:
+        return _iterate(mv, gram.solve, right)
+
+    # Derivative rules elsewhere call this on tangents, which reverse mode then transposes:
+    # it cannot transpose the loop, but knows that of a linear solve.
+    return jacobian.transpose_mv(jax.lax.custom_linear_solve(mv, left, solve, symmetric=True))
+
+
+def _iterate(
+    mv: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    right: Float[Array, " n"],
+) -> Float[Array, " n"]:
+    # Relative to the right side, so that what is solved for depends on nothing else.
+    tol = _REDUCTION * jnp.linalg.norm(right)
 
     def is_going(state: _State) -> Flag:
         return (jnp.linalg.norm(state.left) > tol) & (state.num_steps < _MAX_ITERATIONS)
 
     def step(state: _State) -> _State:
-        preconditioned = gram.solve(state.left)
+        preconditioned = precondition(state.left)
         size = jnp.vdot(state.left, preconditioned)
         direction = preconditioned + size / state.size * state.direction
-        change = jacobian.transpose_mv(direction)
-        curvature = _tree.inner(change, change)
+        change = mv(direction)
+        curvature = jnp.vdot(direction, change)
         length = size / jnp.where(curvature > 0, curvature, 1)
         return _State(
-            _tree.add(state.lifted, _tree.scale(length, change)),
-            state.left - length * jacobian.mv(change),
+            state.solution + length * direction,
+            state.left - length * change,
             direction,
             size,
             state.num_steps + 1,
         )
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jacobian.in_structure())
-    first = _State(
-        zeros, left, jnp.zeros_like(left), jnp.asarray(jnp.inf, left.dtype), jnp.asarray(0)
-    )
-    return jax.lax.while_loop(is_going, step, first).lifted
+    zeros, infinity = jnp.zeros_like(right), jnp.asarray(jnp.inf, right.dtype)
+    start = _State(zeros, right, zeros, infinity, jnp.asarray(0))
+    return jax.lax.while_loop(is_going, step, start).solution
 
 
 @_conjugate_gradients.def_jvp
@@ -111,5 +118,5 @@ def _conjugate_gradients_jvp(primals: Any, tangents: Any) -> tuple[Tangent, Tang
     def once(jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Array) -> Tangent:
         return jacobian.transpose_mv(gram.solve(left))
 
-    _, change = eqx.filter_jvp(once, primals[:3], tangents[:3])
+    _, change = eqx.filter_jvp(once, primals, tangents)
     return _conjugate_gradients(*primals), change

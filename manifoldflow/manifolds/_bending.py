@@ -1,15 +1,17 @@
-"""The second derivatives of a constraint at one point: all that curvature is made of."""
+"""The second derivatives of a constraint at one point: all that curvature is made of; traces."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import lineax as lx
+from jaxtyping import Array, Int, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _tree, linalg
 from manifoldflow._solution import RESULTS
-from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 
@@ -61,3 +63,30 @@ def bending(manifold: AbstractManifold, point: Point) -> Bending:
     # Where f is quadratic the coordinates do not matter, and a check of them would be dropped.
     coordinates, space = result.error_if((coordinates, space), is_bad)
     return Bending(manifold, coordinates, remainder, space)
+
+
+def sum_over_tangents(
+    space: AbstractNormalSpace,
+    coordinates: Coordinates,
+    term: Callable[[Tangent], PyTree[Array]],
+    key: Key | None,
+    num_samples: int,
+) -> Any:
+    """Σ term(eᵢ) over an orthonormal basis of the tangent space, for a quadratic form.
+
+    Equal to the sum over the projected unit vectors of the whole space, which need no
+    basis; and to the expectation over standard normal tangents.
+    """
+    if key is not None:
+
+        def sample(key: Key) -> PyTree[Array]:
+            return term(space.tangent(_tree.random_normal_like(key, coordinates)))
+
+        return linalg.estimate(sample, key, num_samples)
+    identity = lx.IdentityLinearOperator(_tree.structure_of(coordinates))
+
+    def projected(index: Int[Array, ""]) -> PyTree[Array]:
+        return term(space.tangent(linalg.column(identity, index)))
+
+    size = _tree.size(coordinates)
+    return linalg.sum_terms(projected, size, max(1, 2**16 // size))

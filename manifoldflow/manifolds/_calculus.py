@@ -6,13 +6,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import lineax as lx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending, bending
-from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
+from manifoldflow.manifolds._normal_space import Constraint
 
 
 def riemannian_gradient(
@@ -154,33 +154,6 @@ def laplace_beltrami(
     term = lambda vector: _tree.inner(vector, product(vector))
     bend = product.bending
     return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
-
-
-def sum_over_tangents(
-    space: AbstractNormalSpace,
-    coordinates: Coordinates,
-    term: Callable[[Tangent], PyTree[Array]],
-    key: Key | None,
-    num_samples: int,
-) -> Any:
-    """Σ term(eᵢ) over an orthonormal basis of the tangent space, for a quadratic form.
-
-    Equal to the sum over the projected unit vectors of the whole space, which need no
-    basis; and to the expectation over standard normal tangents.
-    """
-    if key is not None:
-
-        def sample(key: Key) -> PyTree[Array]:
-            return term(space.tangent(_tree.random_normal_like(key, coordinates)))
-
-        return linalg.estimate(sample, key, num_samples)
-    identity = lx.IdentityLinearOperator(_tree.structure_of(coordinates))
-
-    def projected(index: Int[Array, ""]) -> PyTree[Array]:
-        return term(space.tangent(linalg.column(identity, index)))
-
-    size = _tree.size(coordinates)
-    return linalg.sum_terms(projected, size, max(1, 2**16 // size))
 
 
 def _along(

@@ -15,8 +15,7 @@ from jaxtyping import Array
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending, bending
-from manifoldflow.manifolds._calculus import sum_over_tangents
+from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
 from manifoldflow.manifolds._normal_space import Constraint
 
 
@@ -125,7 +124,8 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
         EquinoxRuntimeError: the tangent parts are parallel to working precision.
     """
     bend = bending(manifold, point)
-    u, v = bend.tangent(u), bend.tangent(v)
+    # Their lengths do not matter, but may have squares beyond the floating range.
+    u, v = _of_size_one(bend.tangent(u)), _of_size_one(bend.tangent(v))
     # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
     square = _tree.inner(u, u)
     safe = jnp.where(square > 0, square, 1)
@@ -207,6 +207,12 @@ def scalar_curvature(
 def _gauss(bend: Bending, u: Tangent, v: Tangent) -> Scalar:
     """⟨II(u, u), II(v, v)⟩ − |II(u, v)|², the Gauss equation."""
     return _tree.inner(bend.form(u, u), bend.form(v, v)) - _square(bend.form(u, v))
+
+
+def _of_size_one(vector: Tangent) -> Tangent:
+    """The vector over its largest entry."""
+    size = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(vector)]))
+    return _tree.scale(1 / jnp.where(size > 0, size, 1), vector)
 
 
 def _square(vector: Any) -> Scalar:

@@ -164,17 +164,18 @@ def _path(
 
 
 class _Field(eqx.Module):
-    """x′ = v, v′ = II(v, v), V′ = II(v, V)."""
+    """x′ = v, v′ = II(v, v), V′ = II(v, V), times the unit of time."""
 
     manifold: AbstractManifold
     remainder: Point
 
     def __call__(self, t: Any, y: Bundle, args: Any) -> Bundle:
-        del t, args
+        del t
         x, vectors = y
         space = self.manifold.normal_space(_tree.join(x, self.remainder))
         bend = Bending(self.manifold, x, self.remainder, space)
-        return vectors[0], tuple(bend.form(vectors[0], vector) for vector in vectors)
+        slopes = vectors[0], tuple(bend.form(vectors[0], vector) for vector in vectors)
+        return _tree.scale(args, slopes)
 
 
 class _TangentBundle(eqx.Module):
@@ -207,35 +208,39 @@ def walk_along(
     landed, info = manifold.touch_up(point)
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     space = manifold.normal_space(_tree.join(start, remainder))
-    # Backwards in time is forwards along −v; a transported vector does not mind.
-    sign = jnp.where(times[-1] < 0, -1, 1).astype(times.dtype)
-    first, *others = map(space.tangent, vectors)
+    # The last time is the unit: so runs backwards are none, and derivatives in the times
+    # exist at 0 as well, where a solver would take no step.
+    unit = times[-1]
+    stands = unit == 0
+    safe = jnp.where(stands, 1, unit)
+    fractions = jnp.where(stands, 1, times / safe)
     bundle = _TangentBundle(manifold, remainder)
     save = lambda t, y, args: bundle.touch_up(y)[0]
-    ends = dfx.SubSaveAt(ts=sign * times, fn=save), dfx.SubSaveAt(t1=True)
+    ends = dfx.SubSaveAt(ts=fractions, fn=save), dfx.SubSaveAt(t1=True)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_Field(manifold, remainder)),
         Projected(walk.solver, bundle),
         jnp.zeros((), times.dtype),
-        sign * times[-1],
-        None if walk.step_size is None else jnp.asarray(walk.step_size, times.dtype),
-        (start, (_tree.scale(sign, first), *others)),
+        jnp.ones((), times.dtype),
+        None if walk.step_size is None else walk.step_size / jnp.abs(safe),
+        (start, tuple(map(space.tangent, vectors))),
+        args=unit,
         saveat=dfx.SaveAt(subs=ends),
-        stepsize_controller=walk.controller(times.dtype, sign * times),
+        stepsize_controller=walk.controller(times.dtype, fractions),
         adjoint=walk.adjoint,
         max_steps=MAX_STEPS,
         throw=False,
     )
     assert solution.ys is not None
-    (path, (turned, *others)), _ = solution.ys
+    (path, moved), _ = solution.ys
     result = _result(solution.result, path, info.result)
     is_fine = result == RESULTS.successful
-    found = (path, (_tree.scale(sign, turned), *others))
+    found = (path, moved)
     if throw:
         path, moved = result.error_if(found, ~is_fine)
     else:
         path, moved = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), found)
-    return _tree.join(path, remainder), tuple(moved), result
+    return _tree.join(path, remainder), moved, result
 
 
 def _result(result: dfx.RESULTS, path: Coordinates, start: RESULTS) -> RESULTS:
@@ -276,7 +281,8 @@ def parallel_transport(
 
     Args:
         manifold: the manifold.
-        path: time in [0, 1] → point of the manifold, differentiable.
+        path: time in [0, 1] → point of the manifold, differentiable in forward mode: one
+            that is solved for, as by `geodesic`, with `Walk(adjoint=diffrax.ForwardMode())`.
         vector: a tangent at path(0); its tangent part counts.
         walk: how to solve.
         throw: as for `geodesic`.

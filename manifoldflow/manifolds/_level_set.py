@@ -26,6 +26,7 @@ class LevelSet(AbstractManifold):
         trainable: which leaves are coordinates, as for `LeastSquares`.
 
     Raises:
+        TypeError: fn is not callable.
         ValueError: when used, if fn has more values than the point has coordinates.
     """
 
@@ -40,6 +41,11 @@ class LevelSet(AbstractManifold):
         gram: linalg.AbstractGram | None = None,
         trainable: PyTree[Any] | None = None,
     ):
+        if not callable(fn):
+            raise TypeError(
+                f"LevelSet needs a function of the point; got {type(fn).__name__}. For "
+                "{fn = c} write LevelSet(lambda point: fn(point) - c)."
+            )
         self.fn = _tree.as_pytree_callable(fn)
         self.gram = linalg.AutoGram() if gram is None else gram
         self.trainable = None if trainable is None else _tree.Static(trainable)

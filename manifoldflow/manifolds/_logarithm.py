@@ -1,5 +1,7 @@
 """The way from one point of a manifold to another: the inverse of the exponential map."""
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -24,8 +26,7 @@ def logarithm_map(
 
     Finds one geodesic between the points: the shortest if they are near to each other, some
     other, or none, if they are not. Each shot solves D variations of a geodesic: for
-    points of up to some hundred coordinates. First derivatives only, in reverse mode: second
-    ones are wrong.
+    points of up to some hundred coordinates. First derivatives only, in reverse mode.
 
     Args:
         manifold: the manifold.
@@ -35,6 +36,7 @@ def logarithm_map(
 
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
+        NotImplementedError: a second derivative is asked for.
     """
     return logarithm_map_with_info(manifold, point, other, throw=throw)[0]
 
@@ -99,18 +101,40 @@ def logarithm_map_with_info(
     )  # fmt: skip
     found = jax.lax.stop_gradient(search.value)
 
-    # One more Gauss-Newton step: it sharpens the result, and its derivative is that of the
-    # implicit function.
+    # One more Gauss-Newton step: it sharpens the result, and its first derivative is that of
+    # the implicit function.
     slopes = jax.lax.stop_gradient(jax.vmap(
         lambda e: jax.jvp(lambda v: shot(v, None), (found,), (e,))[1], out_axes=1
     )(jnp.eye(flat.size, dtype=flat.dtype)))  # fmt: skip
     gap = miss(found, dynamic, dfx.RecursiveCheckpointAdjoint())
-    step = lx.linear_solve(
-        lx.MatrixLinearOperator(slopes), gap, lx.AutoLinearSolver(well_posed=None), throw=False
-    ).value
-    refined = unravel(found - step)
+    refined = unravel(found - _lifted(slopes, gap, _tree.ravel((coordinates, target))[0]))
     info = _info(fixed, gap, flat.size, search.stats["num_steps"])
     return delivered(refined, info, throw), info
+
+
+@jax.custom_jvp
+def _lifted(slopes: Array, gap: Array, of: Array) -> Array:
+    """The least-squares solution of slopes·v = gap; slopes that depend on `of` as well."""
+    del of
+    operator = lx.MatrixLinearOperator(slopes)
+    return lx.linear_solve(operator, gap, lx.AutoLinearSolver(well_posed=None), throw=False).value
+
+
+@_lifted.defjvp
+def _lifted_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    slopes, gap, of = primals
+    # The derivative of the slopes is not known: it matters to second order.
+    return _lifted(*primals), _lifted(slopes + 0 * jnp.sum(_once(of)), tangents[1], of)
+
+
+@jax.custom_jvp
+def _once(of: Array) -> Array:
+    return of
+
+
+@_once.defjvp
+def _once_jvp(primals: tuple, tangents: tuple) -> Any:
+    raise NotImplementedError("logarithm_map and distance have first derivatives only.")
 
 
 def _info(at: tuple, gap: Array, size: int, num_steps: Array) -> Info:

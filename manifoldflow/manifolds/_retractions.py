@@ -69,40 +69,42 @@ class NewtonRetraction(AbstractRetraction):
         return vector, _judged(manifold, landed, other, info)
 
 
-class ProjectionRetraction(AbstractRetraction):
+class AbstractLandingRetraction(AbstractRetraction):
+    """x + Pv, brought back to the manifold by a map that knows nothing of x."""
+
+    @abc.abstractmethod
+    def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
+        """The point of the manifold for a point near it, NaN where the search failed."""
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    def with_info(
+        self, manifold: AbstractManifold, point: Point, vector: Tangent
+    ) -> tuple[Point, Info]:
+        coordinates, remainder = manifold.split(point)
+        tangent = manifold.tangent_projection(point, vector)
+        return self.land(manifold, _tree.join(_tree.add(coordinates, tangent), remainder))
+
+    def inverse_with_info(
+        self, manifold: AbstractManifold, point: Point, other: Point
+    ) -> tuple[Tangent, Info]:
+        return _inverse(self, manifold, point, other)
+
+
+class ProjectionRetraction(AbstractLandingRetraction):
     """The closest point of the manifold to x + Pv."""
 
-    @property
-    def order(self) -> int:
-        return 2
-
-    def with_info(
-        self, manifold: AbstractManifold, point: Point, vector: Tangent
-    ) -> tuple[Point, Info]:
-        return closest_point_with_info(manifold, _ahead(manifold, point, vector))
-
-    def inverse_with_info(
-        self, manifold: AbstractManifold, point: Point, other: Point
-    ) -> tuple[Tangent, Info]:
-        return _inverse(self, manifold, point, other)
+    def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
+        return closest_point_with_info(manifold, point)
 
 
-class LimitMapRetraction(AbstractRetraction):
+class LimitMapRetraction(AbstractLandingRetraction):
     """Φ(x + Pv), the limit of gradient flow of the loss that the manifold minimises."""
 
-    @property
-    def order(self) -> int:
-        return 2
-
-    def with_info(
-        self, manifold: AbstractManifold, point: Point, vector: Tangent
-    ) -> tuple[Point, Info]:
-        return limit_map_with_info(manifold, _ahead(manifold, point, vector))
-
-    def inverse_with_info(
-        self, manifold: AbstractManifold, point: Point, other: Point
-    ) -> tuple[Tangent, Info]:
-        return _inverse(self, manifold, point, other)
+    def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
+        return limit_map_with_info(manifold, point)
 
 
 def inverse_retract(
@@ -114,6 +116,9 @@ def inverse_retract(
     throw: bool = True,
 ) -> Tangent:
     """The tangent v at `point` whose retraction is `other`, a point nearby.
+
+    Of `NewtonRetraction` it has derivatives; of the others, which search, in forward and
+    reverse mode it has none.
 
     Args:
         retraction: which.
@@ -127,12 +132,6 @@ def inverse_retract(
     """
     vector, info = retraction.inverse_with_info(manifold, point, other)
     return delivered(vector, info, throw)
-
-
-def _ahead(manifold: AbstractManifold, point: Point, vector: Tangent) -> Point:
-    coordinates, remainder = manifold.split(point)
-    tangent = manifold.tangent_projection(point, vector)
-    return _tree.join(_tree.add(coordinates, tangent), remainder)
 
 
 def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:

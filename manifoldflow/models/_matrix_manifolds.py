@@ -171,11 +171,13 @@ class SpecialOrthogonal(eqx.Module):
     def distance(self, point: Matrix, other: Matrix) -> Scalar:
         """(Σ αᵢ²)^½ over the angles of the eigenvalues e^{±iα} of XᵀY.
 
-        |sin ½α| and |cos ½α| are the singular values of ½(Y − X) and ½(Y + X).
+        |sin ½α| and |cos ½α| are the singular values of ½(Y − X) and ½(Y + X). Not
+        differentiable at Y = X; infinite where no rotation leads from X to Y.
         """
         values = lambda x: jnp.linalg.svd(x, compute_uv=False)
         halves = jnp.arctan2(values(other - point), values(other + point)[::-1])
-        return 2 * jnp.linalg.norm(halves)
+        is_joined = jnp.linalg.det(point) * jnp.linalg.det(other) > 0
+        return jnp.where(is_joined, 2 * jnp.linalg.norm(halves), jnp.inf)
 
 
 class FixedProduct(eqx.Module):

@@ -8,10 +8,12 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from manifoldflow import _tree
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._types import Key, Scalar
 from manifoldflow.manifolds import LevelSet
@@ -66,14 +68,17 @@ class Sphere(eqx.Module):
 
     def exponential(self, point: Vector, vector: Vector) -> Vector:
         """cos(|v|/r) x + r sin(|v|/r) v/|v|, a great circle."""
-        # sinc keeps the derivative at v = 0; it has a factor π in its argument.
-        square = jnp.sum(vector**2)
-        angle = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0) / self.radius
-        return jnp.cos(angle) * point + jnp.sinc(angle / jnp.pi) * vector
+        square = jnp.sum(vector**2) / self.radius**2
+        # Functions of |v|², smooth at 0, where the root is not.
+        is_small = square < 1e-6
+        angle = jnp.sqrt(jnp.where(is_small, 1, square))
+        cosine = jnp.where(is_small, 1 - square / 2 + square**2 / 24, jnp.cos(angle))
+        sinc = jnp.where(is_small, 1 - square / 6 + square**2 / 120, jnp.sin(angle) / angle)
+        return cosine * point + sinc * vector
 
     def distance(self, point: Vector, other: Vector) -> Scalar:
         """r times the angle between two points, also where the cosine is ±1 to rounding."""
-        apart, together = jnp.linalg.norm(point - other), jnp.linalg.norm(point + other)
+        apart, together = _tree.norm(point - other), _tree.norm(point + other)
         return 2 * self.radius * jnp.arctan2(apart, together)
 
 
@@ -329,9 +334,9 @@ class FlatTorus(eqx.Module):
 
     def distance(self, point: Vector, other: Vector) -> Scalar:
         """(Σ rⱼ²αⱼ²)^½ with the angles αⱼ between the points of each circle."""
-        norms = lambda x: jnp.linalg.norm(x.reshape(-1, 2), axis=1)
+        norms = lambda x: jax.vmap(_tree.norm)(x.reshape(-1, 2))
         angles = 2 * jnp.arctan2(norms(point - other), norms(point + other))
-        return jnp.linalg.norm(self.radii * angles)
+        return _tree.norm(self.radii * angles)
 
 
 class _Quadric(eqx.Module):

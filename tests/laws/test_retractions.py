@@ -119,3 +119,17 @@ def test_one_failed_member_of_a_batch():
     assert bool(jnp.isfinite(found[0]).all()) and bool(jnp.isnan(found[1]).all())
     _, info = jax.vmap(lambda x: mf.manifolds.closest_point_with_info(ellipsoid, x))(targets)
     assert info.is_successful.tolist() == [True, False]
+
+
+def test_reverse_mode_in_single_precision():
+    """Where rules of derivatives solve by loops, which have no transpose of their own."""
+    sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+    point, vector = jnp.array([0.0, 0.0, 1.0], jnp.float32), jnp.array([0.5, 0, 0], jnp.float32)
+    slope = jax.grad(lambda v: mf.NewtonRetraction()(sphere, point, v)[2])(vector)
+    close("retract", slope[0], -0.5 / jnp.sqrt(0.75), 1e-5)
+    project = jax.grad(lambda x: sphere.project(x)[0])
+    slopes = jax.vmap(project)(jnp.array([[0.5, 0.5, 1.0], [0.5, 1.0, 0.5]], jnp.float32))
+    expected = jnp.array([[5.0, -1.0, -2.0], [5.0, -2.0, -1.0]]) / 6
+    close("project, over a batch", slopes, expected, 1e-5)
+    slope = jax.grad(lambda v: mf.exponential_map(sphere, point, v)[0])(vector)
+    close("exponential map", slope[0], jnp.cos(0.5), 1e-4)

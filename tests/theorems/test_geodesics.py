@@ -124,10 +124,14 @@ def test_derivative_of_the_distance():
     """∇_q d(p, q) is the unit velocity at which the geodesic arrives."""
     point, vector = jnp.array([0.6, 0.8, 0.0]), jnp.array([0.8, -0.6, 0.5])
     other = mf.exponential_map(sphere, point, vector)
-    gradient = jax.grad(lambda q: mf.distance(sphere, point, q))(other)
+    slope = jax.grad(lambda q: mf.distance(sphere, point, q))
+    gradient = slope(other)
     tangent = sphere.tangent_projection(point, vector)
     arriving = velocity_at(sphere, point, tangent, 1.0) / jnp.linalg.norm(tangent)
     close("∇d", sphere.tangent_projection(other, gradient), arriving, 1e-6)
+    # To second order its implicit step is not the logarithm.
+    with refused(NotImplementedError, "first derivatives only"):
+        jax.jacrev(slope)(other)
 
 
 def test_a_geodesic_that_is_not_there():
@@ -187,3 +191,30 @@ def test_both_precisions(dtype):
     assert end.dtype == dtype
     expected = np.cos(3.0) * np.array([0.6, 0.8, 0.0]) + np.sin(3.0) * np.array([0, 0, 1.0])
     close("great circle", end, expected, 1e-3 if dtype == jnp.float32 else 1e-8)
+
+
+def test_derivatives_in_the_times():
+    """γ′, also where a solver would not take a step; backwards in time too."""
+    sphere = mf.models.Sphere(2)
+    point, velocity = jnp.array([0.0, 0.0, 1.0]), jnp.array([0.6, 0.0, 0.0])
+    x_of = lambda t: mf.geodesic(sphere.manifold, point, velocity, t[None])[0, 0]
+    expected = lambda t: 0.6 * jnp.cos(0.6 * t)
+    times = jnp.array([0.0, 1.5, -1.5])
+    close("γ′", jax.vmap(jax.grad(x_of))(times), expected(times), 1e-8)
+
+
+def test_closed_forms_have_derivatives_where_they_vanish():
+    sphere, torus = mf.models.Sphere(2), mf.models.FlatTorus([1.0, 2.0])
+    point = jnp.array([0.0, 0.0, 1.0])
+    straight = lambda v: sphere.exponential(point, v)[2]
+    bend = jax.hessian(straight)(jnp.zeros(3))
+    close("−|v|²/2 of a great circle", bend, -jnp.eye(3), 1e-12)
+    close("at itself", jax.grad(sphere.distance)(point, point), jnp.zeros(3), 1e-12)
+    here, there = jnp.array([1.0, 0.0, 2.0, 0.0]), jnp.array([1.0, 0.0, 0.0, 2.0])
+    slope = jax.grad(torus.distance, argnums=1)(here, there)
+    close("one circle agrees", slope @ jnp.array([0.0, 0.0, -1.0, 0.0]), 1.0, 1e-12)
+
+
+def test_no_way_between_two_components():
+    rotations = mf.models.SpecialOrthogonal(3)
+    assert jnp.isinf(rotations.distance(jnp.eye(3), -jnp.eye(3)))
