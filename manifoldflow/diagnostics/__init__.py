@@ -1,5 +1,10 @@
 """What a computation will cost, and whether its assumptions hold."""
 
+from manifoldflow.diagnostics._certify import (
+    Certificate as Certificate,
+    Certificates as Certificates,
+    certify as certify,
+)
 from manifoldflow.diagnostics._checks import (
     check_dimension as check_dimension,
     check_geodesic as check_geodesic,
