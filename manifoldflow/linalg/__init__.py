@@ -43,6 +43,7 @@ from manifoldflow.linalg._iterative import (
     IterativeGram as IterativeGram,
 )
 from manifoldflow.linalg._jacobian import jacobian as jacobian
+from manifoldflow.linalg._lapack import one_by_one as one_by_one
 from manifoldflow.linalg._operator import (
     AbstractJacobian as AbstractJacobian,
     gauss_newton as gauss_newton,

@@ -7,7 +7,6 @@ makes the vector field jump; it serves `rank` and `condition` only.
 """
 
 import abc
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from manifoldflow._types import Scalar
+from manifoldflow.linalg._lapack import cho_solve, cholesky
 from manifoldflow.linalg._operator import AbstractJacobian, mirrored
 
 
@@ -85,7 +85,7 @@ def _regularised_cholesky(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
     def factorise(shift: Scalar) -> Array:
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
-        return jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+        return cholesky(shifted)
 
     def failed(state: tuple[Scalar, Array, Int[Array, ""]]) -> Array:
         _, factor, tries = state
@@ -104,21 +104,14 @@ def _regularised_cholesky(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return jax.lax.cond(failed(start), climb, lambda: start[1])
 
 
-@partial(jax.custom_jvp)
 def _solve(triangle: Array, cholesky: Array, vector: Array) -> Array:
-    del triangle
-    return jax.scipy.linalg.cho_solve((cholesky, True), vector)
+    # So derivatives are solves with the factor that is there: nothing differentiates through
+    # the factorisation.
+    def mv(vector: Array) -> Array:
+        return jnp.matmul(mirrored(triangle), vector, precision=jax.lax.Precision.HIGHEST)
 
-
-@_solve.defjvp
-def _solve_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    # d(K⁻¹w) = K⁻¹(dw − dK K⁻¹w): the factor that is there serves again, and nothing
-    # differentiates through the factorisation.
-    triangle, cholesky, vector = primals
-    triangle_dot, _, vector_dot = tangents
-    solution = _solve(triangle, cholesky, vector)
-    change = jnp.matmul(mirrored(triangle_dot), solution, precision=jax.lax.Precision.HIGHEST)
-    return solution, _solve(triangle, cholesky, vector_dot - change)
+    solve = lambda _, right: cho_solve(cholesky, right)
+    return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
 
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._types import Scalar, Tangent
+from manifoldflow.linalg._lapack import cho_solve, cholesky
 from manifoldflow.linalg._operator import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -34,7 +35,7 @@ def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
 
 @jax.custom_jvp
 def _log_determinant(matrix: Float[Array, "n n"]) -> Scalar:
-    factor = jnp.linalg.cholesky(matrix.T, symmetrize_input=False)
+    factor = cholesky(matrix.T)
     value = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
@@ -48,8 +49,7 @@ def _log_determinant_jvp(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
 
 @jax.custom_jvp
 def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    factor = jax.scipy.linalg.cho_factor(matrix.T, lower=True)
-    return jax.scipy.linalg.cho_solve(factor, jnp.eye(len(matrix), dtype=matrix.dtype))
+    return cho_solve(cholesky(matrix.T), jnp.eye(len(matrix), dtype=matrix.dtype))
 
 
 @_inverse.defjvp

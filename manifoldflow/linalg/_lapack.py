@@ -1,0 +1,55 @@
+"""Factorisations of which several may run at once, also under `vmap`.
+
+On CPUs jaxlib hands the members of a batched LAPACK call to the threads of XLA's pool, and one
+of these threads waits for them. As many such calls at once as there are threads wait for ever:
+two independent ones on two cores. A member by itself waits for nobody.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+
+def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, mapped over the members of a batch on CPUs. It has no reverse mode."""
+    call = jax.custom_batching.custom_vmap(fn)
+
+    @call.def_vmap
+    def batched(axis_size: int, in_batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        del axis_size
+        axes = tuple(0 if is_batched else None for is_batched in in_batched)
+
+        def loop(*arrays: Array) -> Any:
+            mapped = [array for array, axis in zip(arrays, axes) if axis == 0]
+
+            def member(mapped: list[Array]) -> Any:
+                rest = iter(mapped)
+                return call(*(next(rest) if axis == 0 else a for a, axis in zip(arrays, axes)))
+
+            return jax.lax.map(member, mapped)
+
+        def at_once(*arrays: Array) -> Any:
+            return jax.vmap(fn, in_axes=axes)(*arrays)
+
+        # One matrix for all members is one call: the first argument is the matrix.
+        if in_batched[0]:
+            found = jax.lax.platform_dependent(*arrays, cpu=loop, default=at_once)
+        else:
+            found = at_once(*arrays)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call
+
+
+@one_by_one
+def cholesky(matrix: Array) -> Array:
+    """L with L Lᵀ = the matrix, of which the lower triangle counts; NaN if not positive."""
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+@one_by_one
+def cho_solve(cholesky: Array, right: Array) -> Array:
+    """(L Lᵀ)⁻¹ right."""
+    return jax.scipy.linalg.cho_solve((cholesky, True), right)

@@ -1,0 +1,48 @@
+"""Batched factorisations do not wait for each other: jaxlib's own do, for ever, on few cores."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from checks import close
+from manifoldflow import linalg
+
+PROGRAM = """
+import jax, jax.numpy as jnp, manifoldflow as mf
+inputs, targets, _ = mf.models.sparse_regression(jax.random.key(0), 20, 40, 3)
+model = mf.models.OverparametrizedLinear(inputs, targets)
+flow = mf.LimitDiffusion(model.manifold, mf.LabelNoise(1.0))
+
+def run(scale):
+    landed = mf.limit_map(model.loss, model.initial(scale), throw=False)
+    return mf.solve(flow, landed, end_time=0.5, throw=False).final["u"]
+
+print(bool(jnp.isfinite(jax.vmap(run)(jnp.linspace(0.3, 1.0, 13))).all()))
+"""
+
+
+def test_many_at_once_on_two_threads():
+    """Three of three runs of this hung when the members of a batch went to XLA's pool."""
+    environment = {**os.environ, "PJRT_NPROC": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert run.stdout.strip() == "True", run.stderr[-2000:]
+
+
+def test_one_by_one_is_what_vmap_gives():
+    matrices = jr.normal(jr.key(0), (3, 4, 4))
+    matrices = matrices @ matrices.mT + jnp.eye(4)
+    vectors = jr.normal(jr.key(1), (3, 4))
+    solve = linalg.one_by_one(jnp.linalg.solve)
+    for axes in ((0, 0), (0, None), (None, 0)):
+        arguments = [x if axis == 0 else x[0] for x, axis in zip((matrices, vectors), axes)]
+        expected = jax.vmap(jnp.linalg.solve, in_axes=axes)(*arguments)
+        close(f"axes {axes}", jax.jit(jax.vmap(solve, in_axes=axes))(*arguments), expected, 1e-12)
+    twice = jax.vmap(jax.vmap(solve))(matrices[None], vectors[None])
+    close("nested", twice[0], jax.vmap(jnp.linalg.solve)(matrices, vectors), 1e-12)
