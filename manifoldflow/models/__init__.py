@@ -1,6 +1,14 @@
 """Worked problems: data and models on which the theory can be tried."""
 
 from manifoldflow.models._digits import digits as digits
+from manifoldflow.models._linear_data import (
+    FiniteData as FiniteData,
+    LinearStream as LinearStream,
+)
+from manifoldflow.models._linear_networks import (
+    DeepLinear as DeepLinear,
+    MatrixFactorization as MatrixFactorization,
+)
 from manifoldflow.models._matrix_manifolds import (
     FixedProduct as FixedProduct,
     SpecialOrthogonal as SpecialOrthogonal,
@@ -12,11 +20,20 @@ from manifoldflow.models._quadratic import (
     QuadraticallyParametrized as QuadraticallyParametrized,
     sparse_regression as sparse_regression,
 )
+from manifoldflow.models._regression import LinearRegression as LinearRegression
+from manifoldflow.models._separable import (
+    separable_data as separable_data,
+    SeparableClassification as SeparableClassification,
+)
 from manifoldflow.models._surfaces import (
     Ellipsoid as Ellipsoid,
     FlatTorus as FlatTorus,
     Hyperboloid as Hyperboloid,
     Sphere as Sphere,
     Torus as Torus,
+)
+from manifoldflow.models._symmetric_networks import (
+    NonlinearFactorization as NonlinearFactorization,
+    ScaleInvariantNet as ScaleInvariantNet,
 )
 from manifoldflow.models._two_layer_net import TwoLayerNet as TwoLayerNet

@@ -12,41 +12,32 @@ from manifoldflow import theory
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
-from manifoldflow.manifolds import ZeroLossManifold
+from manifoldflow.models._regression import AbstractRegression, mean_squares
 
 Pair = dict[str, Float[Array, " d"]]
 
 
-class OverparametrizedLinear(eqx.Module):
+class OverparametrizedLinear(AbstractRegression):
     """f_i = ⟨z_i, u² − v²⟩, on points {"u": (d,), "v": (d,)}, with L = (1/2n)Σ(f_i − y_i)².
 
-    Gradient flow keeps uⱼvⱼ; label noise makes them decay, and ends at the interpolant of
-    least weighted ℓ₁ norm, which recovers a κ-sparse truth from O(κ ln d) examples.
+    Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α, between
+    the least ℓ₁ norm (α → 0) and the least ℓ₂ norm (α → ∞). Label noise makes them decay, like a
+    start that shrinks, and ends at the interpolant of least weighted ℓ₁ norm, which recovers a
+    κ-sparse truth from O(κ ln d) examples. The zero-loss set is a manifold where z has full
+    rank and no coordinate is 0.
 
     Args:
         inputs: z, (n, d).
         targets: y, (n,).
 
     References:
-        [LiWangArora2022, section 6].
+        [LiWangArora2022, section 6; Woodworth2020; Ma2022, section 9.3].
     """
 
-    inputs: Float[Array, "n d"]
-    targets: Float[Array, " n"]
+    loss: LeastSquares
 
     def __init__(self, inputs: Any, targets: Any):
-        loss = _loss(inputs, targets, _Difference(), 1)
-        self.inputs, self.targets = loss.inputs, loss.targets
-
-    @property
-    def loss(self) -> LeastSquares:
-        """L."""
-        return _loss(self.inputs, self.targets, _Difference(), 1)
-
-    @property
-    def manifold(self) -> ZeroLossManifold:
-        """{z (u² − v²) = y}, a manifold where z has full rank and no coordinate is 0."""
-        return ZeroLossManifold(self.loss)
+        self.loss = mean_squares(inputs, targets, _Difference())
 
     def initial(self, scale: Any = 1.0) -> Pair:
         """u = v = scale, the start that prefers no sign."""
@@ -72,6 +63,10 @@ class OverparametrizedLinear(eqx.Module):
         """sⱼ = (4/n)Σᵢ z²ᵢⱼ; tr ∇²L = Σⱼ sⱼ(u²ⱼ + v²ⱼ) on the manifold."""
         return 4 * jnp.mean(self.inputs**2, axis=0)
 
+    def landing(self, scale: float) -> Float[np.ndarray, " d"]:
+        """The weights at which gradient flow from `initial(scale)` lands: argmin Q_scale."""
+        return theory.kernel_rich_interpolant(self.inputs, self.targets, scale=scale)
+
     def limit(self) -> Float[np.ndarray, " d"]:
         """The weights where label noise ends: the weighted-ℓ₁ interpolant."""
         return theory.weighted_l1_interpolant(self.inputs, self.targets)
@@ -84,7 +79,7 @@ class OverparametrizedLinear(eqx.Module):
         )
 
 
-class QuadraticallyParametrized(eqx.Module):
+class QuadraticallyParametrized(AbstractRegression):
     """f_i = ⟨β ⊙ β, x_i⟩, on points (d,), with L = (1/4n)Σ(f_i − y_i)².
 
     From β = α1 with a small α, gradient descent that stops in time recovers a sparse truth;
@@ -95,25 +90,13 @@ class QuadraticallyParametrized(eqx.Module):
         targets: y, (n,).
 
     References:
-        [Ma2022, section 9.3].
+        [Ma2022, section 9.2].
     """
 
-    inputs: Float[Array, "n d"]
-    targets: Float[Array, " n"]
+    loss: LeastSquares
 
     def __init__(self, inputs: Any, targets: Any):
-        loss = _loss(inputs, targets, _Square(), 2)
-        self.inputs, self.targets = loss.inputs, loss.targets
-
-    @property
-    def loss(self) -> LeastSquares:
-        """L."""
-        return _loss(self.inputs, self.targets, _Square(), 2)
-
-    @property
-    def manifold(self) -> ZeroLossManifold:
-        """{x (β ⊙ β) = y}."""
-        return ZeroLossManifold(self.loss)
+        self.loss = mean_squares(inputs, targets, _Square(), divisor=2)
 
     def initial(self, scale: Any) -> Float[Array, " d"]:
         """β = scale·1."""
@@ -145,16 +128,6 @@ class _Difference(eqx.Module):
 class _Square(eqx.Module):
     def __call__(self, point: Float[Array, " d"], x: Float[Array, " d"]) -> Scalar:
         return jnp.vdot(x, point**2)
-
-
-def _loss(inputs: Any, targets: Any, predict: Any, divisor: int) -> LeastSquares:
-    inputs, targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
-    if inputs.ndim != 2 or targets.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"The inputs must be (n, d) and the targets (n,); got shapes {inputs.shape} and "
-            f"{targets.shape}."
-        )
-    return LeastSquares(inputs, targets, predict=predict, scale=1 / (divisor * len(targets)))
 
 
 def sparse_regression(

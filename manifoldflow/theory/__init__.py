@@ -1,6 +1,17 @@
 """Closed forms from the papers: oracles that see nothing of what they judge."""
 
 from manifoldflow.theory._margin import max_margin_direction as max_margin_direction
+from manifoldflow.theory._noise_balance import (
+    deep_linear_initial_sharpness as deep_linear_initial_sharpness,
+    deep_linear_noise_sides as deep_linear_noise_sides,
+    deep_linear_sharpness as deep_linear_sharpness,
+    two_layer_noise_matrices as two_layer_noise_matrices,
+)
+from manifoldflow.theory._noise_equilibrium import (
+    approximate_symmetry_displacement as approximate_symmetry_displacement,
+    deep_linear_noise_equilibrium as deep_linear_noise_equilibrium,
+    two_layer_noise_equilibrium as two_layer_noise_equilibrium,
+)
 from manifoldflow.theory._ornstein_uhlenbeck import (
     ornstein_uhlenbeck_covariance as ornstein_uhlenbeck_covariance,
 )
@@ -12,6 +23,8 @@ from manifoldflow.theory._overparametrized_linear import (
     weighted_l1_interpolant as weighted_l1_interpolant,
 )
 from manifoldflow.theory._two_layer import (
+    activation_constants as activation_constants,
+    ActivationConstants as ActivationConstants,
     coherence as coherence,
     simplicity_time_bound as simplicity_time_bound,
     two_layer_minimizer as two_layer_minimizer,

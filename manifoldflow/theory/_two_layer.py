@@ -1,7 +1,7 @@
 """Two-layer networks: where label noise ends, and how long it takes at most [Gatmiry2024]."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,65 @@ from jaxtyping import Float, Num
 from manifoldflow.theory._arguments import finite, matrix, number
 
 _FARTHEST = 2.0**60
+_GRID = 2001
+_ZOOMS = 4
+_ROUNDING = 1e-12
+
+
+class ActivationConstants(NamedTuple):
+    """What the theorems on two-layer networks ask of an activation: all three must be > 0.
+
+    Attributes:
+        slope: rho_1 = min phi'.
+        third_derivative: rho_2 = min phi'''.
+        normality: the largest beta with ``beta |phi''| <= phi'^2 phi'''``; inf where
+            phi'' vanishes and phi''' does not become negative.
+        slope_at: where phi' is least.
+        third_derivative_at: where phi''' is least.
+        normality_at: where beta is decided.
+    """
+
+    slope: float
+    third_derivative: float
+    normality: float
+    slope_at: float
+    third_derivative_at: float
+    normality_at: float
+
+
+def activation_constants(
+    activation: Callable[[Any], Any], low: float = -10.0, high: float = 10.0
+) -> ActivationConstants:
+    """The constants of an activation on a range, each with the place that decides it.
+
+    An activation that breaks an assumption has a constant <= 0 and the place where it does.
+    For ``z^3 + nu z`` they are nu at 0, 6, and ``16/3 nu^(3/2)`` at ``+-sqrt(nu)/3``.
+
+    Args:
+        activation: phi, number -> number, a JAX function with three derivatives.
+        low: where the range of features theta_j' x_i begins.
+        high: where it ends.
+
+    Returns:
+        The constants on [low, high], on a grid that is refined round the least value; a dip
+        narrower than ``(high - low)/2000`` may be missed.
+
+    Raises:
+        ValueError: an empty range; derivatives that are NaN or infinite there.
+
+    References:
+        [Gatmiry2024, Assumptions 1 and 3].
+    """
+    low, high = float(finite("low", low)), float(finite("high", high))
+    if not low < high:
+        raise ValueError(f"low: got {low}, expected a number < high = {high}.")
+    first = jax.grad(activation)
+    second = jax.grad(first)
+    third = jax.grad(second)
+    slope, slope_at = _least(first, low, high)
+    bend, bend_at = _least(third, low, high)
+    beta, beta_at = _least(lambda z: _quotient(first(z) ** 2 * third(z), second(z)), low, high)
+    return ActivationConstants(slope, bend, beta, slope_at, bend_at, beta_at)
 
 
 def two_layer_minimizer(
@@ -114,6 +173,10 @@ def simplicity_time_bound(
     Raises:
         ValueError: a bound that is not positive.
 
+    Assumes:
+        inputs of norm 1, and the bounds on all features on the way: see `coherence` and
+        `activation_constants`.
+
     References:
         [Gatmiry2024, Theorem 3].
     """
@@ -127,12 +190,44 @@ def simplicity_time_bound(
     return start / (mu * beta**2) + np.log(max(beta**2 / (rates * eps) ** 2, 1.0)) / (rates * mu)
 
 
+def _quotient(number: Any, by: Any) -> Any:
+    """number/|by|, where 0 does not limit anything that is not negative."""
+    bounds = jnp.where(by == 0.0, 1.0, jnp.abs(by))
+    free = jnp.where(number >= 0.0, jnp.inf, -jnp.inf)
+    return jnp.where(by == 0.0, free, number / bounds)
+
+
+def _least(fn: Callable[[Any], Any], low: float, high: float) -> tuple[float, float]:
+    """The least value of a function on a range, and where; 0 if that is all but rounding."""
+    value, place, scale = np.inf, low, 0.0
+    compiled = jax.jit(jax.vmap(lambda z: fn(z)))
+    for zoom in range(_ZOOMS):
+        with jax.enable_x64(True):
+            grid = np.sort(np.append(np.linspace(low, high, _GRID), np.clip(0.0, low, high)))
+            values = np.asarray(compiled(grid))
+        if np.any(np.isnan(values)):
+            raise ValueError(
+                f"activation: its derivatives are NaN or infinite at "
+                f"{grid[np.argmax(np.isnan(values))]:.6g}. Use another range."
+            )
+        best = int(np.argmin(values))
+        near = slice(max(best - 1, 0), best + 2)
+        if zoom == 0:
+            finite_ones = values[near][np.isfinite(values[near])]
+            scale = np.max(np.abs(finite_ones), initial=0.0)
+        if value == np.inf or values[best] < value - _ROUNDING * scale:
+            value, place = float(values[best]), float(grid[best])
+        low, high = grid[near][0], grid[near][-1]
+    return (0.0 if abs(value) <= _ROUNDING * scale else value), place
+
+
 def _in_double(fn: Callable[[Any], Any]) -> Callable[[float], float]:
     """A JAX function of a number, in float64 whatever JAX is set to."""
+    compiled = jax.jit(lambda z: fn(z))  # modules have no hash
 
     def value(z: float) -> float:
         with jax.enable_x64(True):
-            return float(fn(jnp.asarray(z, jnp.float64)))
+            return float(compiled(np.float64(z)))
 
     return value
 

@@ -1,0 +1,151 @@
+"""Data of linear regressions with vector outputs: an endless stream, or a finite set."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from manifoldflow._errors import is_traced
+from manifoldflow._types import Key
+
+Batch = tuple[Float[Array, "N d_x"], Float[Array, "N d_y"]]
+Matrix = Float[Array, "m n"]
+
+
+class AbstractLinearData(eqx.Module):
+    """Inputs x with outputs y, and the moments that decide where linear networks end."""
+
+    target_map: eqx.AbstractVar[Matrix]
+    """V, the best linear map from x to y."""
+
+    @abc.abstractmethod
+    def sample(self, key: Key, num_examples: int) -> Batch:
+        """Examples (x, y), drawn independently."""
+
+    @property
+    @abc.abstractmethod
+    def input_covariance(self) -> Matrix:
+        """Σ_x = E[xxᵀ]."""
+
+    @property
+    @abc.abstractmethod
+    def noise_covariance(self) -> Matrix:
+        """Σ_ε = E[εεᵀ] for ε = y − Vx."""
+
+    @abc.abstractmethod
+    def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
+        """E[‖r‖²xxᵀ] and E[‖x‖²rrᵀ] for the residuals r = Px − y of a linear map P."""
+
+
+class LinearStream(AbstractLinearData):
+    """y = Vx + ε with independent normal x and ε of mean 0, new at every draw.
+
+    Args:
+        target_map: V, (d_y, d_x).
+        input_covariance: Σ_x, (d_x, d_x), or its diagonal (d_x,).
+        noise_covariance: Σ_ε, (d_y, d_y), or its diagonal (d_y,).
+
+    Raises:
+        ValueError: shapes that do not fit, a covariance that is not positive semidefinite.
+    """
+
+    target_map: Matrix
+    input_root: Matrix
+    noise_root: Matrix
+
+    def __init__(self, target_map: Any, input_covariance: Any, noise_covariance: Any):
+        self.target_map = jnp.asarray(target_map, float)
+        if self.target_map.ndim != 2:
+            raise ValueError(f"target_map must be (d_y, d_x); got {self.target_map.shape}.")
+        outputs, inputs = self.target_map.shape
+        self.input_root = _root("input_covariance", input_covariance, inputs)
+        self.noise_root = _root("noise_covariance", noise_covariance, outputs)
+
+    def sample(self, key: Key, num_examples: int) -> Batch:
+        of_x, of_noise = jr.split(key)
+        draw = lambda key, root: jr.normal(key, (num_examples, len(root)), root.dtype) @ root
+        x = draw(of_x, self.input_root)
+        return x, x @ self.target_map.T + draw(of_noise, self.noise_root)
+
+    @property
+    def input_covariance(self) -> Matrix:
+        return self.input_root @ self.input_root
+
+    @property
+    def noise_covariance(self) -> Matrix:
+        return self.noise_root @ self.noise_root
+
+    def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
+        """With D = P − V: (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ."""
+        gap, sigma = linear_map - self.target_map, self.input_covariance
+        across = gap @ sigma
+        residual = across @ gap.T + self.noise_covariance
+        of_inputs = jnp.trace(residual) * sigma + 2 * across.T @ across
+        return of_inputs, jnp.trace(sigma) * residual + 2 * across @ across.T
+
+
+class FiniteData(AbstractLinearData):
+    """N examples, drawn with replacement.
+
+    Args:
+        inputs: x, (N, d_x).
+        targets: y, (N, d_y).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+
+    inputs: Float[Array, "N d_x"]
+    targets: Float[Array, "N d_y"]
+
+    def __init__(self, inputs: Any, targets: Any):
+        self.inputs, self.targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
+        if self.inputs.ndim != 2 or self.targets.ndim != 2 or len(self.inputs) != len(self.targets):
+            raise ValueError(
+                f"The inputs must be (N, d_x) and the targets (N, d_y); got {self.inputs.shape} "
+                f"and {self.targets.shape}."
+            )
+
+    def sample(self, key: Key, num_examples: int) -> Batch:
+        drawn = jr.randint(key, (num_examples,), 0, len(self.inputs))
+        return self.inputs[drawn], self.targets[drawn]
+
+    @property
+    def target_map(self) -> Matrix:
+        """The least-squares map, of least norm where there are several."""
+        return jnp.linalg.lstsq(self.inputs, self.targets)[0].T
+
+    @property
+    def input_covariance(self) -> Matrix:
+        return self.inputs.T @ self.inputs / len(self.inputs)
+
+    @property
+    def noise_covariance(self) -> Matrix:
+        residuals = self._residuals(self.target_map)
+        return residuals.T @ residuals / len(residuals)
+
+    def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
+        x, r = self.inputs, self._residuals(linear_map)
+        weighted = lambda a, b: (a.T * jnp.sum(b**2, axis=1)) @ a / len(a)
+        return weighted(x, r), weighted(r, x)
+
+    def _residuals(self, linear_map: Matrix) -> Float[Array, "N d_y"]:
+        return self.inputs @ linear_map.T - self.targets
+
+
+def _root(name: str, covariance: Any, size: int) -> Matrix:
+    """The symmetric root of a covariance, or of one that is given by its diagonal."""
+    array = jnp.asarray(covariance, float)
+    array = jnp.diag(array) if array.ndim == 1 else array
+    if array.shape != (size, size):
+        raise ValueError(
+            f"{name} must be ({size}, {size}), or ({size},) for a diagonal; got {array.shape}."
+        )
+    values, vectors = jnp.linalg.eigh(array)
+    floor = -jnp.sqrt(jnp.finfo(array.dtype).eps) * jnp.max(jnp.abs(array))
+    if not is_traced(array) and (values[0] < floor or jnp.any(jnp.abs(array - array.T) > -floor)):
+        raise ValueError(f"{name} must be symmetric, without negative eigenvalues.")
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T

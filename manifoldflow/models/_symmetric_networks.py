@@ -1,0 +1,139 @@
+"""Nonlinear networks of two layers whose layers the noise of SGD aligns, or lets grow."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count
+from manifoldflow._types import Key, Scalar
+from manifoldflow.losses import LeastSquares
+from manifoldflow.models._linear_data import AbstractLinearData, Matrix
+from manifoldflow.noise import OnlineBatch
+from manifoldflow.symmetry import ExponentialSymmetry, scaling
+
+Layers = dict[str, Matrix]
+KINDS = ("A", "B")
+
+
+class AbstractTwoLayers(eqx.Module):
+    """A network on points {"U": (d_y, d), "W": (d, d_x)}, with ℓ = ‖f − y‖²."""
+
+    data: eqx.AbstractVar[AbstractLinearData]
+    width: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def predict(self, point: Layers, x: Float[Array, " d_x"]) -> Float[Array, " d_y"]:
+        """f(x)."""
+
+    def example_loss(self, point: Layers, example: Any) -> Scalar:
+        """‖f(x) − y‖², for `symmetry` and `OnlineBatch`."""
+        x, y = example
+        return jnp.sum((self.predict(point, x) - y) ** 2)
+
+    def noise(self, batch_size: int) -> OnlineBatch:
+        """The gradients of SGD: batches of examples drawn anew at every step."""
+        return OnlineBatch(self.data.sample, self.example_loss, batch_size)
+
+    def loss(self, key: Key, num_examples: int) -> LeastSquares:
+        """The mean of ‖f − y‖² over examples that are drawn once: for descent without noise."""
+        inputs, targets = self.data.sample(key, num_examples)
+        return LeastSquares(inputs, targets, predict=self.predict, scale=2 / num_examples)
+
+    def initial(self, key: Key, scale: Any = 1.0) -> Layers:
+        """Independent normal weights with standard deviation scale/√inputs in each layer."""
+        outputs, inputs = self.data.target_map.shape
+        keys, shapes = jr.split(key), ((outputs, self.width), (self.width, inputs))
+        drawn = [scale * jr.normal(k, s) / jnp.sqrt(s[1]) for k, s in zip(keys, shapes)]
+        return {"U": drawn[0], "W": drawn[1]}
+
+
+class NonlinearFactorization(AbstractTwoLayers):
+    """f = Uφ(Wx): a matrix factorisation with an activation between its factors.
+
+    As for the linear network, SGD makes the two matrices of `representations` similar; descent
+    without noise does not.
+
+    Args:
+        data: a `LinearStream` or `FiniteData`.
+        width: d.
+        activation: φ, number → number: `jnp.tanh`, `jax.nn.swish`, `jax.nn.relu`,
+            `jax.nn.leaky_relu`, …
+
+    References:
+        [Ziyin2024, Figures 6 and 9].
+    """
+
+    data: AbstractLinearData
+    width: int = eqx.field(static=True)
+    activation: Callable[..., Any]
+
+    def __init__(self, data: AbstractLinearData, width: int, activation: Callable[[Any], Any]):
+        self.data = data
+        self.width = checked_count("NonlinearFactorization: width", width)
+        self.activation = _tree.as_pytree_callable(activation)
+
+    def predict(self, point: Layers, x: Float[Array, " d_x"]) -> Float[Array, " d_y"]:
+        return point["U"] @ self.activation(point["W"] @ x)
+
+    def representations(self, point: Layers) -> tuple[Matrix, Matrix]:
+        """WΣ_xWᵀ/trΣ_x, of what enters the hidden layer, and UᵀΣ_εU/trΣ_ε."""
+        w, u = point["W"], point["U"]
+        bars = self.data.input_covariance, self.data.noise_covariance
+        of_inputs, of_noise = (sigma / jnp.trace(sigma) for sigma in bars)
+        return w @ of_inputs @ w.T, u.T @ of_noise @ u
+
+    def alignment(self, point: Layers) -> Scalar:
+        """The cosine of the two `representations`, as vectors of d² numbers."""
+        a, b = self.representations(point)
+        return jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+
+
+class ScaleInvariantNet(AbstractTwoLayers):
+    """Two tanh layers that only enter normalised: SGD lets their norm grow for ever.
+
+    Kind "A" is f = Uφ(Wx/‖U‖)/‖W‖, invariant when both layers are scaled by one number. Kind "B"
+    is f = Uφ(Wx/‖W‖)/‖U‖, invariant under either alone. Gradient flow keeps the norms; SGD has
+    d‖θ‖²/dt = −4γ‖θ‖² + 2σ² tr Σ, for every layer that has its own invariance as well.
+
+    Args:
+        data: a `LinearStream` or `FiniteData`.
+        width: d.
+        kind: "A" or "B".
+
+    References:
+        [Ziyin2024, section A.1 and Figure 7].
+    """
+
+    data: AbstractLinearData
+    width: int = eqx.field(static=True)
+    kind: str = eqx.field(static=True)
+
+    def __init__(self, data: AbstractLinearData, width: int, kind: str):
+        self.data = data
+        self.width = checked_count("ScaleInvariantNet: width", width)
+        self.kind = kind
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}; got {kind!r}.")
+
+    def predict(self, point: Layers, x: Float[Array, " d_x"]) -> Float[Array, " d_y"]:
+        u, w = point["U"], point["W"]
+        of_u, of_w = jnp.linalg.norm(u), jnp.linalg.norm(w)
+        inner, outer = (of_u, of_w) if self.kind == "A" else (of_w, of_u)
+        return u @ jnp.tanh(w @ x / inner) / outer
+
+    def symmetries(self, point: Layers) -> tuple[ExponentialSymmetry, ...]:
+        """The scaling of both layers; for kind "B" those of U and of W."""
+        if self.kind == "A":
+            return (scaling(point),)
+        return scaling(point, lambda p: p["U"]), scaling(point, lambda p: p["W"])
+
+    def squared_norms(self, point: Layers) -> dict[str, Scalar]:
+        """‖U‖² and ‖W‖²."""
+        return jax.tree.map(lambda leaf: jnp.sum(leaf**2), point)
