@@ -10,6 +10,7 @@ from manifoldflow import (
     linalg as linalg,
     models as models,
     optimize as optimize,
+    symmetry as symmetry,
     theory as theory,
 )
 from manifoldflow._solution import Info as Info, RESULTS as RESULTS, Solution as Solution
@@ -22,6 +23,7 @@ from manifoldflow.flows import (
     GradientFlow as GradientFlow,
     LimitDiffusion as LimitDiffusion,
     load_checkpoint as load_checkpoint,
+    NoetherFlow as NoetherFlow,
     RiemannianGradientFlow as RiemannianGradientFlow,
     SGDDiffusion as SGDDiffusion,
     solve as solve,
@@ -77,6 +79,7 @@ from manifoldflow.noise import (
     IsotropicNoise as IsotropicNoise,
     LabelNoise as LabelNoise,
     MinibatchNoise as MinibatchNoise,
+    OnlineBatch as OnlineBatch,
     ResampledLabels as ResampledLabels,
 )
 from manifoldflow.optimize import (

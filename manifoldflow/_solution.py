@@ -49,6 +49,10 @@ class RESULTS(eqx.Enumeration):
         "No tangent was found whose retraction is the other point. They must be nearer to each "
         "other than the radius of curvature of the manifold."
     )
+    not_a_symmetry = (
+        "The loss does not have this symmetry, or several symmetries do not commute: ∇ℓ·Aθ is "
+        "far from zero. `symmetry.check_symmetry` says by how much."
+    )
     bad_end_time = "end_time must be positive and finite."
     diverged = (
         "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "

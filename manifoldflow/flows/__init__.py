@@ -11,6 +11,7 @@ from manifoldflow.flows._gradient import (
     RiemannianGradientFlow as RiemannianGradientFlow,
 )
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
+from manifoldflow.flows._noether import NoetherFlow as NoetherFlow
 from manifoldflow.flows._options import Stationary as Stationary
 from manifoldflow.flows._sgd_diffusion import SGDDiffusion as SGDDiffusion
 from manifoldflow.flows._solve import solve as solve

@@ -1,0 +1,84 @@
+"""The flow along the orbit of a symmetry that SGD's noise drives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.symmetry import ExponentialSymmetry
+from manifoldflow.symmetry._drift import checked_noise, drift
+from manifoldflow.symmetry._gradients import checked_examples
+from manifoldflow.symmetry._orbit import semidefinite_solve
+from manifoldflow.symmetry._symmetry import as_tuple, Symmetries
+
+
+class NoetherFlow(AbstractFlow):
+    """θ' = Aθ·G(θ)/‖Aθ‖²: along the orbit e^{λA}θ so that dC/dt = G, on the clock kη.
+
+    What SGD does on average to the charge C = ½θᵀAθ, by itself: the loss does not change.
+    It ends at the noise equilibrium of its start; see `symmetry.noise_equilibrium`.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k that commute; then θ' lies in
+            the span of all A_iθ, with dC_i/dt = G_i for each.
+        example_loss: ℓ(point, example) → scalar, without the decay.
+        data: PyTree of arrays with a leading axis of examples.
+        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
+        weight_decay: γ, where γ‖θ‖² is added to the loss.
+
+    References:
+        [Ziyin2024, eq. (7)].
+    """
+
+    symmetries: tuple[ExponentialSymmetry, ...]
+    example_loss: Callable[..., Any]
+    data: PyTree[Array]
+    noise_scale: Scalar
+    weight_decay: Scalar
+
+    def __init__(
+        self,
+        symmetry: Symmetries,
+        example_loss: Callable[..., Any],
+        data: PyTree[Any],
+        *,
+        noise_scale: Any,
+        weight_decay: Any = 0.0,
+    ):
+        self.symmetries = as_tuple(symmetry)
+        self.example_loss = _tree.as_pytree_callable(example_loss)
+        self.data = checked_examples(data)
+        self.noise_scale, self.weight_decay = checked_noise(
+            "NoetherFlow", noise_scale, weight_decay
+        )
+
+    @property
+    def manifold(self) -> None:
+        return None
+
+    def split(self, point: Point) -> tuple[Coordinates, Point]:
+        return _tree.split(point)
+
+    @eqx.filter_jit
+    def drift(self, point: Point) -> Tangent:
+        rates = drift(
+            self.symmetries,
+            self.example_loss,
+            point,
+            self.data,
+            self.noise_scale,
+            self.weight_decay,
+        )
+        along = [symmetry.velocity(point) for symmetry in self.symmetries]
+        gram = jnp.stack([jnp.stack([_tree.inner(u, v) for v in along]) for u in along])
+        # A fixed point of a symmetry, Aθ = 0, has no orbit to move on and stays.
+        speeds = semidefinite_solve(gram, rates, jnp.ones(rates.shape, bool))
+        total = _tree.zeros_like(along[0])
+        for speed, v in zip(speeds, along):
+            total = _tree.add(total, _tree.scale(speed, v))
+        return total

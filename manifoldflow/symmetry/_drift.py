@@ -1,0 +1,235 @@
+"""How fast SGD changes a charge: by the noise of its gradients, and by weight decay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count, checked_nonnegative
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.symmetry._generators import is_leafwise
+from manifoldflow.symmetry._gradients import (
+    checked_examples,
+    ExampleLoss,
+    gradient_moments,
+    LeafSquares,
+    num_examples,
+)
+from manifoldflow.symmetry._symmetry import as_tuple, like, noether_charge, Symmetries
+
+
+def checked_noise(name: str, noise_scale: Any, weight_decay: Any) -> tuple[Array, Array]:
+    return (
+        checked_nonnegative(f"{name}: noise_scale", noise_scale, "It is σ² = η/(2S)."),
+        checked_nonnegative(f"{name}: weight_decay", weight_decay, "It is the γ of γ‖θ‖²."),
+    )
+
+
+def charge_drift(
+    charge: Callable[[Point], Any],
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    noise_scale: Any,
+    weight_decay: Any = 0.0,
+) -> Scalar:
+    """dC/dt = −∇C·∇L − 2γ∇C·θ + σ² tr(Σ∇²C) under SGD, for any scalar C of the point.
+
+    Itô's formula on the clock kη, with Σ the centred covariance of per-example gradients.
+    For a charge, ∇C·∇ℓ = 0: the first term vanishes and there is no noise in dC. Where a
+    symmetry is approximate the first term is what breaks it.
+
+    Args:
+        charge: C, point → scalar.
+        example_loss: ℓ(point, example) → scalar, without the decay.
+        point: θ.
+        data: PyTree of arrays with a leading axis of examples.
+        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
+        weight_decay: γ, where γ‖θ‖² is added to the loss.
+
+    Returns:
+        dC/dt. Costs a gradient and two products with ∇²C for each example.
+
+    References:
+        [Ziyin2024, eqs. (5), (7), (20)].
+    """
+    noise_scale, weight_decay = checked_noise("charge_drift", noise_scale, weight_decay)
+    return _charge_drift(
+        _tree.as_pytree_callable(charge),
+        _tree.as_pytree_callable(example_loss),
+        point,
+        checked_examples(data),
+        noise_scale,
+        weight_decay,
+    )
+
+
+@eqx.filter_jit
+def _charge_drift(
+    charge: Callable[..., Any],
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Array],
+    noise_scale: Array,
+    weight_decay: Array,
+) -> Scalar:
+    coordinates, remainder = _tree.split(point)
+    gradient = jax.grad(lambda x: jnp.asarray(charge(_tree.join(x, remainder))))
+
+    def bend(vector: Tangent) -> Scalar:
+        return _tree.inner(vector, jax.jvp(gradient, (coordinates,), (vector,))[1])
+
+    mean, trace = gradient_moments(example_loss, point, data, bend)
+    slope = gradient(coordinates)
+    steady = _tree.inner(slope, mean) + 2 * weight_decay * _tree.inner(slope, coordinates)
+    return (noise_scale * trace - steady).astype(trace.dtype)
+
+
+def noether_drift(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    noise_scale: Any,
+    weight_decay: Any = 0.0,
+) -> Float[Array, "..."]:
+    """G(θ) = dC/dt = −4γC + σ² tr(ΣA), the drift of C = ½θᵀAθ under SGD.
+
+    On the clock kη, for dθ = −∇L dt + √(2σ²Σ) dW with weight decay γ‖θ‖². Σ is the centred
+    covariance of per-example gradients; since ΣAθ = 0 there is no noise in dC.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
+        example_loss: ℓ(point, example) → scalar, without the decay.
+        point: θ.
+        data: PyTree of arrays with a leading axis of examples.
+        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
+        weight_decay: γ.
+
+    Returns:
+        A scalar, or (k,). No covariance is formed. Costs one gradient for each example; for
+        networks and weights that are one number for each leaf, a few of the whole loss.
+
+    Raises:
+        ValueError: wrong data, shapes, σ² or γ.
+
+    Assumes:
+        ℓ has the symmetry: `check_symmetry`.
+
+    References:
+        [Ziyin2024, eq. (7)].
+    """
+    noise_scale, weight_decay = checked_noise("noether_drift", noise_scale, weight_decay)
+    example_loss = _tree.as_pytree_callable(example_loss)
+    data = checked_examples(data)
+    return like(symmetry, drift(symmetry, example_loss, point, data, noise_scale, weight_decay))
+
+
+@eqx.filter_jit
+def drift(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Array],
+    noise_scale: Array,
+    weight_decay: Array,
+) -> Float[Array, " k"]:
+    """G for every symmetry."""
+    _, traces = noise_traces(symmetry, example_loss, point, data)
+    charges = noether_charge(as_tuple(symmetry), point)
+    return (noise_scale * traces - 4 * weight_decay * charges).astype(traces.dtype)
+
+
+def noise_traces(
+    symmetry: Symmetries, example_loss: ExampleLoss, point: Point, data: PyTree[Array]
+) -> tuple[Tangent, Float[Array, " k"]]:
+    """∇L, and tr(ΣA) for every symmetry."""
+    coordinates, _ = _tree.split(point)
+    generators = [one.at(point) for one in as_tuple(symmetry)]
+    if not is_leafwise(generators, coordinates):
+        return gradient_moments(example_loss, point, data, quadratic_forms(symmetry, point))
+    mean, squares = gradient_moments(example_loss, point, data, LeafSquares())
+    rates = [jax.tree.map(lambda rate: rate.reshape(()), g.rates(coordinates)) for g in generators]
+    return mean, jnp.stack([_tree.inner(rate, squares) for rate in rates])
+
+
+def quadratic_forms(
+    symmetry: Symmetries, point: Point
+) -> Callable[[Coordinates], Float[Array, " k"]]:
+    """v ↦ vᵀAv for every symmetry."""
+    generators = [one.at(point) for one in as_tuple(symmetry)]
+    return lambda v: jnp.stack([_tree.inner(v, generator.mv(v)) for generator in generators])
+
+
+def discrete_noether_drift(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    learning_rate: Any,
+    batch_size: int,
+    weight_decay: Any = 0.0,
+    replacement: bool = False,
+) -> Float[Array, "..."]:
+    """E[C_{k+1}] − C_k for one step of SGD, exactly.
+
+    C_{k+1} = (1 − 2ηγ)²C_k + ½η²gᵀAg with g the gradient of the mini-batch without decay,
+    and E[gᵀAg] = f·tr(ΣA)/S + ∇LᵀA∇L: f = 1 for examples drawn with replacement, else
+    (N − S)/(N − 1). Divided by η, for small η, it is `noether_drift` at σ² = η/(2S), plus
+    ½η∇LᵀA∇L, which full-batch gradient descent has too.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
+        example_loss: ℓ(point, example) → scalar, without the decay.
+        point: θ_k.
+        data: PyTree of arrays with a leading axis of N examples.
+        learning_rate: η.
+        batch_size: S.
+        weight_decay: γ.
+        replacement: how batches are drawn.
+
+    Returns:
+        A scalar, or (k,).
+
+    Raises:
+        ValueError: wrong data, shapes, η or γ; S above N without replacement.
+
+    References:
+        [Ziyin2024, eq. (98)].
+    """
+    name = "discrete_noether_drift"
+    eta = checked_nonnegative(f"{name}: learning_rate", learning_rate, "It is a step size.")
+    decay = checked_noise(name, 0.0, weight_decay)[1]
+    size, data = checked_count("batch_size", batch_size), checked_examples(data)
+    count = num_examples(data)
+    if size > count and not replacement:
+        raise ValueError(
+            f"{name}: batch_size={size} exceeds the {count} examples. Draw with replacement=True."
+        )
+    finite = 1.0 if replacement else (count - size) / max(count - 1, 1)
+    example_loss = _tree.as_pytree_callable(example_loss)
+    return like(symmetry, _discrete(symmetry, example_loss, point, data, eta, decay, finite / size))
+
+
+@eqx.filter_jit
+def _discrete(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Array],
+    learning_rate: Array,
+    weight_decay: Array,
+    spread: float,
+) -> Float[Array, " k"]:
+    forms = quadratic_forms(symmetry, point)
+    mean, traces = noise_traces(symmetry, example_loss, point, data)
+    kicks = learning_rate**2 / 2 * (spread * traces + forms(mean))
+    shrinking = (1 - 2 * learning_rate * weight_decay) ** 2 - 1
+    return (shrinking * noether_charge(as_tuple(symmetry), point) + kicks).astype(traces.dtype)

@@ -1,0 +1,262 @@
+"""Where along the orbit of a symmetry SGD comes to rest: its noise equilibrium."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
+from manifoldflow.symmetry._drift import checked_noise, drift
+from manifoldflow.symmetry._generators import AbstractGenerator, Elementwise
+from manifoldflow.symmetry._gradients import (
+    checked_examples,
+    example_value,
+    ExampleLoss,
+    gradient_moments,
+    LeafSquares,
+    over_chunks,
+)
+from manifoldflow.symmetry._orbit import (
+    Local,
+    moved,
+    Noise,
+    Orbit,
+    orbit_of,
+    semidefinite_solve,
+)
+from manifoldflow.symmetry._symmetry import as_tuple, like, Symmetries
+
+MAX_STEPS = 200
+# Symmetries that hold up to this share of what they cancel are taken as such: scaling
+# before a LayerNorm does up to its ε.
+_BROKEN = 1e-3
+
+
+def noise_equilibrium(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    noise_scale: Any,
+    weight_decay: Any = 0.0,
+    throw: bool = True,
+) -> Float[Array, "..."]:
+    """λ* with G(e^{λ*A}θ) = 0, the one point of the orbit of θ where SGD's drift vanishes.
+
+    It is where γ‖θ‖² + ½σ² tr Σ(θ) is least on the orbit, a convex problem in λ, by
+    Newton's method. With generators whose eigenvectors are known (all but functions) the
+    gradients of the examples are formed twice, however far λ* is; else in every step.
+    For networks and weights that are one number for each leaf not even twice.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k that commute, for which all
+            k drifts vanish together.
+        example_loss: ℓ(point, example) → scalar, without the decay.
+        point: θ, any point of the orbit.
+        data: PyTree of arrays with a leading axis of examples.
+        noise_scale: σ² = η/(2S); without decay it does not matter.
+        weight_decay: γ ≥ 0.
+        throw: raise on failure; else NaN.
+
+    Returns:
+        λ*, a scalar or (k,). ±inf where G does not change its sign: as for A = I without
+        decay, or where noise acts on one side of a rescaling only; |λ*|·‖A‖ above
+        ln(1/eps) counts as infinite. 0 where neither noise nor decay acts on the orbit.
+        Differentiable in everything, in forward and reverse mode; 0 where infinite.
+
+    Raises:
+        ValueError: wrong data, shapes, σ² or γ.
+        EquinoxRuntimeError: NaN, or the loss does not have the symmetry.
+
+    Assumes:
+        ℓ has the symmetry, checked at the result (`Info.defect`).
+
+    References:
+        [Ziyin2024, Theorem 4.3].
+    """
+    return noise_equilibrium_with_info(
+        symmetry,
+        example_loss,
+        point,
+        data,
+        noise_scale=noise_scale,
+        weight_decay=weight_decay,
+        throw=throw,
+    )[0]
+
+
+def noise_equilibrium_with_info(
+    symmetry: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    noise_scale: Any,
+    weight_decay: Any = 0.0,
+    throw: bool = False,
+) -> tuple[Float[Array, "..."], Info]:
+    """As `noise_equilibrium`, with the `Info` of the search.
+
+    `Info.defect` says how far the loss is from having the symmetry at the result: the root
+    mean square of ∇ℓ·Aθ over that of |∇ℓ||Aθ| in each leaf, 0 to about 1.
+    """
+    sigma, gamma = checked_noise("noise_equilibrium", noise_scale, weight_decay)
+    data = checked_examples(data, throw=throw)
+    example_loss = _tree.as_pytree_callable(example_loss)
+    found, info = _equilibrium(as_tuple(symmetry), example_loss, point, data, sigma, gamma, throw)
+    return like(symmetry, found), info
+
+
+@eqx.filter_jit
+def _equilibrium(
+    symmetries: Symmetries,
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Array],
+    noise_scale: Array,
+    weight_decay: Array,
+    throw: bool,
+) -> tuple[Float[Array, " k"], Info]:
+    generators = [symmetry.at(point) for symmetry in as_tuple(symmetries)]
+    coordinates, remainder = _tree.split(point)
+    dtype = _tree.dtype_of(coordinates)
+    noise = Noise(example_loss, data, noise_scale.astype(dtype), weight_decay.astype(dtype))
+    norms = jnp.stack([generator.norm(coordinates) for generator in generators])
+
+    def drifts(at: Float[Array, " k"]) -> Float[Array, " k"]:
+        there = _tree.join(moved(generators, coordinates, at), remainder)
+        return drift(symmetries, noise.example_loss, there, noise.data, *noise[2:])
+
+    def search(_: object, start: Float[Array, " k"]) -> tuple[Array, tuple]:
+        end = _least(orbit_of(generators, point, noise), start, norms)
+        # Floats, as `custom_root` wants them.
+        flags = end.is_done, end.outward, _is_finite(end.local), end.num_steps
+        return end.at, tuple(jnp.asarray(flag, dtype) for flag in flags)
+
+    # Its derivative is that of a root of `drifts`, whatever the search does.
+    start = jnp.zeros(len(generators), dtype)
+    at, (is_done, outward, is_finite, num_steps) = jax.lax.custom_root(
+        drifts, start, search, _solved, has_aux=True
+    )
+    frozen = jax.lax.stop_gradient((coordinates, at))
+    there = _tree.join(moved(generators, *frozen), remainder)
+    defect = jnp.maximum(
+        _broken(generators, there, example_loss, data), _noncommuting(generators, frozen[0])
+    )
+    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.max_steps_reached)
+    result = RESULTS.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)
+    is_finite = (is_finite > 0) & jnp.isfinite(defect)
+    num_steps = num_steps.astype(int)
+    info = Info(RESULTS.where(is_finite, result, RESULTS.nonfinite), defect, num_steps, num_steps)
+    at = jnp.where(outward != 0, jnp.copysign(jnp.inf, outward), at)
+    return delivered(at, info, throw), info
+
+
+class _Step(eqx.Module):
+    at: Float[Array, " k"]
+    local: Local
+    stretch: Scalar  # of the next Newton step
+    outward: Float[Array, " k"]  # ±1 where λ is at its bound and pushed beyond
+    is_done: Flag
+    num_steps: Int[Array, ""]
+
+
+def _is_finite(local: Local) -> Flag:
+    return _tree.all_finite(local)
+
+
+def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -> _Step:
+    """The minimum of a convex sum of exponentials, by damped Newton within bounds.
+
+    Where one exponential e^{2μλ} rules, a Newton step has length 1/(2μ) however far there
+    is to go: while the slope goes on steps are doubled.
+    """
+    eps = float(jnp.finfo(start.dtype).eps)
+    bound = -math.log(eps) / jnp.where(norms > 0, norms, 1)
+
+    def pushed(at: Float[Array, " k"], local: Local) -> Float[Array, " k"]:
+        return jnp.sign(at) * ((jnp.abs(at) >= bound) & (at * local.drift > 0))
+
+    def going(state: _Step) -> Flag:
+        return ~state.is_done & (state.num_steps < MAX_STEPS)
+
+    def body(state: _Step) -> _Step:
+        newton = semidefinite_solve(state.local.curvature, state.local.drift, state.outward == 0)
+        is_last = jnp.max(jnp.abs(newton) * norms) <= eps**0.5
+        stretch = jnp.where(is_last, 1, state.stretch)
+        trial = jnp.clip(state.at + stretch * newton, -bound, bound)
+        local = orbit(trial)
+        step = trial - state.at
+        slope = jnp.dot(state.local.drift, step)
+        allowed = state.local.potential * (1 + 8 * eps) - 1e-4 * slope
+        is_good = (_is_finite(local) & (local.potential <= allowed)) | is_last
+        goes_on = jnp.dot(local.drift, step) > slope / 2
+        grown = jnp.where(goes_on, 2 * stretch, 1)
+        at = jnp.where(is_good, trial, state.at)
+        local = _tree.where(is_good, local, state.local)
+        return _Step(
+            at,
+            local,
+            jnp.where(is_good, grown, stretch / 4).astype(start.dtype),
+            pushed(at, local),
+            is_last,
+            state.num_steps + 1,
+        )
+
+    first = orbit(start)
+    dead = ~_is_finite(first)
+    one = jnp.ones((), start.dtype)
+    state = _Step(start, first, one, pushed(start, first), dead, jnp.asarray(0))
+    return jax.lax.while_loop(going, body, state)
+
+
+def _solved(linear: Any, right: Float[Array, " k"]) -> Float[Array, " k"]:
+    """linear⁻¹(right), 0 where `linear` is flat: at infinity, or without any noise."""
+    matrix = jax.jacfwd(linear)(jnp.zeros_like(right))
+    return semidefinite_solve(-matrix, -right, jnp.ones(right.shape, bool))
+
+
+def _broken(
+    generators: Sequence[AbstractGenerator],
+    point: Point,
+    example_loss: ExampleLoss,
+    data: PyTree[Array],
+) -> Scalar:
+    """The largest √(E(∇ℓ·Aθ)² / Σ E|∇ℓ|²|Aθ|²), with a sum over leaves."""
+    coordinates, remainder = _tree.split(point)
+    velocities = [generator.mv(coordinates) for generator in generators]
+    value = example_value(example_loss, remainder)
+
+    def slopes(example: Example) -> Float[Array, " k"]:
+        of = lambda x: value(x, example)
+        return jnp.stack([jax.jvp(of, (coordinates,), (v,))[1] for v in velocities])
+
+    with jax.default_matmul_precision("highest"):
+        left = jnp.mean(over_chunks(slopes, data, _tree.size(coordinates)) ** 2, axis=0)
+    square = LeafSquares()
+    mean, centred = gradient_moments(example_loss, point, data, square)
+    gradients = _tree.add(centred, square(mean))
+    terms = jnp.stack([_tree.inner(gradients, square(v)) for v in velocities])
+    ratio = left / jnp.where(terms == 0, 1, terms)
+    return jnp.sqrt(jnp.max(ratio)).astype(_tree.dtype_of(coordinates))
+
+
+def _noncommuting(generators: Sequence[AbstractGenerator], coordinates: Coordinates) -> Scalar:
+    """The largest |A_iA_jθ − A_jA_iθ| against |A_iA_jθ|."""
+    worst = jnp.zeros((), _tree.dtype_of(coordinates))
+    for index, a in enumerate(generators):
+        for b in generators[:index]:
+            if isinstance(a, Elementwise) and isinstance(b, Elementwise):
+                continue
+            one, other = a.mv(b.mv(coordinates)), b.mv(a.mv(coordinates))
+            size = _tree.norm(one) + _tree.norm(other)
+            gap = _tree.norm(_tree.subtract(one, other))
+            worst = jnp.maximum(worst, gap / jnp.where(size == 0, 1, size))
+    return worst

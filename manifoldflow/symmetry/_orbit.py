@@ -1,0 +1,136 @@
+"""What SGD's noise is along an orbit λ ↦ e^{λ₁A₁ + … + λₖAₖ}θ of commuting symmetries.
+
+With Φ(λ) = γ‖θ_λ‖² + ½σ² tr Σ(θ_λ), G_i = −∂Φ/∂λ_i: since ‖θ_λ‖² = θᵀe^{2λA}θ and
+tr Σ(θ_λ) = tr(e^{−2λA}Σ), Φ is a sum of exponentials and convex. A noise equilibrium is the
+point of the orbit where it is least.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.symmetry._generators import (
+    AbstractGenerator,
+    AbstractSpectralGenerator,
+    Elementwise,
+    is_leafwise,
+)
+from manifoldflow.symmetry._gradients import ExampleLoss, gradient_moments, LeafSquares
+
+
+class Local(NamedTuple):
+    """Φ, −∇Φ and ∇²Φ at one point of an orbit."""
+
+    potential: Scalar
+    drift: Float[Array, " k"]
+    curvature: Float[Array, "k k"]
+
+
+Orbit = Callable[[Float[Array, " k"]], Local]
+
+
+class Noise(NamedTuple):
+    """What moves a charge: examples, σ² and γ."""
+
+    example_loss: ExampleLoss
+    data: PyTree[Array]
+    noise_scale: Scalar
+    weight_decay: Scalar
+
+
+def moved(
+    generators: Sequence[AbstractGenerator], coordinates: Coordinates, at: Float[Array, " k"]
+) -> Coordinates:
+    """e^{λ₁A₁ + … + λₖAₖ}θ."""
+    for index, generator in enumerate(generators):
+        coordinates = generator.exp_mv(at[index], coordinates)
+    return coordinates
+
+
+def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: Noise) -> Orbit:
+    """By the gradients of all examples, anew wherever on the orbit; for any generators."""
+    coordinates, remainder = _tree.split(point)
+
+    def moments(v: Tangent) -> tuple[Scalar, Array, Array]:
+        """|v|², vᵀA_iv, vᵀA_iA_jv."""
+        images = [generator.mv(v) for generator in generators]
+        first = jnp.stack([_tree.inner(v, image) for image in images])
+        second = jnp.stack([jnp.stack([_tree.inner(a, b) for b in images]) for a in images])
+        return _tree.inner(v, v), first, second
+
+    def local(at: Float[Array, " k"]) -> Local:
+        x = moved(generators, coordinates, at)
+        _, noisy = gradient_moments(
+            noise.example_loss, _tree.join(x, remainder), noise.data, moments
+        )
+        decaying = moments(x)
+        sigma, gamma = noise.noise_scale, noise.weight_decay
+        return Local(
+            gamma * decaying[0] + sigma / 2 * noisy[0],
+            sigma * noisy[1] - 2 * gamma * decaying[1],
+            2 * sigma * noisy[2] + 4 * gamma * decaying[2],
+        )
+
+    return local
+
+
+def spectral_orbit(
+    generators: Sequence[AbstractSpectralGenerator], point: Point, noise: Noise
+) -> Orbit:
+    """By the variances of the gradients' modes at θ: one pass over the examples for all λ.
+
+    For generators that share their modes: one, or several elementwise ones.
+    """
+    coordinates, _ = _tree.split(point)
+    leafwise = is_leafwise(generators, coordinates)
+    by_mode = lambda v: jax.tree.map(jnp.square, generators[0].modes(v))
+    square = LeafSquares() if leafwise else by_mode
+    _, variances = gradient_moments(noise.example_loss, point, noise.data, square)
+    energies = square(coordinates)
+    rates = [generator.rates(coordinates) for generator in generators]
+
+    def local(at: Float[Array, " k"]) -> Local:
+        def of_leaf(variance: Array, energy: Array, *rates: Array) -> Local:
+            stretch = sum(2 * parameter * rate for parameter, rate in zip(at, rates))
+            noisy = noise.noise_scale * jnp.exp(-stretch) * variance
+            decaying = 2 * noise.weight_decay * jnp.exp(stretch) * energy
+            drifts = jnp.stack([jnp.sum(rate * (noisy - decaying)) for rate in rates])
+            both = noisy + decaying
+            curvatures = [jnp.stack([2 * jnp.sum(a * b * both) for b in rates]) for a in rates]
+            return Local(jnp.sum(both) / 2, drifts, jnp.stack(curvatures))
+
+        leaves = jax.tree.leaves(jax.tree.map(of_leaf, variances, energies, *rates), is_leaf=_is_it)
+        return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *leaves)
+
+    return local
+
+
+def _is_it(node: object) -> bool:
+    return isinstance(node, Local)
+
+
+def semidefinite_solve(
+    matrix: Float[Array, "k k"], right: Float[Array, " k"], is_free: Bool[Array, " k"]
+) -> Float[Array, " k"]:
+    """matrix⁻¹right on the coordinates that are free; 0 where the matrix vanishes."""
+    diagonal = jnp.diag(matrix)
+    moves = is_free & (diagonal > 0)
+    scale = jnp.where(moves, jax.lax.rsqrt(jnp.where(moves, diagonal, 1)), 0)
+    # The ridge is for symmetries that depend on each other.
+    ridge = jnp.where(moves, 8 * jnp.finfo(matrix.dtype).eps, 1)
+    scaled = scale[:, None] * matrix * scale + jnp.diag(ridge)
+    return scale * jnp.linalg.solve(scaled, scale * right)
+
+
+def orbit_of(generators: Sequence[AbstractGenerator], point: Point, noise: Noise) -> Orbit:
+    """By the variances of modes where they are known, else by sweeps over the examples."""
+    elementwise = all(isinstance(generator, Elementwise) for generator in generators)
+    spectral = [g for g in generators if isinstance(g, AbstractSpectralGenerator)]
+    if elementwise or (len(generators) == 1 and spectral):
+        return spectral_orbit(spectral, point, noise)
+    return swept_orbit(generators, point, noise)
