@@ -82,14 +82,16 @@ def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) ->
     if save_times is None:
         num_saves = checked_count("num_saves", num_saves)
         fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
-        return fractions * jnp.asarray(end_time, dtype)
+        end = jnp.asarray(end_time, dtype)
+        return jnp.minimum(fractions * end, end)  # also where XLA rounds the product up
     wanted = jnp.asarray(save_times, dtype)
     if wanted.ndim != 1 or wanted.size == 0:
         raise ValueError(f"save_times must be a sequence of times; got shape {wanted.shape}.")
     times = jnp.concatenate([jnp.zeros(1, dtype), wanted])
-    if not is_traced((wanted, end_time)):
-        increasing = bool(jnp.all(jnp.diff(times) >= 0))
-        if not increasing or float(times[-1]) > float(jnp.asarray(end_time, dtype)):
+    if not is_traced((save_times, end_time)):
+        # In NumPy: inside jit JAX would make tracers even of constants.
+        known = np.concatenate([np.zeros(1, dtype), np.asarray(save_times, dtype)])
+        if np.any(np.diff(known) < 0) or known[-1] > np.asarray(end_time, dtype):
             raise ValueError(
                 f"save_times must increase from 0 to at most end_time={end_time}; got {save_times}."
             )

@@ -68,6 +68,15 @@ def test_save_times_and_their_points():
     )
 
 
+def test_save_times_inside_jit():
+    """Arrays that are known while tracing, and a traced end whose multiples round above it."""
+    times = jnp.linspace(0.1, 0.5, 3)
+    walk = jax.jit(lambda x: mf.solve(FLOW, x, end_time=0.5, save_times=times).times)(START)
+    close("times", walk[1:], times, 1e-15)
+    end = lambda t: mf.solve(FLOW, START, end_time=t, num_saves=10, throw=False).times[-1]
+    equal("last time", float(jax.jit(end)(0.1)), 0.1)
+
+
 def test_the_start_is_projected():
     walk = mf.solve(FLOW, 1.1 * START, end_time=0.5)
     close("from off the sphere", walk.final, descent(START, 0.5), 1e-5)
