@@ -4,9 +4,11 @@ import os
 import pathlib
 import sys
 
-# Threads of XLA's pool can wait for work that only threads of the same pool would do; with
-# one for each of two cores a test was once seen to wait for ever.
+# Batched LAPACK calls of jaxlib wait inside threads of XLA's pool for other threads of it. The
+# library does without most of them; tests also call some themselves.
 os.environ.setdefault("PJRT_NPROC", "8")
+# XLA's older code generator compiles in little more than half of the time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
