@@ -22,6 +22,10 @@ from manifoldflow.theory._overparametrized_linear import (
     overparametrized_linear_flow as overparametrized_linear_flow,
     weighted_l1_interpolant as weighted_l1_interpolant,
 )
+from manifoldflow.theory._restricted_isometry import (
+    restricted_isometry as restricted_isometry,
+    RestrictedIsometry as RestrictedIsometry,
+)
 from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,
     ActivationConstants as ActivationConstants,
