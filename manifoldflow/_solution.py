@@ -53,6 +53,11 @@ class RESULTS(eqx.Enumeration):
         "The loss does not have this symmetry, or several symmetries do not commute: ∇ℓ·Aθ is "
         "far from zero. `symmetry.check_symmetry` says by how much."
     )
+    no_equilibrium = (
+        "There is no balance: along a symmetry noise (or decay) pushes to one side only. "
+        "Give weight_decay > 0 and noise_scale, take kind='norm', or leave that symmetry out "
+        "of `symmetries`."
+    )
     bad_end_time = "end_time must be positive and finite."
     diverged = (
         "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "

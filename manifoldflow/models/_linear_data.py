@@ -12,7 +12,7 @@ from manifoldflow._errors import is_traced
 from manifoldflow._types import Key
 
 Batch = tuple[Float[Array, "N d_x"], Float[Array, "N d_y"]]
-Matrix = Float[Array, "m n"]
+Matrix = Float[Array, "_ _"]
 
 
 class AbstractLinearData(eqx.Module):

@@ -8,4 +8,5 @@ from manifoldflow.noise._custom import CustomNoise as CustomNoise
 from manifoldflow.noise._isotropic import IsotropicNoise as IsotropicNoise
 from manifoldflow.noise._label import LabelNoise as LabelNoise
 from manifoldflow.noise._minibatch import MinibatchNoise as MinibatchNoise
+from manifoldflow.noise._online import OnlineBatch as OnlineBatch
 from manifoldflow.noise._resampled import ResampledLabels as ResampledLabels

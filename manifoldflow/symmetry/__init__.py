@@ -1,5 +1,10 @@
 """Continuous symmetries of losses: conserved charges, and where SGD's noise moves them."""
 
+from manifoldflow.symmetry._balance import (
+    Balance as Balance,
+    balance as balance,
+    balance_with_info as balance_with_info,
+)
 from manifoldflow.symmetry._check import (
     check_symmetry as check_symmetry,
     SymmetryCheck as SymmetryCheck,

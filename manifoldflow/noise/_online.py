@@ -1,0 +1,73 @@
+"""Batches of new examples at every step, of which no data set is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._errors import checked_count
+from manifoldflow._types import Coordinates, Key, Point, Tangent
+from manifoldflow.losses import AbstractLoss
+from manifoldflow.noise._base import AbstractNoise
+
+
+class OnlineBatch(AbstractNoise):
+    """The mean gradient of an example's loss over B examples that are drawn anew.
+
+    For `simulate`: SGD on a stream of data. Of the loss it is given to it takes no more than
+    which leaves of a point may move; that loss should be the mean of `example_loss` over all
+    data, up to a constant, for the gradient to be unbiased.
+
+    Args:
+        sample_fn: (key, B) ↦ B examples, a PyTree of arrays with a leading axis of B.
+        example_loss: ℓ(point, example) → scalar.
+        batch_size: B.
+
+    Raises:
+        ValueError: a batch size below 1. `factor` and `covariance` always: they would be
+            integrals over all data.
+    """
+
+    sample_fn: Callable[..., Any]
+    example_loss: Callable[..., Any]
+    batch_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        sample_fn: Callable[[Key, int], PyTree[Array]],
+        example_loss: Callable[[Point, Any], Any],
+        batch_size: Any,
+    ):
+        if not callable(sample_fn) or not callable(example_loss):
+            raise ValueError(
+                "OnlineBatch needs two functions, sample_fn(key, B) → examples and "
+                f"example_loss(point, example) → scalar; got {type(sample_fn).__name__} and "
+                f"{type(example_loss).__name__}."
+            )
+        self.sample_fn = _tree.as_pytree_callable(sample_fn)
+        self.example_loss = _tree.as_pytree_callable(example_loss)
+        self.batch_size = checked_count("OnlineBatch: batch_size", batch_size)
+
+    def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
+        coordinates, remainder = loss.split(point)
+        batch = self.sample_fn(key, self.batch_size)
+        batch = _tree.cast_floats(batch, _tree.dtype_of(coordinates))
+
+        def mean_loss(x: Coordinates) -> Array:
+            point = _tree.join(x, remainder)
+            return jnp.mean(jax.vmap(lambda example: self.example_loss(point, example))(batch))
+
+        return jax.grad(mean_loss)(coordinates)
+
+    def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
+        """Always an error."""
+        raise ValueError(
+            "OnlineBatch has no covariance: it knows its data by samples only. For flows, draw a "
+            "data set and use MinibatchNoise(batch_size, replacement=True), or give the factor to "
+            "CustomNoise."
+        )

@@ -1,0 +1,195 @@
+"""Moving a network along its rescalings to where noise or decay would bring it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from manifoldflow import _tree
+from manifoldflow._errors import is_traced
+from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._types import Point
+from manifoldflow.losses import AbstractExampleLoss
+from manifoldflow.symmetry._equilibrium import noise_equilibrium_with_info
+from manifoldflow.symmetry._find import find_rescalings, Rescaling
+from manifoldflow.symmetry._gradients import ExampleLoss, examples_of
+from manifoldflow.symmetry._orbit import moved
+from manifoldflow.symmetry._symmetry import ExponentialSymmetry
+
+_KINDS = ("noise", "norm")
+
+LossOrExamples = AbstractExampleLoss | tuple[ExampleLoss, PyTree[Any]]
+"""A loss over examples, or an example loss with its data."""
+
+
+class Balance(eqx.Module):
+    """How a network was balanced.
+
+    Attributes:
+        parameters: λ, (k,); ±inf where there is no balance.
+        names: what was rescaled by each, as "first layer against second".
+        info: of the search for λ.
+    """
+
+    parameters: Float[Array, " k"]
+    names: tuple[str, ...] = eqx.field(static=True)
+    info: Info
+
+    def __str__(self) -> str:
+        lines = [f"{n}: λ = {float(x):+.4g}" for n, x in zip(self.names, self.parameters)]
+        return "\n".join(lines)
+
+
+def balance(
+    network: Point,
+    loss: LossOrExamples,
+    *,
+    kind: str = "noise",
+    noise_scale: Any = None,
+    weight_decay: Any = 0.0,
+    symmetries: Sequence[ExponentialSymmetry | Rescaling] | None = None,
+    throw: bool = True,
+) -> Point:
+    """The same function in other weights: those that SGD's noise or weight decay comes to rest at.
+
+    A warm start. ReLU networks are unchanged when a layer is multiplied by c and the next one
+    divided by it. SGD moves slowly along such symmetries; `balance` goes to the end at once.
+
+    With kind "noise" to the one point of the orbit where γ‖θ‖² + ½σ² tr Σ is least, which
+    is the `noise_equilibrium`. With kind "norm" to the one where ‖θ‖² is least, as weight
+    decay alone would: there every layer, with its bias, has the norm of the next one's weight
+    (for an activation of degree p, ‖first‖² = p‖second‖²).
+
+    Args:
+        network: any point; by default with `equinox.nn.Linear` layers.
+        loss: a loss over examples, as `LeastSquares`; or a pair (example_loss, data) as the
+            functions here take them, ℓ(point, example) → scalar.
+        kind: "noise" or "norm".
+        noise_scale: σ² = η/(2S), learning rate over twice the batch size. Without decay it
+            does not matter; with it, it must be given.
+        weight_decay: γ of SGD, for kind "noise".
+        symmetries: that commute, made or found; a `Rescaling` has names for messages. By
+            default what `find_rescalings` finds, for layers as a whole. Finding is not for
+            use inside jit or vmap: find once, and hand over.
+        throw: raise on failure; else NaN.
+
+    Returns:
+        A network of the same type, of the same function to rounding. Where neither noise nor
+        decay acts it stays: at zero loss the batches make no noise. For the balance under
+        label noise give a loss with noisy targets, `loss.shift_targets(…)`.
+
+    Raises:
+        ValueError: unknown kind; options that do not go together; no rescaling was found.
+        EquinoxRuntimeError: the balance is at infinity: names the layers, unless inside jit;
+            or as `noise_equilibrium`.
+
+    References:
+        [Ziyin2024, Theorem 4.3].
+    """
+    return balance_with_info(
+        network,
+        loss,
+        kind=kind,
+        noise_scale=noise_scale,
+        weight_decay=weight_decay,
+        symmetries=symmetries,
+        throw=throw,
+    )[0]
+
+
+def balance_with_info(
+    network: Point,
+    loss: LossOrExamples,
+    *,
+    kind: str = "noise",
+    noise_scale: Any = None,
+    weight_decay: Any = 0.0,
+    symmetries: Sequence[ExponentialSymmetry | Rescaling] | None = None,
+    throw: bool = False,
+) -> tuple[Point, Balance]:
+    """As `balance`, with how far the network went along each symmetry."""
+    sigma, gamma = _checked_scales(kind, noise_scale, weight_decay)
+    example_loss, data = loss if isinstance(loss, tuple) else examples_of(loss)
+    if symmetries is None:
+        if is_traced((network, data)):
+            raise ValueError(
+                "balance cannot look for rescalings inside jit or vmap. Find them outside and "
+                "hand them over: symmetries=find_rescalings(network, example_loss, data)."
+            )
+        symmetries = find_rescalings(network, example_loss, data)
+        if not symmetries:
+            raise ValueError(
+                "balance found no rescaling: none of the network's equinox.nn.Linear layers is "
+                "followed by a homogeneous activation, as ReLU, and another one. For other "
+                "symmetries build them (`rescaling`, …) and give symmetries=[…]."
+            )
+    pairs = [_named(symmetry, index) for index, symmetry in enumerate(symmetries)]
+    names, generators = tuple(name for name, _ in pairs), [one for _, one in pairs]
+    parameters, info = noise_equilibrium_with_info(
+        generators,
+        example_loss,
+        network,
+        data,
+        noise_scale=sigma,
+        weight_decay=gamma,
+    )
+    is_infinite = jnp.isinf(parameters)
+    result = RESULTS.where(jnp.any(is_infinite), RESULTS.no_equilibrium, info.result)
+    info = Info(result, info.defect, info.num_steps, info.num_factorizations)
+    found = Balance(parameters, names, info)
+    if throw and not is_traced(parameters):
+        _refuse_infinite(found)
+    return _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, throw), found
+
+
+@eqx.filter_jit
+def _moved(
+    symmetries: list[ExponentialSymmetry],
+    network: Point,
+    parameters: Float[Array, " k"],
+    info: Info,
+    throw: bool,
+) -> Point:
+    coordinates, remainder = _tree.split(network)
+    there = moved([one.at(network) for one in symmetries], coordinates, parameters)
+    return _tree.join(delivered(there, info, throw), remainder)
+
+
+def _checked_scales(kind: str, noise_scale: Any, weight_decay: Any) -> tuple[Any, Any]:
+    """σ² and γ of the equilibrium to look for."""
+    if kind not in _KINDS:
+        raise ValueError(f"balance: kind must be one of {_KINDS}; got {kind!r}.")
+    has_decay = is_traced(weight_decay) or weight_decay != 0
+    if kind == "norm":
+        if noise_scale is not None or has_decay:
+            raise ValueError(
+                "balance: kind='norm' takes neither noise_scale nor weight_decay, whatever they "
+                "are it is the same. Leave them out, or take kind='noise'."
+            )
+        return 0.0, 1.0
+    if noise_scale is None and has_decay:
+        raise ValueError(
+            "balance: where weight decay and noise meet depends on both; give noise_scale as "
+            "well, learning rate over twice the batch size."
+        )
+    return 1.0 if noise_scale is None else noise_scale, weight_decay
+
+
+def _named(symmetry: Any, index: int) -> tuple[str, ExponentialSymmetry]:
+    if not isinstance(symmetry, Rescaling):
+        return f"symmetries[{index}]", symmetry
+    neuron = "" if symmetry.neuron is None else f", neuron {symmetry.neuron}"
+    return f"{symmetry.first} against {symmetry.second}{neuron}", symmetry.symmetry
+
+
+def _refuse_infinite(found: Balance) -> None:
+    """As an error that says which symmetries have no balance."""
+    values = [float(parameter) for parameter in found.parameters]
+    endless = [f"{n}, λ = {x:+}" for n, x in zip(found.names, values) if math.isinf(x)]
+    if endless:
+        raise eqx.EquinoxRuntimeError(
+            f"{RESULTS[found.info.result]} That is so for {'; '.join(endless)}."
+        )
