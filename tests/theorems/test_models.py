@@ -22,12 +22,35 @@ def test_overparametrized_linear_follows_its_closed_form():
     close("charges of gradient flow", model.charges(landed), model.charges(start), 1e-6)
     close("Φ", model.weights(landed), model.flow(start, 0.0), 1e-6)
     flow = mf.LimitDiffusion(model.manifold, mf.LabelNoise(std=1.0, batch_size=1))
-    walk = mf.solve(flow, landed, end_time=0.3)
-    close("the flow", model.weights(walk.final), model.flow(start, 0.3), 1e-4)
-    decay = jnp.exp(-0.3 * model.decay_rates)
-    close("charges", model.charges(walk.final), decay * model.charges(landed), 1e-4)
+    times = jnp.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
+    walk = mf.solve(flow, landed, end_time=0.5, save_times=times, rtol=1e-7, atol=1e-9)
+    found = jax.vmap(model.weights)(walk.points)[1:]
+    close("the flow at six times", found, model.flow(start, times), 1e-5)
+    decay = jnp.exp(-0.5 * model.decay_rates)
+    close("charges", model.charges(walk.final), decay * model.charges(landed), 1e-5)
     trace = jnp.sum(model.decay_rates * (landed["u"] ** 2 + landed["v"] ** 2))
     close("tr H", model.loss.trace_gauss_newton(landed), trace, 1e-9)
+
+
+def test_how_fast_gradient_flow_fits():
+    """‖∇L‖² ≥ (16/n)·λ_min(ZZᵀ)·min|uv|·L [LiWangArora2022, D.2, which prints no 1/n]."""
+    model, _ = sparse("gaussian")
+    n = len(model.targets)
+    values, vectors = np.linalg.eigh(model.inputs @ model.inputs.T)
+
+    def ratio(inputs, targets, point):
+        model = mf.models.OverparametrizedLinear(inputs, targets)
+        slope = jax.tree.map(lambda leaf: jnp.sum(leaf**2), model.loss.gradient(point))
+        return sum(slope.values()) / model.loss(point)
+
+    points = jax.vmap(model.random)(jr.split(jr.key(5), 50))
+    ratios = jax.vmap(lambda point: ratio(model.inputs, model.targets, point))(points)
+    bounds = 16 / n * values[0] * jnp.min(jnp.abs(points["u"] * points["v"]), axis=1)
+    assert bool(jnp.all(ratios >= bounds))
+    # It is attained where u = v = α and the residual is the last eigenvector.
+    tight = ratio(model.inputs, vectors[:, 0], model.initial(0.7))
+    close("attained", tight, 16 / n * values[0] * 0.49, 1e-9)
+    assert float(tight) < 16 * values[0] * 0.49 / 2, "the printed constant holds too"
 
 
 def test_label_noise_recovers_the_sparse_truth():
