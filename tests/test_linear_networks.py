@@ -179,3 +179,36 @@ def test_bad_input():
         models.NonlinearFactorization(STREAM, 0, jnp.tanh)
     net = models.NonlinearFactorization(STREAM, 3, jnp.tanh)
     assert 0 < float(net.alignment(net.initial(jr.key(0)))) < 1
+
+
+def test_bad_input_of_the_oracles():
+    v, sigma_x, sigma_eps = np.random.default_rng(0).normal(size=(3, 4)), np.eye(4), np.eye(3)
+    find = lambda *a, widths=(3,): theory.deep_linear_noise_equilibrium(
+        *a, widths=widths, key=jr.key(0)
+    )
+    with refused(ValueError, "got 2", "rank"):
+        find(v, sigma_x, sigma_eps, widths=[3, 2])
+    with refused(ValueError, "at least one hidden layer"):
+        find(v, sigma_x, sigma_eps, widths=[])
+    with refused(ValueError, "noise_covariance: got the eigenvalue -1"):
+        find(v, sigma_x, np.diag([1.0, -1.0, 1.0]))
+    with refused(ValueError, "input_covariance: expected a symmetric matrix"):
+        find(v, sigma_x + np.triu(np.ones((4, 4)), 1), sigma_eps)
+    with refused(ValueError, "noise_covariance: got shape (4, 4), expected (3, 3)"):
+        find(v, sigma_x, sigma_x)
+    with refused(ValueError, "target_map: got 0"):
+        find(0 * v, sigma_x, sigma_eps)
+    with refused(ValueError, "residuals: got 2 rows, expected 3"):
+        theory.two_layer_noise_matrices(np.ones((3, 1)), np.ones((2, 1)), noise_scale=1.0)
+    with refused(ValueError, "from the inputs to the outputs"):
+        theory.deep_linear_sharpness((np.ones((2, 3)), np.ones((2, 3))), np.eye(3))
+    with refused(ValueError, "variances"):
+        theory.deep_linear_initial_sharpness((2, 3), (1.0, 1.0), 1.0)
+    ones, eye = np.ones(2), np.eye(2)
+    shift = lambda n: theory.approximate_symmetry_displacement(
+        ones, np.diag([1.0, -1.0]), eye, eye, n, noise_scale=0.1, strength=1.0
+    )
+    with refused(ValueError, "along which the charge stays"):
+        shift(ones)
+    with refused(ValueError, "expected (D,) both"):
+        shift(np.ones(3))

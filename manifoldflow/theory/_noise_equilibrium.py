@@ -61,8 +61,8 @@ def deep_linear_noise_equilibrium(
     sizes = [checked_count("widths", width) for width in widths]
     if not sizes:
         raise ValueError("widths: got none, expected the width of at least one hidden layer.")
-    last, values, first = _aligned(v, _root("input_covariance", sigma_x), _root(
-        "noise_covariance", sigma_eps))  # fmt: skip
+    inner, outer = _root("input_covariance", sigma_x), _root("noise_covariance", sigma_eps)
+    last, values, first = _aligned(v, inner, outer)
     frames = _frames(sizes, len(values), key)
     # last @ first = V with sqrt(S) in each, so that the factors below multiply to 1.
     trace, depth = np.sum(values), len(sizes) + 1

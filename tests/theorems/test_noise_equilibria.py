@@ -146,8 +146,7 @@ def test_the_key_only_turns_the_hidden_layers():
         v, sigma_x, sigma_eps, widths=[4, 4], key=jr.key(seed)
     )
     one, other = find(0), find(1)
-    close("the same key", np.concatenate([w.ravel() for w in find(0)]), np.concatenate(
-        [w.ravel() for w in one]), 0.0)  # fmt: skip
+    close("the same key", find(0), one, 0.0)
     at_least("another key", np.linalg.norm(one[1] - other[1]), 0.1)
     close("singular values", np.linalg.svd(one[1])[1], np.linalg.svd(other[1])[1], 1e-12)
     close("W_1'W_1", one[0].T @ one[0], other[0].T @ other[0], 1e-12)
@@ -208,9 +207,7 @@ def test_two_layers_rest_where_their_noise_matrices_balance(decay):
     noise = theory.two_layer_noise_matrices(x, r, noise_scale=0.5)
     printed = at(*(g + 2 * decay * np.eye(len(g)) for g in noise))
     drift = np.max(np.abs(drifts(printed, (x, y), sigma2, decay))) / scale
-    if decay == 0.0:  # there sigma^2 drops out
-        at_most("drifts as printed, without decay", drift, 1e-11)
-    else:
+    if decay:  # without it sigma^2 drops out
         at_least("drifts as printed", drift, 1e-3)
 
 
@@ -374,34 +371,3 @@ def test_the_displacement_of_an_approximate_symmetry():
     size = abs(balance(2 * predicted))
     at_most("drift at the displacement", abs(balance(predicted)) / size, 1e-3)
     at_least("drift at the minimiser", abs(balance(0.0)) / size, 0.9)
-
-
-def test_bad_input():
-    v, sigma_x, sigma_eps = problem(0)
-    find = lambda *a, widths=(3,): theory.deep_linear_noise_equilibrium(*a, widths=widths, key=KEY)
-    with refused(ValueError, "got 2", "rank"):
-        find(v, sigma_x, sigma_eps, widths=[3, 2])
-    with refused(ValueError, "at least one hidden layer"):
-        find(v, sigma_x, sigma_eps, widths=[])
-    with refused(ValueError, "noise_covariance: got the eigenvalue -1"):
-        find(v, sigma_x, np.diag([1.0, -1.0, 1.0]))
-    with refused(ValueError, "input_covariance: expected a symmetric matrix"):
-        find(v, sigma_x + np.triu(np.ones((4, 4)), 1), sigma_eps)
-    with refused(ValueError, "noise_covariance: got shape (4, 4), expected (3, 3)"):
-        find(v, sigma_x, sigma_x)
-    with refused(ValueError, "target_map: got 0"):
-        find(0 * v, sigma_x, sigma_eps)
-    with refused(ValueError, "residuals: got 2 rows, expected 3"):
-        theory.two_layer_noise_matrices(np.ones((3, 1)), np.ones((2, 1)), noise_scale=1.0)
-    with refused(ValueError, "from the inputs to the outputs"):
-        theory.deep_linear_sharpness((np.ones((2, 3)), np.ones((2, 3))), np.eye(3))
-    with refused(ValueError, "variances"):
-        theory.deep_linear_initial_sharpness((2, 3), (1.0, 1.0), 1.0)
-    ones, eye = np.ones(2), np.eye(2)
-    shift = lambda n: theory.approximate_symmetry_displacement(
-        ones, np.diag([1.0, -1.0]), eye, eye, n, noise_scale=0.1, strength=1.0
-    )
-    with refused(ValueError, "along which the charge stays"):
-        shift(ones)
-    with refused(ValueError, "expected (D,) both"):
-        shift(np.ones(3))

@@ -20,6 +20,7 @@ def by_hand(z, sparsity):
 def test_enumerated():
     for sparsity in (1, 3):
         found = theory.restricted_isometry(INPUTS, sparsity)
+        assert isinstance(found, theory.RestrictedIsometry)
         assert found.is_exact and len(found.support) == sparsity
         close(f"δ_{sparsity}", found.lower, by_hand(INPUTS, sparsity), 1e-12)
         at_most("lower ≤ upper", found.lower, found.upper)
