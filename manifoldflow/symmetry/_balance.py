@@ -64,7 +64,8 @@ def balance(
     (for an activation of degree p, ‖first‖² = p‖second‖²).
 
     Args:
-        network: any point; by default with `equinox.nn.Linear` layers.
+        network: any point; by default with `equinox.nn.Linear` layers. All its coordinates are
+            moved, also those that `trainable=` of a loss holds fixed.
         loss: a loss over examples, as `LeastSquares`; or a pair (example_loss, data) as the
             functions here take them, ℓ(point, example) → scalar.
         kind: "noise" or "norm".
