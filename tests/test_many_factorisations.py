@@ -13,21 +13,17 @@ from manifoldflow import linalg
 
 PROGRAM = """
 import jax, jax.numpy as jnp, manifoldflow as mf
-inputs, targets, _ = mf.models.sparse_regression(jax.random.key(0), 20, 40, 3)
+inputs, targets, _ = mf.models.sparse_regression(jax.random.key(0), 40, 100, 5)
 model = mf.models.OverparametrizedLinear(inputs, targets)
-flow = mf.LimitDiffusion(model.manifold, mf.LabelNoise(1.0))
-
-def run(scale):
-    landed = mf.limit_map(model.loss, model.initial(scale), throw=False)
-    return mf.solve(flow, landed, end_time=0.5, throw=False).final["u"]
-
-print(bool(jnp.isfinite(jax.vmap(run)(jnp.linspace(0.3, 1.0, 13))).all()))
+land = lambda scale: mf.limit_map(model.loss, model.initial(scale), throw=False)["u"]
+print(bool(jnp.isfinite(jax.vmap(land)(jnp.logspace(-2, 1.5, 13))).all()))
 """
 
 
 def test_many_at_once_on_two_threads():
-    """Three of three runs of this hung when the members of a batch went to XLA's pool."""
-    environment = {**os.environ, "PJRT_NPROC": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """Five of five runs of this hung when the members of a batch went to XLA's pool."""
+    environment = {**os.environ, "PJRT_NPROC": "2", "JAX_ENABLE_X64": "1"}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True,
         timeout=240,
