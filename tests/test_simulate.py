@@ -44,8 +44,12 @@ from sgd_runs import (
 )
 def test_steps_are_those_of_optax(optimizer, num_steps):
     walk = run(optimizer, num_steps=num_steps)
-    # Not to the last bit: two programs may contract products and sums differently.
-    close("final point", walk.final, by_hand(optimizer(0.1), num_steps)[-1], 1e-14)
+    expected = by_hand(optimizer(0.1), num_steps)[-1]
+    if optimizer is nesterov:
+        # XLA's older emitters contract its products and sums differently in two programs.
+        close("final point", walk.final, expected, 1e-14)
+    else:
+        same_bits("final point", walk.final, expected)
     assert bool(walk.is_successful) and walk.result == mf.RESULTS.successful
     counts = {name: int(value) for name, value in walk.stats.items()}
     expected = {"num_steps": num_steps, "num_gradients": num_steps, "diverged_at": -1}
