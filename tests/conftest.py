@@ -1,5 +1,6 @@
 """Tests run in float64; single precision is tested by giving float32 points and data."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -7,8 +8,9 @@ import sys
 # Batched LAPACK calls of jaxlib wait inside threads of XLA's pool for other threads of it. The
 # library does without most of them; tests also call some themselves.
 os.environ.setdefault("PJRT_NPROC", "8")
-# XLA's older code generator compiles in little more than half of the time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+# XLA's older code generator, on one thread, compiles in half of the time.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + QUICK
 
 import jax
 import pytest
@@ -16,6 +18,10 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 # Tests compile much and compute little: a third of the time goes without optimisation.
 jax.config.update("jax_disable_most_optimizations", True)
+# A tenth of the time goes into the lines of the source that programs carry along.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+# Tracing makes millions of objects: looking for garbage among them is a tenth of the time.
+gc.disable()
 
 # So that all tests can import `checks` and `zoo`, however pytest imports the tests.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -26,3 +32,4 @@ def compiled_programs_are_dropped():
     """Each holds memory maps, of which a process may have some 65,000: XLA crashes beyond."""
     yield
     jax.clear_caches()
+    gc.collect()

@@ -25,7 +25,8 @@ KEYS = jr.split(jr.key(3), 7)
 
 def start(*arguments, num_devices):
     """A program of ensemble_programs.py in a process with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    count = f"--xla_force_host_platform_device_count={num_devices}"
+    flags = f"{os.environ['XLA_FLAGS']} {count}"
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, str(TESTS / "ensemble_programs.py"), *map(str, arguments)],

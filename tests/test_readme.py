@@ -28,13 +28,15 @@ def test_there_is_an_example():
 def test_example_runs(number, tmp_path):
     """Every block stands alone and needs less than a minute of a fresh interpreter.
 
-    Counted in processor time, which other programs on the machine hardly stretch.
+    Counted in processor time, which other programs on the machine hardly stretch. Compiled as
+    the tests are, quickly rather than well.
     """
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     began = processor_seconds()
     run = subprocess.run(
         [sys.executable, "-c", BLOCKS[number]],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
+        env=os.environ | quick | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
         capture_output=True,
         text=True,
         timeout=10 * TIME_LIMIT,

@@ -140,6 +140,7 @@ def test_subsample_bad_input():
         draw(num_examples=12)
 
 
+EIGHT = "--xla_force_host_platform_device_count=8"
 DEVICES = """
     import jax, jax.numpy as jnp, jax.random as jr, equinox as eqx
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -185,7 +186,7 @@ DEVICES = """
 def test_eight_devices_give_the_same_numbers_with_less_memory_each():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(DEVICES)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {EIGHT}"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.symmetry import ExponentialSymmetry
 from manifoldflow.symmetry._drift import checked_noise, drift
 from manifoldflow.symmetry._gradients import checked_examples
@@ -30,6 +31,10 @@ class NoetherFlow(AbstractFlow):
         data: PyTree of arrays with a leading axis of examples.
         noise_scale: σ² = η/(2S), learning rate over twice the batch size.
         weight_decay: γ, where γ‖θ‖² is added to the loss.
+        manifold: one that holds the orbit, on which `solve` keeps every step: of the weights
+            with the predictions of the start it is
+            `ZeroLossManifold(LeastSquares(inputs, predictions, predict))`. By default orbits
+            are kept to the tolerance of the solver.
 
     References:
         [Ziyin2024, eq. (7)].
@@ -40,6 +45,7 @@ class NoetherFlow(AbstractFlow):
     data: PyTree[Array]
     noise_scale: Scalar
     weight_decay: Scalar
+    manifold: AbstractManifold | None
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class NoetherFlow(AbstractFlow):
         *,
         noise_scale: Any,
         weight_decay: Any = 0.0,
+        manifold: AbstractManifold | None = None,
     ):
         self.symmetries = as_tuple(symmetry)
         self.example_loss = _tree.as_pytree_callable(example_loss)
@@ -56,10 +63,7 @@ class NoetherFlow(AbstractFlow):
         self.noise_scale, self.weight_decay = checked_noise(
             "NoetherFlow", noise_scale, weight_decay
         )
-
-    @property
-    def manifold(self) -> None:
-        return None
+        self.manifold = manifold
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return _tree.split(point)

@@ -13,7 +13,11 @@ from manifoldflow import _tree
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import checked_noise, drift
-from manifoldflow.symmetry._generators import AbstractGenerator, Elementwise
+from manifoldflow.symmetry._generators import (
+    AbstractGenerator,
+    AbstractSpectralGenerator,
+    Elementwise,
+)
 from manifoldflow.symmetry._gradients import (
     checked_examples,
     example_value,
@@ -67,8 +71,11 @@ def noise_equilibrium(
 
     Returns:
         λ*, a scalar or (k,). ±inf where G does not change its sign: as for A = I without
-        decay, or where noise acts on one side of a rescaling only; |λ*|·‖A‖ above
-        ln(1/eps) counts as infinite. 0 where neither noise nor decay acts on the orbit.
+        decay, or where noise acts on one side of a rescaling only. As infinite counts
+        |λ*|·‖A‖ above ln(1/eps), and one side below rounding of the other, where only rounding
+        balances it (not seen for generators that are functions). Where one of several is
+        infinite, the others are those with it at its bound. 0 where neither noise nor decay
+        acts on the orbit.
         Differentiable in everything, in forward and reverse mode; 0 where infinite.
 
     Raises:
@@ -155,6 +162,7 @@ def _equilibrium(
     is_finite = (is_finite > 0) & jnp.isfinite(defect)
     num_steps = num_steps.astype(int)
     info = Info(RESULTS.where(is_finite, result, RESULTS.nonfinite), defect, num_steps, num_steps)
+    outward = jnp.where(outward != 0, outward, _vanished_side(generators, there))
     at = jnp.where(outward != 0, jnp.copysign(jnp.inf, outward), at)
     return delivered(at, info, throw), info
 
@@ -221,6 +229,31 @@ def _solved(linear: Any, right: Float[Array, " k"]) -> Float[Array, " k"]:
     """linear⁻¹(right), 0 where `linear` is flat: at infinity, or without any noise."""
     matrix = jax.jacfwd(linear)(jnp.zeros_like(right))
     return semidefinite_solve(-matrix, -right, jnp.ones(right.shape, bool))
+
+
+def _vanished_side(generators: Sequence[AbstractGenerator], point: Point) -> Float[Array, " k"]:
+    """±1 where one side of θ has shrunk below rounding of the other, at an equilibrium.
+
+    For ∇ℓ·A₊θ = −∇ℓ·A₋θ the gradients of the larger side are then orthogonal to it up to
+    rounding: what balanced it was rounding, not noise. 0 where eigenvectors are unknown.
+    """
+    coordinates, _ = _tree.split(point)
+    dtype = _tree.dtype_of(coordinates)
+
+    def of(generator: AbstractGenerator) -> Scalar:
+        if not isinstance(generator, AbstractSpectralGenerator):
+            return jnp.zeros((), dtype)
+        modes, rates = generator.modes(coordinates), generator.rates(coordinates)
+        side = lambda m, r, sign: jnp.sum(jnp.where(sign * r > 0, (r * m) ** 2, 0))
+        up, down = (
+            sum(jax.tree.leaves(jax.tree.map(lambda m, r, s=sign: side(m, r, s), modes, rates)))
+            for sign in (1, -1)
+        )
+        least = (64 * jnp.finfo(dtype).eps) ** 2
+        shrunk = lambda small, large: (small > 0) & (small < least * large)
+        return (shrunk(down, up).astype(dtype) - shrunk(up, down)).astype(dtype)
+
+    return jnp.stack([of(generator) for generator in generators])
 
 
 def _broken(

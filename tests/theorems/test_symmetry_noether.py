@@ -238,6 +238,16 @@ def test_equilibria_at_infinity():
     one_sided = {"U": jnp.zeros_like(POINT["U"]), "W": POINT["W"]}
     rescaling = symmetry.rescaling(POINT, first, second)
     assert found(rescaling, one_sided, loss=example_loss) == jnp.inf
+    # Residuals orthogonal to the columns of U, but for rounding.
+    column, across = jnp.array([0.3, 0.7]), jnp.array([0.7, -0.3])
+    thin = {"U": jnp.outer(column, POINT["U"][0]), "W": POINT["W"]}
+    x = DATA[0]
+    noisy = x @ (thin["U"] @ thin["W"]).T + jnp.outer(DATA[1][:, 0], across)
+    assert found(rescaling, thin, loss=example_loss, data=(x, noisy)) == jnp.inf
+    # A start far from a balance that exists is no such thing.
+    near, far = POINT, {"U": 3e8 * POINT["U"], "W": POINT["W"] / 3e8}
+    ends = [found(rescaling, point, loss=example_loss) for point in (near, far)]
+    close("λ* from afar", ends[1] + np.log(3e8), ends[0], 1e-12)
 
 
 def test_rescaling_in_closed_form():
@@ -304,6 +314,25 @@ def test_the_flow_moves_the_charge_at_its_drift_to_the_equilibrium(name):
     assert np.all(np.diff(charges) * np.sign(rate) > -1e-5), "C goes one way"
     there = one.act(POINT, equilibrium(one, POINT, DECAY))
     close("end", walk.final, there, 1e-5)
+
+
+def test_the_flow_keeps_to_a_manifold_that_holds_the_orbit():
+    """Steps of low accuracy leave the predictions where they were, and end at λ* all the same."""
+    few = jax.tree.map(lambda leaf: leaf[:2], DATA)
+    predict = lambda p, x: p["U"] @ (p["W"] @ x)
+    predictions = jax.vmap(lambda x: predict(POINT, x))(few[0])
+    manifold = mf.ZeroLossManifold(mf.LeastSquares(few[0], predictions, predict=predict))
+    one, options = SYMMETRIES["weights"], {"noise_scale": SIGMA2, "weight_decay": DECAY}
+
+    def ended(manifold):
+        flow = mf.NoetherFlow(one, example_loss, DATA, manifold=manifold, **options)
+        end = mf.solve(flow, POINT, end_time=5.0, rtol=1e-2, atol=1e-4).final
+        return end, np.max(np.abs(jax.vmap(lambda x: predict(end, x))(few[0]) - predictions))
+
+    kept, gap = ended(manifold)
+    at_most("predictions", gap, 1e-10)
+    at_least("without it", ended(None)[1], 1e-6)
+    close("end", kept, one.act(POINT, equilibrium(one, POINT, DECAY)), 2e-2)
 
 
 def test_a_fixed_point_of_a_symmetry_stays():
