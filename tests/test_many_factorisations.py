@@ -10,6 +10,7 @@ import jax.random as jr
 
 from checks import close
 from manifoldflow import linalg
+from manifoldflow.linalg._lapack import eigh
 
 PROGRAM = """
 import jax, jax.numpy as jnp, manifoldflow as mf
@@ -17,11 +18,18 @@ inputs, targets, _ = mf.models.sparse_regression(jax.random.key(0), 40, 100, 5)
 model = mf.models.OverparametrizedLinear(inputs, targets)
 land = lambda scale: mf.limit_map(model.loss, model.initial(scale), throw=False)["u"]
 print(bool(jnp.isfinite(jax.vmap(land)(jnp.logspace(-2, 1.5, 13))).all()))
+
+def several(key):
+    root = jax.random.normal(key, (60, 50))
+    inverses = [mf.linalg.pseudo_inverse(root @ root.T + k * jnp.eye(60), 50) for k in range(8)]
+    return sum(jnp.trace(inverse) for inverse in inverses)
+
+print(bool(jnp.isfinite(jax.jit(jax.vmap(several))(jax.random.split(jax.random.key(0), 16))).all()))
 """
 
 
 def test_many_at_once_on_two_threads():
-    """Five of five runs of this hung when the members of a batch went to XLA's pool."""
+    """Five of five runs of the first half, four of five of the second, hung in XLA's pool."""
     environment = {**os.environ, "PJRT_NPROC": "2", "JAX_ENABLE_X64": "1"}
     # What the tests set to compile faster may hide it.
     for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
@@ -30,7 +38,7 @@ def test_many_at_once_on_two_threads():
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True,
         timeout=240,
     )  # fmt: skip
-    assert run.stdout.strip() == "True", run.stderr[-2000:]
+    assert run.stdout.split() == ["True", "True"], run.stderr[-2000:]
 
 
 def test_one_by_one_is_what_vmap_gives():
@@ -44,3 +52,21 @@ def test_one_by_one_is_what_vmap_gives():
         close(f"axes {axes}", jax.jit(jax.vmap(solve, in_axes=axes))(*arguments), expected, 1e-12)
     twice = jax.vmap(jax.vmap(solve))(matrices[None], vectors[None])
     close("nested", twice[0], jax.vmap(jnp.linalg.solve)(matrices, vectors), 1e-12)
+
+
+def test_derivatives_of_eigenvalues_and_vectors():
+    """Those of jax.numpy.linalg.eigh, to second order and under vmap."""
+    matrices = jr.normal(jr.key(2), (2, 4, 4))
+    weights = jr.normal(jr.key(3), (4, 5))
+
+    def of(eigh):
+        def number(matrix):
+            values, vectors = eigh(matrix @ matrix.T)
+            return jnp.sum(weights[:, 0] * values) + jnp.sum((weights[:, 1:] * vectors) ** 2)
+
+        first = jax.vmap(jax.grad(number))(matrices)
+        return first, jax.vmap(jax.hessian(number))(matrices)
+
+    found, expected = jax.jit(lambda: (of(eigh), of(jnp.linalg.eigh)))()
+    close("gradient", found[0], expected[0], 1e-11)
+    close("Hessian", found[1], expected[1], 1e-9)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Scalar
+from manifoldflow.linalg._lapack import eigh
 
 # Up to this size a dense eigendecomposition is as cheap as the first products.
 _DENSE = 64
@@ -84,7 +85,7 @@ def _dense(mv: Any, unravel: Any, project: Any, like: Array, num: int) -> Float[
     # What is projected away goes to the other end of the spectrum.
     shift = 1 + 2 * jnp.linalg.norm(matrix)
     shifted = (matrix + matrix.T) / 2 - shift * (eye - (projector + projector.T) / 2)
-    return jnp.linalg.eigh(shifted)[1][:, ::-1][:, :num].T
+    return eigh(shifted)[1][:, ::-1][:, :num].T
 
 
 def _lobpcg(mv: Any, unravel: Any, project: Any, like: Array, num: int) -> Float[Array, "num D"]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 
@@ -41,6 +42,32 @@ def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
         return found, jax.tree.map(lambda _: True, found)
 
     return call
+
+
+@one_by_one
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
+
+
+@jax.custom_jvp
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix.
+
+    As `jax.numpy.linalg.eigh`; derivatives of any order, in both modes.
+    """
+    return _eigh(matrix)
+
+
+@eigh.defjvp
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+    values, vectors = eigh(*primals)
+    (change,) = tangents
+    inside = vectors.T @ ((change + change.T) / 2) @ vectors
+    one = jnp.eye(len(values), dtype=values.dtype)
+    gaps = values[None, :] - values[:, None]
+    turn = inside * (1 / (one + gaps) - one)
+    return (values, vectors), (jnp.diag(inside), vectors @ turn)
 
 
 @one_by_one

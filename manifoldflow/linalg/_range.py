@@ -14,6 +14,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float
 
 from manifoldflow._types import Scalar
+from manifoldflow.linalg._lapack import eigh
 
 Matrix = Float[Array, "n n"]
 
@@ -31,7 +32,7 @@ def range_spectrum(
         rank: an integer counts the largest eigenvalues; a float below 1 takes those with
             |λ| > rank·max|λ|; None takes those with |λ| > n·eps·max|λ|.
     """
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     if isinstance(rank, int):
         return values, vectors, jnp.arange(len(values)) >= len(values) - rank
     cutoff = len(values) * float(jnp.finfo(values.dtype).eps) if rank is None else rank

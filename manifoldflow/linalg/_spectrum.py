@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._types import Scalar, Tangent
-from manifoldflow.linalg._lapack import cho_solve, cholesky
+from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
 from manifoldflow.linalg._operator import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -88,7 +88,7 @@ def gram_top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     structure = jacobian.out_structure()
     num_rows = structure.shape[0]
     if num_rows <= 5 * _BLOCK:
-        return jnp.linalg.eigh(jacobian.gram())[1][:, -1]
+        return eigh(jacobian.gram())[1][:, -1]
     # Here, since it would be a tenth of the time that `import manifoldflow` takes.
     from jax.experimental.sparse.linalg import lobpcg_standard
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.linalg._lapack import eigh
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -87,23 +88,17 @@ def relative_rank_cutoff(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
-@linalg.one_by_one
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values, vectors
-
-
 def stiffness(loss: AbstractLoss, point: Point) -> AbstractStiffness:
     """The Gauss-Newton matrix of a residual loss, the full Hessian of any other."""
     coordinates, remainder = loss.split(point)
     if isinstance(loss, AbstractResidualLoss):
         root = loss.gauss_newton_root(point)
-        values, vectors = _eigh(root.gram())
+        values, vectors = eigh(root.gram())
         return GaussNewtonStiffness(root, jnp.maximum(values, 0), vectors)
     flat, unravel = _tree.ravel(coordinates)
 
     def flat_loss(x: Array) -> Array:
         return loss(_tree.join(unravel(x), remainder))
 
-    values, vectors = _eigh(jax.hessian(flat_loss)(flat))
+    values, vectors = eigh(jax.hessian(flat_loss)(flat))
     return HessianStiffness(jnp.maximum(values, 0), vectors, coordinates)
