@@ -36,6 +36,9 @@ class NoetherFlow(AbstractFlow):
             `ZeroLossManifold(LeastSquares(inputs, predictions, predict))`. By default orbits
             are kept to the tolerance of the solver.
 
+    Raises:
+        ValueError: wrong data, σ² or γ; no manifold.
+
     References:
         [Ziyin2024, eq. (7)].
     """
@@ -63,6 +66,11 @@ class NoetherFlow(AbstractFlow):
         self.noise_scale, self.weight_decay = checked_noise(
             "NoetherFlow", noise_scale, weight_decay
         )
+        if not isinstance(manifold, AbstractManifold | None):
+            raise ValueError(
+                "NoetherFlow: manifold must be one that holds the orbit, such as a "
+                f"ZeroLossManifold, or None; got {type(manifold).__name__}."
+            )
         self.manifold = manifold
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:

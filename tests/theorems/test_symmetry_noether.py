@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import manifoldflow as mf
-from checks import at_least, at_most, close
+from checks import at_least, at_most, close, refused
 from manifoldflow import symmetry
 from symmetric_problems import (
     covariance,
@@ -333,6 +333,8 @@ def test_the_flow_keeps_to_a_manifold_that_holds_the_orbit():
     at_most("predictions", gap, 1e-10)
     at_least("without it", ended(None)[1], 1e-6)
     close("end", kept, one.act(POINT, equilibrium(one, POINT, DECAY)), 2e-2)
+    with refused(ValueError, "manifold must be one that holds the orbit", wrong_type=True):
+        mf.NoetherFlow(one, example_loss, DATA, manifold=jnp.arange(2), **options)
 
 
 def test_a_fixed_point_of_a_symmetry_stays():
