@@ -89,8 +89,9 @@ def test_project_and_retract_know_that_data_move_the_manifold():
     lawbook.derivative_law("retract in the targets", retract, targets.reshape(-1), 22, 1e-5, 1e-4)
 
 
-def test_jit_is_eager():
-    place = zoo.place("mlp")  # without jit every operation takes its time
+@on_small
+def test_jit_is_eager(name):
+    place = zoo.place(name)
     manifold, point, v = place.manifold, place.point, place.random_vector(31)
     start = zoo.moved(point, v, 0.02)
 
