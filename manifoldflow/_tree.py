@@ -161,6 +161,16 @@ def norm(x: PyTree[Array]) -> Scalar:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
+def in_own_units(x: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
+    """`x / size` and its size, that of its largest entry (1 for zeros).
+
+    So that squares neither vanish nor overflow: those of 1e-23 are zero in float32.
+    """
+    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)])
+    size = jnp.where(jnp.max(largest) == 0, 1, jnp.max(largest))
+    return jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), x), size
+
+
 def where(condition: Any, x: PyTree[Any], y: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 

@@ -64,14 +64,14 @@ class DiagonalNoise(mf.AbstractNoise):
 class EigenSolve(linalg.AbstractGramSolve):
     matrix: jax.Array
 
-    def trace(self):
-        return jnp.trace(self.matrix)
+    def row_norms_squared(self):
+        return jnp.diagonal(self.matrix)
 
     def solve(self, vector):
         return linalg.pseudo_inverse(self.matrix) @ vector
 
-    def damped_solve(self, vector, damping):
-        return jnp.linalg.solve(self.matrix + damping * jnp.eye(len(vector)), vector)
+    def damped(self, damping):
+        return EigenSolve(self.matrix + damping * jnp.diag(jnp.diagonal(self.matrix)))
 
     def eigenvalues(self):
         return jnp.linalg.eigvalsh(self.matrix)

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from manifoldflow import _tree, theory
 from manifoldflow._solution import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
+from manifoldflow.diagnostics._checks import counted_constraints
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss, LeastSquares
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.noise import AbstractNoise
@@ -141,7 +142,7 @@ def certify(
         )
     seen = _measured(manifold, noise, coordinates, remainder, jr.key(0) if key is None else key)
     tol = _tree.eps_of(coordinates) ** (1 / 3)
-    codimension = manifold.codimension(_tree.join(_at(coordinates, 0), remainder))
+    codimension = counted_constraints(manifold, _tree.join(_at(coordinates, 0), remainder))
     found = [*_of_manifold(seen, codimension, tol)]
     if noise is not None:
         found += _of_noise(seen, tol)
@@ -172,7 +173,7 @@ def _measured(
         point = _tree.join(x, remainder)
         space = manifold.normal_space(point)
         values = space.eigenvalues()[-manifold.codimension(point) :]
-        size = jnp.maximum(1, _tree.norm(x))
+        size = _tree.norm(x)
         seen = {
             "distance": manifold.defect(point) / size,
             "rank": space.rank(),

@@ -232,14 +232,21 @@ class DimensionCheck(eqx.Module):
         return self.holds
 
 
+def counted_constraints(manifold: AbstractManifold, point: Point) -> int:
+    """How many constraints there are, before anything is known of the point."""
+    found: list[int] = []
+    eqx.filter_eval_shape(lambda point: found.append(manifold.codimension(point)), point)
+    return found[0]
+
+
 def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
-    """Is `manifold.dimension` the dimension of the tangent space at this point?
+    """Are all constraints independent at this point?
 
     Args:
         manifold: the manifold.
         point: a point of the manifold.
     """
-    rank, codimension = int(manifold.rank(point)), manifold.codimension(point)
+    rank, codimension = int(manifold.rank(point)), counted_constraints(manifold, point)
     condition = float(manifold.condition_number(point))
     return DimensionCheck(rank, codimension, condition, rank == codimension)
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from manifoldflow import _tree
+from manifoldflow._errors import is_traced
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
@@ -16,17 +17,20 @@ def touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Co
 
 
 def started(
-    flow: AbstractFlow, coordinates: Coordinates, remainder: Point
+    flow: AbstractFlow, coordinates: Coordinates, remainder: Point, max_steps: int
 ) -> tuple[Coordinates, RESULTS]:
     """The point of the flow's manifold to start from, and how it was found."""
     if flow.manifold is None:
         return coordinates, RESULTS.successful
-    point, info = flow.manifold.project_with_info(_tree.join(coordinates, remainder))
+    y = _tree.join(coordinates, remainder)
+    point, info = flow.manifold.project_with_info(y, max_steps=max_steps)
     return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
 
 
 def check_can_move(flow: AbstractFlow, point: Point) -> None:
-    """Noise needs a dimension to move in."""
+    """Noise needs a dimension to move in; how many there are only a concrete point can tell."""
+    if is_traced((flow, point)):
+        return
     if flow.manifold is not None and flow.manifold.dimension(point) == 0:
         raise ValueError(
             f"{type(flow).__name__} has nothing to move: its manifold has dimension 0, as many "

@@ -19,7 +19,7 @@ from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import Observables, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
-from manifoldflow.flows._landing import started, touched_up
+from manifoldflow.flows._landing import check_can_move, started, touched_up
 from manifoldflow.flows._options import (
     noise_options,
     Options,
@@ -74,7 +74,8 @@ def solve(
         rtol: relative tolerance of adaptive steps: 1e-6 in float64, 1e-4 in float32. For
             stochastic flows it asks for adaptive steps, whose paths are reproducible in
             law only: a rounding error can change a step and with it the noise.
-        atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32.
+        atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32, times the largest
+            coordinate at the start.
         adjoint: by default reverse mode works; `diffrax.ForwardMode()` for jvp.
         observe: name → function of a point, evaluated at every save.
         key: for stochastic flows, which need one; ordinary differential equations ignore it.
@@ -109,12 +110,13 @@ def solve(
     noise = noise_options(
         flow, key, solver, step_size, (rtol, atol), num_saves, save_times, end_time
     )
+    _, size = _tree.in_own_units(jax.lax.stop_gradient(coordinates))
     options = Options(
         solver=None if noise is not None and solver is None else solver_of(flow, solver, step_size),
         step_size=None if step_size is None else jnp.asarray(step_size, dtype),
         noise=noise,
         rtol=tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
-        atol=tolerance("atol", atol, 1e-8, 1e-6, dtype),
+        atol=tolerance("atol", atol, 1e-8, 1e-6, dtype) * (1 if atol is not None else size),
         adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         observe=checked_observables(observe),
         until=until,
@@ -123,13 +125,15 @@ def solve(
         max_steps=max_steps,
         throw=throw,
     )
+    if noise is not None:
+        check_can_move(flow, point)
     end_time = jnp.asarray(end_time, dtype)
     run = _solve if options.solver is not None else walk
     if checkpoint is None:
         return run(flow, point, times, end_time, jnp.asarray(0), options)
     if is_traced((point, times)):
         raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
-    start = started(flow, coordinates, remainder)[0]
+    start = started(flow, coordinates, remainder, max_steps)[0]
     here = _tree.join(start, remainder)
     observables = {name: eqx.filter_eval_shape(fn, here) for name, fn in options.observe.items()}
     file = Checkpoint(os.fspath(checkpoint), times, start, flow.drift(here), observables)
@@ -160,7 +164,7 @@ def _solve(
 ) -> Solution:
     del first_save
     coordinates, remainder = flow.split(point)
-    start, start_result = started(flow, coordinates, remainder)
+    start, start_result = started(flow, coordinates, remainder, options.max_steps)
     has_until = options.until is not None
 
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:

@@ -8,7 +8,6 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
-from manifoldflow.flows._landing import check_can_move
 from manifoldflow.flows._options import NoiseOptions, Options
 from manifoldflow.manifolds._forms import form_of
 
@@ -20,7 +19,6 @@ def terms_of(
     if noise is None:
         return flow.terms(point)
     assert isinstance(flow, AbstractDiffusion) and options.solver is not None
-    check_can_move(flow, point)
     # One path for the whole time, so that a solve that goes on sees the same noise. Far
     # below the steps, since the tree is only right down to its tolerance.
     path = dfx.VirtualBrownianTree(
@@ -53,8 +51,11 @@ def first_step(
     if options.step_size is not None:
         return options.step_size
     speed = _tree.norm(flow.drift(_tree.join(start, remainder)))
-    step = 0.01 * jnp.maximum(_tree.norm(start), 0.01) / jnp.maximum(speed, 1e-30)
-    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
+    # From the origin, which has no length to compare with, a thousandth of the time.
+    distance = jnp.where(_tree.norm(start) > 0, 0.01 * _tree.norm(start), 1e-3 * end_time * speed)
+    is_slow = distance >= end_time * speed
+    step = jnp.where(is_slow, end_time, distance / jnp.where(is_slow, 1, speed))
+    return jax.lax.stop_gradient(step)
 
 
 def controller_of(

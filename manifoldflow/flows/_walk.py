@@ -12,7 +12,7 @@ from manifoldflow import _tree
 from manifoldflow._solution import RESULTS, Solution
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
-from manifoldflow.flows._landing import check_can_move, started, touched_up
+from manifoldflow.flows._landing import started, touched_up
 from manifoldflow.flows._options import Options
 
 
@@ -41,11 +41,10 @@ def walk(
     the whole path draws its noise from `fold_in(key, k)`, whatever the saves before it.
     """
     assert options.noise is not None and isinstance(flow, AbstractDiffusion)
-    check_can_move(flow, point)
     key, num_steps = options.noise.key, options.noise.num_steps
     legs = options.noise.legs(times, end_time)
     coordinates, remainder = flow.split(point)
-    start, start_result = started(flow, coordinates, remainder)
+    start, start_result = started(flow, coordinates, remainder, options.max_steps)
     noise_structure = flow.diffusion(_tree.join(start, remainder)).in_structure()
 
     def save(t: Scalar, y: Coordinates) -> tuple[Coordinates, dict[str, PyTree[Array]]]:

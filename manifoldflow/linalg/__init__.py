@@ -35,7 +35,9 @@ from manifoldflow.linalg._gram import (
     AbstractGramSolve as AbstractGramSolve,
     condition_number as condition_number,
     DenseGram as DenseGram,
+    equilibrated_eigenvalues as equilibrated_eigenvalues,
     numerical_rank as numerical_rank,
+    row_scale as row_scale,
 )
 from manifoldflow.linalg._iterative import (
     AutoGram as AutoGram,
@@ -52,6 +54,7 @@ from manifoldflow.linalg._operator import (
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,
+    refined_solve as refined_solve,
 )
 from manifoldflow.linalg._range import (
     log_pseudo_determinant as log_pseudo_determinant,

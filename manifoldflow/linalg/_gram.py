@@ -1,12 +1,14 @@
 """Solves with the Gram matrix K = J Jᵀ, also where J loses rank.
 
-The policy was measured on the models whose limits lie where J loses rank: Cholesky of
-K + μI with a tiny μ, corrected by applying it again (see `_projection`). A truncated
-eigendecomposition costs ten times more, has NaN derivatives at repeated eigenvalues and
-makes the vector field jump; it serves `rank` and `condition` only.
+Rows are brought to length one first: what one constraint is measured in, or by what it is
+multiplied, changes nothing. Beyond that the policy was measured on the models whose limits lie
+where J loses rank: Cholesky of K + μI with a tiny μ, corrected by applying it again (see
+`_projection`). A truncated eigendecomposition costs ten times more, has NaN derivatives at
+repeated eigenvalues and makes the vector field jump; it serves `rank` and `condition` only.
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,16 +24,16 @@ class AbstractGramSolve(eqx.Module):
     """A Gram matrix made ready for many solves at one point."""
 
     @abc.abstractmethod
-    def trace(self) -> Scalar:
-        """tr K = ‖J‖²_F, the scale of rounding errors."""
+    def row_norms_squared(self) -> Float[Array, " n"]:
+        """The diagonal of K, the units of the rows."""
 
     @abc.abstractmethod
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """An approximation of K⁻¹w, accurate enough to be corrected once or twice."""
+        """An approximation of K⁻¹w, accurate enough to be corrected a few times."""
 
     @abc.abstractmethod
-    def damped_solve(self, vector: Float[Array, " n"], damping: Scalar) -> Float[Array, " n"]:
-        """(K + damping·I)⁻¹ w."""
+    def damped(self, damping: Scalar) -> "AbstractGramSolve":
+        """The same for K + damping·diag(K) in place of K."""
 
     @abc.abstractmethod
     def eigenvalues(self) -> Float[Array, " n"]:
@@ -51,67 +53,93 @@ class DenseGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "DenseGramSolve":
         triangle = jacobian.gram_triangle()
-        return DenseGramSolve(triangle, _regularised_cholesky(triangle))
+        return DenseGramSolve.of(triangle, jnp.zeros((), triangle.dtype))
 
 
 class DenseGramSolve(AbstractGramSolve):
     # Only the upper triangle counts: half of the products of the Gram matrix.
     triangle: Float[Array, "n n"]
-    cholesky: Float[Array, "n n"]
+    damping: Scalar
+    cholesky: Float[Array, "n n"]  # of the matrix with rows of length one
 
-    def trace(self) -> Scalar:
-        return jnp.trace(self.triangle)
+    @classmethod
+    def of(cls, triangle: Float[Array, "n n"], damping: Scalar) -> "DenseGramSolve":
+        return cls(triangle, damping, _cholesky(triangle, damping))
+
+    def row_norms_squared(self) -> Float[Array, " n"]:
+        return jnp.diagonal(self.triangle)
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        return _solve(self.triangle, self.cholesky, vector)
+        # So derivatives are solves with the factor that is there: nothing differentiates
+        # through the factorisation.
+        def mv(vector: Array) -> Array:
+            product = jnp.matmul(
+                mirrored(self.triangle), vector, precision=jax.lax.Precision.HIGHEST
+            )
+            return product + self.damping * self.row_norms_squared() * vector
 
-    def damped_solve(self, vector: Float[Array, " n"], damping: Scalar) -> Float[Array, " n"]:
-        damped = self.triangle + damping * jnp.eye(len(vector), dtype=vector.dtype)
-        return _solve(damped, _regularised_cholesky(damped), vector)
+        def solve(_: Any, right: Array) -> Array:
+            scale = row_scale(self.row_norms_squared())
+            return scale * cho_solve(self.cholesky, scale * right)
+
+        return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
+
+    def damped(self, damping: Scalar) -> "DenseGramSolve":
+        return DenseGramSolve.of(self.triangle, damping.astype(self.triangle.dtype))
 
     def eigenvalues(self) -> Float[Array, " n"]:
         return jnp.linalg.eigvalsh(mirrored(self.triangle))
 
 
-def _regularised_cholesky(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Cholesky factor of K + μI with the smallest μ of a short ladder that succeeds."""
+def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Factors that give the rows of J length one, whatever units they come in.
+
+    Zero for a row that is the rounding error of the longest: it constrains nothing.
+    """
+    frozen = jax.lax.stop_gradient(norms_squared)
+    # In float32 rounding is so coarse that rows in smaller units would be taken for it.
+    floor = min(8 * float(jnp.finfo(frozen.dtype).eps), 1e-10)
+    is_lost = frozen <= floor**2 * jnp.max(frozen)
+    return jnp.where(is_lost, 0, 1 / jnp.sqrt(jnp.where(is_lost, 1, frozen)))
+
+
+def equilibrated_eigenvalues(jacobian: AbstractJacobian) -> Float[Array, " n"]:
+    """The spectrum of the Gram matrix of the rows of length one, ascending: what has a rank."""
+    return jnp.linalg.eigvalsh(mirrored(_equilibrated(jacobian.gram_triangle())))
+
+
+def _equilibrated(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    scale = row_scale(jnp.diagonal(triangle))
+    return scale[:, None] * triangle * scale
+
+
+def _cholesky(triangle: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n n"]:
+    """Cholesky factor of the equilibrated K + (damping + μ)·I.
+
+    With the smallest μ of a short ladder that succeeds.
+    """
     # The transpose: LAPACK's column-major layout then stays away from the matrix products
     # that made the triangle, which would be several times slower in it.
-    matrix = jax.lax.stop_gradient(triangle).T
-    eps = jnp.finfo(matrix.dtype).eps
-    trace = jnp.trace(matrix)
-    # A zero Jacobian has no normal space: any positive μ gives the right answer, zero.
-    smallest = jnp.where(trace > 0, 5 * eps * trace, 1).astype(matrix.dtype)
-
-    def factorise(shift: Scalar) -> Array:
-        shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
-        return cholesky(shifted)
+    matrix = _equilibrated(jax.lax.stop_gradient(triangle)).T
+    size, eps = len(matrix), float(jnp.finfo(matrix.dtype).eps)
+    # Rows that are lost have no equations; any diagonal gives them the right answer, zero.
+    damping = damping + jnp.where(jnp.diagonal(matrix) == 0, 1, 0)
+    # In float32 5·eps·n would already cost accuracy: first try without.
+    smallest = 5 * eps * size
+    first = smallest if eps < 1e-10 else 0.0
 
     def failed(state: tuple[Scalar, Array, Int[Array, ""]]) -> Array:
         _, factor, tries = state
         # A failed factorisation is NaN all over.
-        return ~jnp.isfinite(factor[0, 0]) & (tries < 6)
+        return ~jnp.isfinite(factor[0, 0]) & (tries < 7)
 
     def again(state: tuple[Scalar, Array, Int[Array, ""]]) -> tuple[Scalar, Array, Array]:
-        shift = jnp.maximum(10 * state[0], smallest)
-        return shift, factorise(shift), state[2] + 1
+        shift, _, tries = state
+        factor = cholesky(matrix + jnp.diag(damping + shift).astype(matrix.dtype))
+        return jnp.maximum(10 * shift, smallest).astype(matrix.dtype), factor, tries + 1
 
-    # In float32 5·eps·tr K would already cost accuracy: first try without.
-    first = smallest if eps < 1e-10 else jnp.where(trace > 0, 0, smallest).astype(matrix.dtype)
-    start = (first, factorise(first), jnp.asarray(0))
-    # The loop copies what it carries, which is worth avoiding in the usual case.
-    climb = lambda: jax.lax.while_loop(failed, again, start)[1]
-    return jax.lax.cond(failed(start), climb, lambda: start[1])
-
-
-def _solve(triangle: Array, cholesky: Array, vector: Array) -> Array:
-    # So derivatives are solves with the factor that is there: nothing differentiates through
-    # the factorisation.
-    def mv(vector: Array) -> Array:
-        return jnp.matmul(mirrored(triangle), vector, precision=jax.lax.Precision.HIGHEST)
-
-    solve = lambda _, right: cho_solve(cholesky, right)
-    return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
+    start = (jnp.asarray(first, matrix.dtype), jnp.full_like(matrix, jnp.nan), jnp.asarray(0))
+    return jax.lax.while_loop(failed, again, start)[1]
 
 
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:

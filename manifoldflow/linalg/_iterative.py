@@ -1,5 +1,8 @@
 """Gram solves by conjugate gradients, and the choice between them and dense ones."""
 
+from collections.abc import Callable
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._types import Scalar
-from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram
+from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import memory_budget
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -37,13 +40,23 @@ class IterativeGram(AbstractGram):
     inverse: Float[Array, "n n"] | None = None
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
-        trace = jnp.sum(jacobian.row_norms_squared())
+        norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
         frozen = jax.lax.stop_gradient(jacobian)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
-        sketch = nystroem_sketch(frozen, self.preconditioner_rank) if wants_sketch else None
+        product = partial(_equilibrated_mv, frozen, row_scale(norms_squared))
+        structure, rank = jacobian.out_structure(), self.preconditioner_rank
+        sketch = nystroem_sketch(product, structure, rank) if wants_sketch else None
+        damping = jnp.zeros((), norms_squared.dtype)
         return IterativeGramSolve(
-            jacobian, jax.lax.stop_gradient(trace), sketch, self.inverse, self.rtol, self.max_steps
+            jacobian, norms_squared, damping, sketch, self.inverse, self.rtol, self.max_steps
         )
+
+
+def _equilibrated_mv(
+    jacobian: AbstractJacobian, scale: Float[Array, " n"], vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """J Jᵀw for rows of length one."""
+    return scale * jacobian.mv(jacobian.transpose_mv(scale * vector))
 
 
 class Sketch(eqx.Module):
@@ -59,13 +72,14 @@ class Sketch(eqx.Module):
         return vector + jnp.matmul(self.vectors, weights * inside, precision=_HIGHEST)
 
 
-def nystroem_sketch(jacobian: AbstractJacobian, rank: int) -> Sketch:
-    """The randomised Nyström approximation of K = J Jᵀ from `rank` products."""
-    structure = jacobian.out_structure()
+def nystroem_sketch(
+    product: Callable[[Array], Array], structure: jax.ShapeDtypeStruct, rank: int
+) -> Sketch:
+    """The randomised Nyström approximation of a matrix from `rank` products with it."""
     rank = min(rank, structure.shape[0])
     probes = jr.normal(jr.key(0), (structure.shape[0], rank), structure.dtype)
     probes, _ = jnp.linalg.qr(probes)
-    images = jax.lax.map(lambda p: jacobian.mv(jacobian.transpose_mv(p)), probes.T).T
+    images = jax.lax.map(product, probes.T).T
     shift = jnp.finfo(structure.dtype).eps * jnp.linalg.norm(images)
     images = images + shift * probes
     core = jnp.matmul(probes.T, images, precision=_HIGHEST)
@@ -84,41 +98,46 @@ def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
 
 class IterativeGramSolve(AbstractGramSolve):
     jacobian: AbstractJacobian
-    total: Scalar
+    norms_squared: Float[Array, " n"]
+    damping: Scalar
     sketch: Sketch | None
     inverse: Float[Array, "n n"] | None
     rtol: float | None = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
-    def trace(self) -> Scalar:
-        return self.total
+    def row_norms_squared(self) -> Float[Array, " n"]:
+        return self.norms_squared
+
+    def damped(self, damping: Scalar) -> "IterativeGramSolve":
+        return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        shift = 5 * jnp.finfo(vector.dtype).eps * self.total
-        return self.damped_solve(vector, jnp.where(self.total > 0, shift, 1))
-
-    def damped_solve(self, vector: Float[Array, " n"], damping: Scalar) -> Float[Array, " n"]:
-        damping = damping.astype(vector.dtype)
+        eps, scale = float(jnp.finfo(vector.dtype).eps), row_scale(self.norms_squared)
+        shift = self.damping + 5 * eps * len(vector)
 
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
-            return self.jacobian.mv(self.jacobian.transpose_mv(w)) + damping * w
+            return _equilibrated_mv(self.jacobian, scale, w) + shift * w
 
         structure = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
         operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-        rtol = float(jnp.finfo(vector.dtype).eps) ** 0.5 if self.rtol is None else self.rtol
+        rtol = eps**0.5 if self.rtol is None else self.rtol
         solver = lx.CG(rtol=rtol, atol=0.0, max_steps=self.max_steps)
         options = {}
         if self.sketch is not None or self.inverse is not None:
             options["preconditioner"] = lx.FunctionLinearOperator(
-                lambda w: self._precondition(w, damping), structure, lx.positive_semidefinite_tag
+                lambda w: self._precondition(w, scale, shift),
+                structure,
+                lx.positive_semidefinite_tag,
             )
-        return lx.linear_solve(operator, vector, solver, options=options, throw=False).value
+        found = lx.linear_solve(operator, scale * vector, solver, options=options, throw=False)
+        return scale * found.value
 
-    def _precondition(self, vector: Array, damping: Scalar) -> Array:
+    def _precondition(self, vector: Array, scale: Array, shift: Scalar) -> Array:
         if self.inverse is not None:
-            return jnp.matmul(self.inverse, vector, precision=_HIGHEST)
+            norms = 1 / jnp.where(scale > 0, scale, 1)
+            return norms * jnp.matmul(self.inverse, norms * vector, precision=_HIGHEST)
         assert self.sketch is not None
-        return self.sketch.precondition(vector, damping)
+        return self.sketch.precondition(vector, shift)
 
     def eigenvalues(self) -> Float[Array, " n"]:
         """Of the n×n matrix, built for the purpose: for tests and diagnosis."""

@@ -1,58 +1,74 @@
 """Projections and pseudo-inverses of a Jacobian, from solves with its Gram matrix.
 
 A solve with K = J Jᵀ in floating point is wrong by eps·cond(K). What it leaves is known
-exactly in the space of tangents, so applying it again to the rest gains digits that no
-better factorisation could: twice in float64. In float32 the factorisation only serves as
-a preconditioner for what is still left after that.
+exactly by products with J and Jᵀ, so conjugate gradients on J Jᵀ with the factorisation as
+preconditioner gain digits that no better factorisation could: one or two iterations in float64,
+two to ten in float32, whose factorisation hardly has a correct digit at conditions near 1/eps.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree
 from manifoldflow._types import Flag, Scalar, Tangent
-from manifoldflow.linalg._gram import AbstractGramSolve
+from manifoldflow.linalg._gram import AbstractGramSolve, row_scale
 from manifoldflow.linalg._operator import AbstractJacobian
 
-# Each iteration gains what one factorisation is accurate to: usually one is enough, ten are
-# for conditions near 1/eps, where it is hardly accurate at all.
-_REDUCTION = 1e-2
-_MAX_ITERATIONS = 10
+_MAX_ITERATIONS = 12
+_NUM_PLAIN = 3
+_LONGEST = 30
 
 
 def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
     """J†w = Jᵀ K⁻¹ w, refined."""
-    lifted = jacobian.transpose_mv(gram.solve(vector))
-    again = jacobian.transpose_mv(gram.solve(vector - jacobian.mv(lifted)))
-    lifted = _tree.add(lifted, again)
-    if _is_double(vector.dtype):
-        return lifted
-    return _tree.add(lifted, _conjugate_gradients(jacobian, gram, vector - jacobian.mv(lifted)))
+    return jacobian.transpose_mv(refined_solve(jacobian, gram, vector))
 
 
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
-    """P⊥v = Jᵀ K⁻¹ J v, refined: I − P⊥ is applied again to what is left."""
-    remainder = vector
-    for _ in range(2):
-        multipliers = gram.solve(jacobian.mv(remainder))
-        remainder = _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
-    if not _is_double(_tree.dtype_of(vector)):
-        rest = _conjugate_gradients(jacobian, gram, jacobian.mv(remainder))
-        remainder = _tree.subtract(remainder, rest)
-    return _tree.subtract(vector, remainder)
+    """P⊥v = Jᵀ K⁻¹ J v, refined."""
+    return pseudo_inverse_mv(jacobian, gram, jacobian.mv(vector))
 
 
-def _is_double(dtype: Any) -> bool:
-    return bool(jnp.finfo(dtype).eps < 1e-10)
+def refined_solve(
+    jacobian: AbstractJacobian,
+    gram: AbstractGramSolve,
+    vector: Float[Array, " n"],
+    damping: Scalar | None = None,
+) -> Float[Array, " n"]:
+    """K⁻¹w by as many solves with the factorisation as rounding lets help.
+
+    Args:
+        jacobian: J, (n, D).
+        gram: solves with K, or with K + damping·diag(K) if a damping is given.
+        vector: w, (n,), in the range of J.
+        damping: not negative, relative to the diagonal of K.
+    """
+    scale = row_scale(gram.row_norms_squared())
+    norms = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+
+    def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The operator in rows of length one."""
+        product = scale * jacobian.mv(jacobian.transpose_mv(scale * vector))
+        return product if damping is None else product + damping * vector
+
+    def precondition(vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        return norms * gram.solve(norms * vector)
+
+    def solve(mv: Callable[[Array], Array], right: Float[Array, " n"]) -> Float[Array, " n"]:
+        # In units of the right side: in float32 the squares of small ones are zero.
+        size = jnp.max(jnp.abs(right))
+        unit = right / jnp.where(size == 0, 1, size)
+        return size * _refined(mv, precondition, unit)
+
+    # Reverse mode cannot transpose the loop, but knows the transpose of a linear solve.
+    return scale * jax.lax.custom_linear_solve(mv, scale * vector, solve, symmetric=True)
 
 
 class _State(eqx.Module):
@@ -60,63 +76,65 @@ class _State(eqx.Module):
     left: Float[Array, " n"]
     direction: Float[Array, " n"]
     size: Scalar
+    best: Float[Array, " n"]
+    least: Scalar  # ‖left‖ of the best
+    is_plain: Flag
+    num_idle: Int[Array, ""]
     num_steps: Int[Array, ""]
 
 
-@eqx.filter_custom_jvp
-def _conjugate_gradients(
-    jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Float[Array, " n"]
-) -> Tangent:
-    """J†·left by conjugate gradients on J Jᵀ, the Gram solve as preconditioner."""
-
-    def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        return jacobian.mv(jacobian.transpose_mv(vector))
-
-    def solve(mv: Callable[[Array], Array], right: Float[Array, " n"]) -> Float[Array, " n"]:
-        return _iterate(mv, gram.solve, right)
-
-    # Derivative rules elsewhere call this on tangents, which reverse mode then transposes:
-    # it cannot transpose the loop, but knows that of a linear solve.
-    return jacobian.transpose_mv(jax.lax.custom_linear_solve(mv, left, solve, symmetric=True))
-
-
-def _iterate(
+def _refined(
     mv: Callable[[Array], Array],
     precondition: Callable[[Array], Array],
     right: Float[Array, " n"],
 ) -> Float[Array, " n"]:
-    # Relative to the right side, so that what is solved for depends on nothing else.
-    tol = _REDUCTION * jnp.linalg.norm(right)
+    """Until what is left is rounding, or no longer falls.
+
+    By conjugate gradients; but a right side that is partly out of the reach of J (equations
+    that depend on each other, away from the manifold) leads them astray, since the
+    factorisation magnifies that part without end. Then by plain corrections, which J
+    sees nothing of it in.
+    """
+    target = jnp.finfo(right.dtype).eps * jnp.linalg.norm(right)
 
     def is_going(state: _State) -> Flag:
-        return (jnp.linalg.norm(state.left) > tol) & (state.num_steps < _MAX_ITERATIONS)
+        is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)
+        limit = jnp.where(state.is_plain, _NUM_PLAIN, _MAX_ITERATIONS)
+        return is_useful & (state.num_steps < limit)
 
     def step(state: _State) -> _State:
         preconditioned = precondition(state.left)
         size = jnp.vdot(state.left, preconditioned)
-        direction = preconditioned + size / state.size * state.direction
+        turn = jnp.where(state.is_plain, 0, size / state.size)
+        direction = preconditioned + turn * state.direction
         change = mv(direction)
+        # Steps of conjugate gradients have about length one, or the direction is not seen.
         curvature = jnp.vdot(direction, change)
-        length = size / jnp.where(curvature > 0, curvature, 1)
+        is_seen = (_LONGEST * curvature > size) & ~state.is_plain
+        length = jnp.where(is_seen, size / jnp.where(is_seen, curvature, 1), 1)
+        # A direction that was mixed with others must not be followed blindly.
+        is_lost = ~is_seen & ~state.is_plain & (state.num_steps > 0)
+        length = jnp.where(is_lost, 0, length)
+        solution, left = state.solution + length * direction, state.left - length * change
+        norm = jnp.linalg.norm(left)
+        is_plain = state.is_plain | ~is_seen
+        is_better = (norm < state.least) | is_plain | (state.num_steps == 0)
+        is_idle = ~(norm < 0.9 * state.least) & ~is_plain
         return _State(
-            state.solution + length * direction,
-            state.left - length * change,
+            solution,
+            left,
             direction,
             size,
+            jnp.where(is_better, solution, state.best),
+            jnp.where(is_better, norm, state.least),
+            is_plain,
+            jnp.where(is_idle, state.num_idle + 1, 0),
             state.num_steps + 1,
         )
 
     zeros, infinity = jnp.zeros_like(right), jnp.asarray(jnp.inf, right.dtype)
-    start = _State(zeros, right, zeros, infinity, jnp.asarray(0))
-    return jax.lax.while_loop(is_going, step, start).solution
-
-
-@_conjugate_gradients.def_jvp
-def _conjugate_gradients_jvp(primals: Any, tangents: Any) -> tuple[Tangent, Tangent]:
-    """The derivative of one more application, which the iteration only refines."""
-
-    def once(jacobian: AbstractJacobian, gram: AbstractGramSolve, left: Array) -> Tangent:
-        return jacobian.transpose_mv(gram.solve(left))
-
-    _, change = eqx.filter_jvp(once, primals, tangents)
-    return _conjugate_gradients(*primals), change
+    zero = jnp.asarray(0)
+    start = _State(
+        zeros, right, zeros, infinity, zeros, jnp.linalg.norm(right), zero > 0, zero, zero
+    )
+    return jax.lax.while_loop(is_going, step, start).best

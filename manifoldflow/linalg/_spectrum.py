@@ -120,5 +120,5 @@ def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     structure = jax.ShapeDtypeStruct(rhs.shape, rhs.dtype)
     operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
     eps = float(jnp.finfo(rhs.dtype).eps)
-    solver = lx.CG(rtol=10 * eps, atol=eps**2, max_steps=10 * len(rhs))
+    solver = lx.CG(rtol=10 * eps, atol=0.0, max_steps=10 * len(rhs))
     return vector, lx.linear_solve(operator, rhs, solver, throw=False).value

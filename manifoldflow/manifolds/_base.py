@@ -12,11 +12,14 @@ import equinox as eqx
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
+from manifoldflow._errors import checked_count
 from manifoldflow._solution import delivered, Info
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
-from manifoldflow.manifolds._search import land, reaches, retreat, tolerance
+from manifoldflow.manifolds._land import land
+from manifoldflow.manifolds._retreat import retreat
+from manifoldflow.manifolds._search import MAX_STEPS, tolerance
 
 
 class AbstractManifold(eqx.Module):
@@ -35,14 +38,14 @@ class AbstractManifold(eqx.Module):
 
     @abc.abstractmethod
     def codimension(self, point: Point) -> int:
-        """How many independent constraints there are, a static count."""
+        """How many independent constraints there are, a Python integer."""
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         """`(coordinates, remainder)` of a point."""
         return self.loss.split(point)
 
     def dimension(self, point: Point) -> int:
-        """Number of coordinates less the codimension, a static count."""
+        """Number of coordinates less the codimension, a Python integer."""
         return _tree.size(self.split(point)[0]) - self.codimension(point)
 
     @eqx.filter_jit
@@ -75,7 +78,7 @@ class AbstractManifold(eqx.Module):
         vector = _tree.as_tangent(self.split(point)[0], vector)
         return self.normal_space(point).normal(vector)
 
-    def project(self, point: Point, *, throw: bool = True) -> Point:
+    def project(self, point: Point, *, throw: bool = True, max_steps: int = MAX_STEPS) -> Point:
         """A point of the manifold near any ambient point, by damped Gauss-Newton.
 
         Agrees with the closest point and with `limit_map` to first order in the
@@ -85,31 +88,39 @@ class AbstractManifold(eqx.Module):
             point: any point in the neighbourhood of the manifold.
             throw: raise if no point of the manifold is found; with `throw=False` the
                 result has NaN coordinates instead.
+            max_steps: Gauss-Newton steps before the search gives up, each with at least one
+                factorisation.
 
         Raises:
+            ValueError: `max_steps` is not a positive whole number.
             EquinoxRuntimeError: with the message of the `RESULTS` member.
         """
-        return self.project_with_info(point, throw=throw)[0]
+        return self.project_with_info(point, throw=throw, max_steps=max_steps)[0]
 
     @eqx.filter_jit
-    def project_with_info(self, point: Point, *, throw: bool = False) -> tuple[Point, Info]:
+    def project_with_info(
+        self, point: Point, *, throw: bool = False, max_steps: int = MAX_STEPS
+    ) -> tuple[Point, Info]:
         """As `project`, with the `Info` of the search."""
         coordinates, remainder = self.split(point)
-        landed, info = land(self, coordinates, remainder)
+        max_steps = checked_count("max_steps", max_steps)
+        landed, info = land(self, coordinates, remainder, max_steps=max_steps)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
     @eqx.filter_jit
-    def touch_up(self, point: Point) -> tuple[Point, Info]:
+    def touch_up(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
         """As `project_with_info` for points that are almost on the manifold.
 
         Undamped, for solvers and saves: fails where `project` would have to shorten a
         step, and leaves the search for damping out of the compiled program.
         """
         coordinates, remainder = self.split(point)
-        landed, info = land(self, coordinates, remainder, is_near=True)
+        landed, info = land(self, coordinates, remainder, is_near=True, max_steps=max_steps)
         return _tree.join(delivered(landed, info, False), remainder), info
 
-    def retract(self, point: Point, vector: Tangent, *, throw: bool = True) -> Point:
+    def retract(
+        self, point: Point, vector: Tangent, *, throw: bool = True, max_steps: int = MAX_STEPS
+    ) -> Point:
         """The point of the manifold reached from `point` along `vector`.
 
         The step is P v, the return goes along the normal space at `point`: a
@@ -119,17 +130,19 @@ class AbstractManifold(eqx.Module):
             point: a point of the manifold.
             vector: with the structure of the coordinates; its tangent part counts.
             throw: as for `project`. Long steps over strong curvature can fail.
+            max_steps: Gauss-Newton steps before the search gives up.
         """
-        return self.retract_with_info(point, vector, throw=throw)[0]
+        return self.retract_with_info(point, vector, throw=throw, max_steps=max_steps)[0]
 
     @eqx.filter_jit
     def retract_with_info(
-        self, point: Point, vector: Tangent, *, throw: bool = False
+        self, point: Point, vector: Tangent, *, throw: bool = False, max_steps: int = MAX_STEPS
     ) -> tuple[Point, Info]:
         """As `retract`, with the `Info` of the search."""
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
-        landed, info = retreat(self, coordinates, vector, remainder)
+        max_steps = checked_count("max_steps", max_steps)
+        landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
     @eqx.filter_jit
@@ -140,18 +153,23 @@ class AbstractManifold(eqx.Module):
 
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
-        """Whether the defect is at most `tol`·max(1, ‖point‖); by default eps^⅔.
+        """Whether the defect is at most `tol`·‖point‖; by default eps^⅔.
 
-        A constraint that no step along the normal space can lower counts as missed.
+        A constraint that no step along the normal space can lower counts as missed. Lengths
+        are measured against the point, whatever its units: at the origin only an exact zero
+        of the constraint counts.
         """
         coordinates, _ = self.split(point)
         space, value = self.normal_space(point), self.constraint(point)
         defect = _tree.norm(space.pseudo_inverse(value))
-        return reaches(space, value, defect, coordinates, tol)
+        reach = (tolerance(coordinates) if tol is None else tol) * _tree.norm(coordinates)
+        # A constraint outside the range of J (an empty set, contradictory data) has J†f = 0
+        # without being zero; it must be small against ‖J‖ as well.
+        return (defect <= reach) & (space.shortfall(value) <= reach)
 
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
         """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔."""
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
-        vector = _tree.as_tangent(coordinates, vector)
+        vector, _ = _tree.in_own_units(_tree.as_tangent(coordinates, vector))
         return _tree.norm(self.normal_projection(point, vector)) <= tol * _tree.norm(vector)

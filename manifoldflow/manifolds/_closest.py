@@ -7,15 +7,18 @@ import lineax as lx
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._errors import checked_count
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
 
-_MAX_STEPS = 50
+_MAX_STEPS = 100
 
 
-def closest_point(manifold: AbstractManifold, point: Point, *, throw: bool = True) -> Point:
+def closest_point(
+    manifold: AbstractManifold, point: Point, *, throw: bool = True, max_steps: int = _MAX_STEPS
+) -> Point:
     """The point y of the manifold with point − y normal to it, near `manifold.project(point)`.
 
     By Newton's method along the manifold, from where `project` lands. A local minimum of
@@ -27,31 +30,39 @@ def closest_point(manifold: AbstractManifold, point: Point, *, throw: bool = Tru
         manifold: the manifold.
         point: any point near it.
         throw: raise if none is found; with `throw=False` the coordinates are NaN.
+        max_steps: of Newton's method, and of each way back to the manifold.
 
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
     """
-    landed, info = closest_point_with_info(manifold, point)
+    landed, info = closest_point_with_info(manifold, point, max_steps=max_steps)
     coordinates, remainder = manifold.split(landed)
     return _tree.join(delivered(coordinates, info, throw), remainder)
 
 
 @eqx.filter_jit
-def closest_point_with_info(manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
+def closest_point_with_info(
+    manifold: AbstractManifold, point: Point, *, max_steps: int = _MAX_STEPS
+) -> tuple[Point, Info]:
     """As `closest_point`, with the `Info` of the search; failed ones have NaN coordinates."""
     coordinates, remainder = manifold.split(point)
+    max_steps = checked_count("max_steps", max_steps)
     fixed = jax.lax.stop_gradient(coordinates)
-    landed, first = manifold.project_with_info(_tree.join(fixed, remainder))
-    floor = 4 * _tree.eps_of(coordinates) * jnp.maximum(1, _tree.norm(fixed))
+    landed, first = manifold.project_with_info(
+        _tree.join(fixed, remainder), max_steps=max_steps
+    )
+    floor = 4 * _tree.eps_of(coordinates) * _tree.norm(fixed)
 
     def going(state: tuple) -> Array:
         _, info, size, shrinks, count = state
-        return info.is_successful & shrinks & (size > floor) & (count < _MAX_STEPS)
+        return info.is_successful & shrinks & (size > floor) & (count < max_steps)
 
     def step(state: tuple) -> tuple:
         y, _, before, _, count = state
         towards = _step(manifold, y, fixed, remainder)
-        moved, info = manifold.retract_with_info(_tree.join(y, remainder), towards)
+        moved, info = manifold.retract_with_info(
+            _tree.join(y, remainder), towards, max_steps=max_steps
+        )
         size = _tree.norm(towards)
         return manifold.split(moved)[0], info, size, size < before, count + 1
 
@@ -59,7 +70,7 @@ def closest_point_with_info(manifold: AbstractManifold, point: Point) -> tuple[P
     start = manifold.split(landed)[0], first, infinite, jnp.asarray(True), jnp.asarray(0)
     y, info, _, _, count = jax.lax.while_loop(going, step, start)
     left = _tree.norm(_step(manifold, y, fixed, remainder))
-    bound = 1e3 * _tree.eps_of(fixed) ** (2 / 3) * jnp.maximum(1, _tree.norm(fixed))
+    bound = 1e3 * _tree.eps_of(fixed) ** (2 / 3) * _tree.norm(fixed)
     result = RESULTS.where(
         info.is_successful & ~(left <= bound), RESULTS.max_steps_reached, info.result
     )
@@ -86,6 +97,6 @@ def _step(
 
     operator = lx.FunctionLinearOperator(mv, _tree.structure_of(y), lx.positive_semidefinite_tag)
     tol = _tree.eps_of(y) ** 0.9
-    solver = lx.CG(rtol=tol, atol=tol, max_steps=10 * min(100, _tree.size(y)))
+    solver = lx.CG(rtol=tol, atol=0.0, max_steps=10 * min(100, _tree.size(y)))
     found = lx.linear_solve(operator, space.tangent(gap), solver, throw=False)
     return space.tangent(found.value)

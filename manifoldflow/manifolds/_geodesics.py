@@ -37,7 +37,7 @@ class Walk(eqx.Module):
             default.
         step_size: equal steps; adaptive ones by default.
         rtol: relative tolerance of adaptive steps; 1e-9 in float64 and 1e-5 in float32.
-        atol: absolute tolerance; 1e-10 and 1e-6.
+        atol: absolute tolerance; 1e-10 and 1e-6 times the largest coordinate at the start.
         adjoint: how Diffrax differentiates; reverse mode by default,
             `diffrax.ForwardMode()` for forward mode.
     """
@@ -48,13 +48,18 @@ class Walk(eqx.Module):
     atol: float | None = None
     adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
-    def controller(self, dtype: Any, times: Array | None = None) -> dfx.AbstractStepSizeController:
-        """Adaptive steps end on `times`: between its steps a solver interpolates less well."""
+    def controller(
+        self, size: Scalar, times: Array | None = None
+    ) -> dfx.AbstractStepSizeController:
+        """Adaptive steps for numbers of this size.
+
+        They end on `times`: between its steps a solver interpolates less well.
+        """
         if self.step_size is not None:
             return dfx.ConstantStepSize()
-        is_double = jnp.finfo(dtype).eps < 1e-10
+        is_double = jnp.finfo(size.dtype).eps < 1e-10
         rtol = self.rtol if self.rtol is not None else 1e-9 if is_double else 1e-5
-        atol = self.atol if self.atol is not None else 1e-10 if is_double else 1e-6
+        atol = self.atol if self.atol is not None else (1e-10 if is_double else 1e-6) * size
         controller = dfx.PIDController(rtol=rtol, atol=atol)
         return controller if times is None else dfx.ClipStepSizeController(controller, times)
 
@@ -208,6 +213,10 @@ def walk_along(
     landed, info = manifold.touch_up(point)
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     space = manifold.normal_space(_tree.join(start, remainder))
+    # Tangents that are only carried along have units of their own: as long as the point is.
+    _, size = _tree.in_own_units(jax.lax.stop_gradient(start))
+    scales = [size / _tree.in_own_units(jax.lax.stop_gradient(v))[1] for v in vectors[1:]]
+    scales = [jnp.ones_like(size), *scales]
     # The last time is the unit: so runs backwards are none, and derivatives in the times
     # exist at 0 as well, where a solver would take no step.
     unit = times[-1]
@@ -223,16 +232,17 @@ def walk_along(
         jnp.zeros((), times.dtype),
         jnp.ones((), times.dtype),
         None if walk.step_size is None else walk.step_size / jnp.abs(safe),
-        (start, tuple(map(space.tangent, vectors))),
+        (start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))),
         args=unit,
         saveat=dfx.SaveAt(subs=ends),
-        stepsize_controller=walk.controller(times.dtype, fractions),
+        stepsize_controller=walk.controller(size, fractions),
         adjoint=walk.adjoint,
         max_steps=MAX_STEPS,
         throw=False,
     )
     assert solution.ys is not None
     (path, moved), _ = solution.ys
+    moved = tuple(_tree.scale(1 / c, v) for c, v in zip(scales, moved))
     result = _result(solution.result, path, info.result)
     is_fine = result == RESULTS.successful
     found = (path, moved)
@@ -316,6 +326,7 @@ def _transported(
 ) -> Tangent:
     dtype = _tree.dtype_of(vector)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    _, size = _tree.in_own_units(jax.lax.stop_gradient(vector))
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_TransportField(manifold, path)),
         walk.solver,
@@ -323,7 +334,7 @@ def _transported(
         one,
         None if walk.step_size is None else jnp.asarray(walk.step_size, dtype),
         manifold.normal_space(path(zero)).tangent(vector),
-        stepsize_controller=walk.controller(dtype),
+        stepsize_controller=walk.controller(size),
         adjoint=walk.adjoint,
         max_steps=MAX_STEPS,
         throw=False,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._errors import shapes_of
+from manifoldflow._errors import is_traced, shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
 from manifoldflow.manifolds._base import AbstractManifold
@@ -25,9 +25,11 @@ class LevelSet(AbstractManifold):
         gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
         trainable: which leaves are coordinates, as for `LeastSquares`.
 
+    Equations may be redundant, as those of RᵀR = 1 and det R = 1 are: what counts is their
+    rank at a point.
+
     Raises:
         TypeError: fn is not callable.
-        ValueError: when used, if fn has more values than the point has coordinates.
     """
 
     fn: Callable[..., Any]
@@ -56,13 +58,13 @@ class LevelSet(AbstractManifold):
         return SquaredNorm(self.fn, trainable=self.trainable)
 
     def codimension(self, point: Point) -> int:
-        return eqx.filter_eval_shape(self.loss.residual, point).size
+        """How many equations are independent at the point; under a trace, how many there are."""
+        return independent_constraints(self, point)
 
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)
 
     def normal_space(self, point: Point) -> GramNormalSpace:
-        check_codimension(self, point)
         return gram_normal_space(self.loss, self.gram, point)
 
 
@@ -90,14 +92,14 @@ class ZeroLossManifold(AbstractManifold):
         self.gram = linalg.AutoGram() if gram is None else gram
 
     def codimension(self, point: Point) -> int:
-        """The number of scalar residuals."""
-        return eqx.filter_eval_shape(self.loss.residual, point).size
+        """How many residuals are independent at the point; under a trace, how many there are."""
+        return independent_constraints(self, point)
 
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)
 
     def normal_space(self, point: Point) -> GramNormalSpace:
-        check_codimension(self, point)
+        check_not_overdetermined(self, point)
         return gram_normal_space(self.loss, self.gram, point)
 
 
@@ -118,11 +120,21 @@ def check_precision(coordinates: Coordinates) -> None:
         )
 
 
-def check_codimension(manifold: AbstractManifold, point: Point) -> None:
-    codimension, dimension = manifold.codimension(point), manifold.dimension(point)
-    if dimension < 0:
+def independent_constraints(manifold: LevelSet | ZeroLossManifold, point: Point) -> int:
+    """The rank of the constraint's derivative at a point, or its bound where that is traced."""
+    coordinates, _ = manifold.split(point)
+    num_constraints = eqx.filter_eval_shape(manifold.constraint, point).size
+    if is_traced((manifold, point)):
+        return min(num_constraints, _tree.size(coordinates))
+    return int(manifold.rank(point))
+
+
+def check_not_overdetermined(manifold: ZeroLossManifold, point: Point) -> None:
+    num_residuals = eqx.filter_eval_shape(manifold.constraint, point).size
+    coordinates, _ = manifold.split(point)
+    if num_residuals > _tree.size(coordinates):
         raise ValueError(
-            f"{type(manifold).__name__} needs at most as many constraints as coordinates; got "
-            f"{codimension} residuals and {codimension + dimension} coordinates in "
-            f"{shapes_of(manifold.split(point)[0])}. Use fewer examples or a wider model."
+            f"ZeroLossManifold needs at most as many residuals as coordinates; got "
+            f"{num_residuals} residuals and {_tree.size(coordinates)} coordinates in "
+            f"{shapes_of(coordinates)}. Use fewer examples or a wider model."
         )

@@ -19,9 +19,10 @@ from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._land import land
 from manifoldflow.manifolds._level_set import ZeroLossManifold
 from manifoldflow.manifolds._minimizer import MinimizerManifold
-from manifoldflow.manifolds._search import constraint_dot, filled, land, no_tangent
+from manifoldflow.manifolds._search import constraint_dot, filled, no_tangent
 from manifoldflow.manifolds._stiffness import (
     AbstractStiffness,
     relative_rank_cutoff,

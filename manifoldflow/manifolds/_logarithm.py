@@ -81,9 +81,12 @@ def logarithm_map_with_info(
         gap = _tree.ravel(_tree.subtract(end, target))[0]
         return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
 
+    # In units of the coordinates, which the tolerances of the search know nothing of.
+    _, unit = _tree.in_own_units((fixed[1], fixed[2]))
+
     def shot(v: Array, args: None) -> Array:
         del args
-        return miss(v, fixed, dfx.ForwardMode())
+        return miss(unit * v, fixed, dfx.ForwardMode()) / unit
 
     chord = (
         fixed[0]
@@ -96,7 +99,7 @@ def logarithm_map_with_info(
     eps = _tree.eps_of(coordinates)
     solver = optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6)
     search = optx.least_squares(
-        shot, solver, _tree.ravel(first)[0], max_steps=_MAX_SHOTS, throw=False,
+        shot, solver, _tree.ravel(first)[0] / unit, max_steps=_MAX_SHOTS, throw=False,
         options={"jac": "fwd"},
     )  # fmt: skip
     found = jax.lax.stop_gradient(search.value)
@@ -106,8 +109,8 @@ def logarithm_map_with_info(
     slopes = jax.lax.stop_gradient(jax.vmap(
         lambda e: jax.jvp(lambda v: shot(v, None), (found,), (e,))[1], out_axes=1
     )(jnp.eye(flat.size, dtype=flat.dtype)))  # fmt: skip
-    gap = miss(found, dynamic, dfx.RecursiveCheckpointAdjoint())
-    refined = unravel(found - _lifted(slopes, gap, _tree.ravel((coordinates, target))[0]))
+    gap = miss(unit * found, dynamic, dfx.RecursiveCheckpointAdjoint())
+    refined = unravel(unit * found - _lifted(slopes, gap, _tree.ravel((coordinates, target))[0]))
     info = _info(fixed, gap, flat.size, search.stats["num_steps"])
     return delivered(refined, info, throw), info
 
@@ -140,7 +143,7 @@ def _once_jvp(primals: tuple, tangents: tuple) -> Any:
 def _info(at: tuple, gap: Array, size: int, num_steps: Array) -> Info:
     _, coordinates, target = at
     miss = jax.lax.stop_gradient(jnp.linalg.norm(gap[:size]))
-    tol = 100 * _tree.eps_of(coordinates) ** 0.6 * jnp.maximum(1, _tree.norm(target))
+    tol = 100 * _tree.eps_of(coordinates) ** 0.6 * _tree.norm(target)
     result = RESULTS.where(miss <= tol, RESULTS.successful, RESULTS.no_geodesic)
     result = RESULTS.where(jnp.isfinite(miss), result, RESULTS.nonfinite)
     return Info(result, miss, num_steps, jnp.zeros_like(num_steps))

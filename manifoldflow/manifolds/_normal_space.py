@@ -33,16 +33,35 @@ class AbstractNormalSpace(eqx.Module):
         """J†ᵀv: the λ for which Jᵀλ is the normal part of v, Lagrange's multipliers."""
 
     @abc.abstractmethod
-    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
-        """Jᵀ(J Jᵀ + damping·I)⁻¹ f."""
+    def damped(self, damping: Scalar) -> "AbstractNormalSpace":
+        """The same with damped steps: `damping` relative to the size of J, 0 for full steps."""
+
+    @abc.abstractmethod
+    def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
+        """The step v that lowers f, and what is left of f after it where f is linear, f − J v."""
 
     @abc.abstractmethod
     def eigenvalues(self) -> Float[Array, " n"]:
         """The spectrum of J Jᵀ, ascending."""
 
     @abc.abstractmethod
+    def rank(self) -> Int[Array, ""]:
+        """The numerical rank of J."""
+
+    @abc.abstractmethod
     def largest_eigenvalue_bound(self) -> Scalar:
-        """tr(J Jᵀ), the scale against which damping is measured."""
+        """tr(J Jᵀ), zero where there is no normal space."""
+
+    @abc.abstractmethod
+    def outward(self) -> Tangent:
+        """A normal vector: the sum of the unit normals of all constraints, or another."""
+
+    @abc.abstractmethod
+    def shortfall(self, constraint: Constraint) -> Scalar:
+        """How far, at the least, the point is from where f has this value less: ‖f‖/‖J‖.
+
+        With every row of J in units of its own length.
+        """
 
     @abc.abstractmethod
     def is_minimum(self) -> Array:
@@ -52,16 +71,13 @@ class AbstractNormalSpace(eqx.Module):
         """P v = v − P⊥v."""
         return _tree.subtract(vector, self.normal(vector))
 
-    def rank(self) -> Int[Array, ""]:
-        """The numerical rank of J."""
-        return linalg.numerical_rank(self.eigenvalues())
-
 
 class GramNormalSpace(AbstractNormalSpace):
     """Normal space of {f = 0} for f with n ≤ D values, through the n×n Gram matrix."""
 
     jacobian: linalg.AbstractJacobian
     gram: linalg.AbstractGramSolve
+    damping: Scalar | None = None
 
     def normal(self, vector: Tangent) -> Tangent:
         return linalg.normal_component(self.jacobian, self.gram, vector)
@@ -73,18 +89,33 @@ class GramNormalSpace(AbstractNormalSpace):
         return linalg.pseudo_inverse_mv(self.jacobian, self.gram, constraint)
 
     def multipliers(self, vector: Tangent) -> Constraint:
-        found = self.gram.solve(self.jacobian.mv(vector))
-        left = _tree.subtract(vector, self.jacobian.transpose_mv(found))
-        return found + self.gram.solve(self.jacobian.mv(left))
+        return linalg.refined_solve(self.jacobian, self.gram, self.jacobian.mv(vector))
 
-    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
-        return self.jacobian.transpose_mv(self.gram.damped_solve(constraint, damping))
+    def damped(self, damping: Scalar) -> "GramNormalSpace":
+        damping = damping * self.jacobian.out_structure().size
+        return GramNormalSpace(self.jacobian, self.gram.damped(damping), damping)
+
+    def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
+        found = linalg.refined_solve(self.jacobian, self.gram, constraint, self.damping)
+        damping = 0 if self.damping is None else self.damping
+        left = damping * self.gram.row_norms_squared() * found
+        return self.jacobian.transpose_mv(found), left
 
     def eigenvalues(self) -> Float[Array, " n"]:
         return self.gram.eigenvalues()
 
+    def rank(self) -> Int[Array, ""]:
+        return linalg.numerical_rank(linalg.equilibrated_eigenvalues(self.jacobian))
+
     def largest_eigenvalue_bound(self) -> Scalar:
-        return jnp.sum(self.jacobian.row_norms_squared())
+        return jnp.sum(self.gram.row_norms_squared())
+
+    def outward(self) -> Tangent:
+        return self.jacobian.transpose_mv(linalg.row_scale(self.gram.row_norms_squared()))
+
+    def shortfall(self, constraint: Constraint) -> Scalar:
+        scale = linalg.row_scale(self.gram.row_norms_squared())
+        return _tree.norm(scale * constraint) / len(scale) ** 0.5
 
     def is_minimum(self) -> Array:
         return jnp.asarray(True)
@@ -96,12 +127,18 @@ class HessianNormalSpace(AbstractNormalSpace):
     hessian: Float[Array, "D D"]
     rank_rule: int | float = eqx.field(static=True)
     coordinates: Coordinates
+    damping: Scalar | None = None
 
     def _flat(self, vector: Tangent) -> Array:
         return _tree.ravel(vector)[0]
 
     def _tangent(self, vector: Array) -> Tangent:
         return _tree.ravel(self.coordinates)[1](vector)
+
+    @property
+    def _size(self) -> Scalar:
+        size = _tree.norm(self.hessian)
+        return jnp.where(size > 0, size, 1)
 
     def normal(self, vector: Tangent) -> Tangent:
         projector = linalg.range_projection(self.hessian, self.rank_rule)
@@ -117,19 +154,34 @@ class HessianNormalSpace(AbstractNormalSpace):
     def multipliers(self, vector: Tangent) -> Constraint:
         return self.pseudo_inverse(vector)  # the Hessian is symmetric
 
-    def damped_pseudo_inverse(self, constraint: Constraint, damping: Scalar) -> Tangent:
+    def damped(self, damping: Scalar) -> "HessianNormalSpace":
+        return HessianNormalSpace(self.hessian, self.rank_rule, self.coordinates, damping)
+
+    def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
+        flat = self._flat(constraint)
         values, vectors, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
         # Steps follow −∇L also where the Hessian still curves downwards.
-        weights = jnp.where(inside, jnp.abs(values) / (values**2 + damping), 0)
-        rotated = _matmul(vectors.T, self._flat(constraint))
-        return self._tangent(_matmul(vectors, weights * rotated))
+        curvatures = jnp.where(inside, jnp.abs(values) / self._size, 1)
+        damping = 0 if self.damping is None else self.damping
+        weights = jnp.where(inside, curvatures / (curvatures**2 + damping), 0)
+        lift = _matmul(vectors, weights * _matmul(vectors.T, flat)) / self._size
+        return self._tangent(lift), self._tangent(flat - _matmul(self.hessian, lift))
 
     def eigenvalues(self) -> Float[Array, " n"]:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
         return jnp.sort(jnp.where(inside, values**2, 0))
 
+    def rank(self) -> Int[Array, ""]:
+        return linalg.numerical_rank(self.eigenvalues())
+
     def largest_eigenvalue_bound(self) -> Scalar:
         return jnp.sum(self.hessian**2)
+
+    def outward(self) -> Tangent:
+        return self._tangent(jnp.sum(self.hessian, axis=0) / self._size)
+
+    def shortfall(self, constraint: Constraint) -> Scalar:
+        return _tree.norm(constraint) / self._size
 
     def is_minimum(self) -> Array:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)

@@ -148,7 +148,7 @@ def _inverse(
     a factor of the order of the distance over the radius of curvature."""
     start = _towards(manifold, point, other)
     target, _ = manifold.split(other)
-    floor = 4 * _tree.eps_of(target) * jnp.maximum(1, _tree.norm(target))
+    floor = 4 * _tree.eps_of(target) * _tree.norm(target)
 
     def going(state: tuple) -> Flag:
         _, size, is_shrinking, count = state
@@ -175,7 +175,7 @@ def _judged(manifold: AbstractManifold, landed: Point, other: Point, info: Info)
     found: Coordinates = manifold.split(landed)[0]
     target, _ = manifold.split(other)
     miss = _tree.norm(_tree.subtract(found, target))
-    tol = 100 * _tree.eps_of(target) ** (2 / 3) * jnp.maximum(1, _tree.norm(target))
+    tol = 100 * _tree.eps_of(target) ** (2 / 3) * _tree.norm(target)
     missed = info.is_successful & ~(miss <= tol)
     result = RESULTS.where(missed, RESULTS.not_retracted, info.result)
     return eqx.tree_at(lambda i: (i.result, i.defect), info, (result, miss))

@@ -1,7 +1,8 @@
-"""Searches for a point of a manifold: `land` from anywhere, `retreat` after a step.
+"""What searches for a point of a manifold share: when they have arrived, and derivatives.
 
-Both are loops that cannot be differentiated through; each has a derivative rule that
-follows from what its result satisfies, so that forward and reverse mode both work.
+`land` goes there from anywhere, `retreat` after a step. Both are loops that cannot be
+differentiated through; each has a derivative rule that follows from what its result
+satisfies, so that forward and reverse mode both work.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -9,11 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._solution import Info, RESULTS
+from manifoldflow._solution import RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 
@@ -34,335 +34,59 @@ def tolerance(coordinates: Coordinates) -> float:
     return _tree.eps_of(coordinates) ** (2 / 3)
 
 
-def _roundings(coordinates: Coordinates, number: float) -> Scalar:
-    """So many roundings of the point itself, as a distance."""
-    return number * _tree.eps_of(coordinates) * jnp.maximum(1, _tree.norm(coordinates))
+class Floors(eqx.Module):
+    """Lengths that follow from the rounding of a point, and so scale with it."""
+
+    target: Scalar  # two roundings of the point: nothing is left to go
+    near: Scalar  # counts as on the manifold
+    root: Scalar  # as near as a search gets where J nearly loses rank
+    rounding: Scalar
+    each: Scalar  # of f, as a distance, from independent roundings of D coordinates
+
+    def __init__(self, coordinates: Coordinates):
+        eps, scale = _tree.eps_of(coordinates), _tree.norm(coordinates)
+        self.target, self.near = 2 * eps * scale, tolerance(coordinates) * scale
+        self.root, self.rounding = eps**0.5 * scale, 16 * eps * scale
+        self.each = eps * scale / _tree.size(coordinates) ** 0.5
 
 
-def _is_rounding(
-    space: AbstractNormalSpace, constraint: Constraint, coordinates: Coordinates
-) -> Flag:
-    """Is the constraint about what independent roundings of D coordinates make of it?
+class Found(eqx.Module):
+    """What a search has found at a point: how far it is from the manifold, and what is there."""
 
-    They change f by eps·‖θ‖·‖J‖_F/√D.
-    """
-    size = jnp.sqrt(space.largest_eigenvalue_bound() / _tree.size(coordinates))
-    return _tree.norm(constraint) <= _roundings(coordinates, 1) * size
-
-
-def reaches(
-    space: AbstractNormalSpace,
-    constraint: Constraint,
-    defect: Scalar,
-    coordinates: Coordinates,
-    tol: Any = None,
-) -> Flag:
-    """Is this point on the manifold: a short way to go, and no constraint out of reach?
-
-    A constraint outside the range of J (an empty set, contradictory data) has J†f = 0
-    without being zero; it must be small against ‖J‖ as well.
-    """
-    tol = tolerance(coordinates) if tol is None else tol
-    reach = tol * jnp.maximum(1, _tree.norm(coordinates))
-    size = jnp.sqrt(space.largest_eigenvalue_bound())
-    return (defect <= reach) & (_tree.norm(constraint) <= reach * size)
-
-
-def _is_stalled(
-    space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, coordinates: Coordinates
-) -> Flag:
-    """May a search that makes no more progress end here?
-
-    Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
-    blurred, and Newton's method creeps. So a constraint near its rounding errors is
-    enough, and so is a defect below √eps.
-    """
-    root = _tree.eps_of(coordinates) ** 0.5
-    size = jnp.sqrt(space.largest_eigenvalue_bound())
-    is_small = _tree.norm(constraint) <= _roundings(coordinates, 16) * size
-    is_near = defect <= root * jnp.maximum(1, _tree.norm(coordinates))
-    reach = tolerance(coordinates) * jnp.maximum(1, _tree.norm(coordinates))
-    return is_small | (is_near & (_tree.norm(constraint) <= reach * size))
-
-
-class _Progress(eqx.Module):
-    """Where a search stands, and what was found there."""
-
-    coordinates: Coordinates
-    damping: Scalar  # relative to tr(JJᵀ)
     defect: Scalar
-    result: RESULTS  # what it will be if the search ends here
-    is_done: Flag
-    num_steps: Int[Array, ""]
+    has_normals: Flag
+    is_minimum: Flag
+    is_on: Flag
+    is_stalled: Flag
+
+    def verdict(self, coordinates: Coordinates, is_done: Flag, is_double: Flag) -> RESULTS:
+        """How a search ends here."""
+        result = RESULTS.where(self.is_on, RESULTS.successful, RESULTS.not_on_manifold)
+        result = RESULTS.where(self.is_on & ~self.is_minimum, RESULTS.not_a_minimum, result)
+        is_double = self.is_on & is_double
+        result = RESULTS.where(is_double | ~self.has_normals, RESULTS.rank_zero, result)
+        result = RESULTS.where(is_done, result, RESULTS.max_steps_reached)
+        finite = _tree.all_finite(coordinates) & jnp.isfinite(self.defect)
+        return RESULTS.where(finite, result, RESULTS.nonfinite)
 
 
-def _start(coordinates: Coordinates) -> _Progress:
-    dtype = _tree.dtype_of(coordinates)
-    return _Progress(
-        coordinates,
-        jnp.asarray(1, dtype),
-        jnp.asarray(jnp.inf, dtype),
-        RESULTS.successful,
-        jnp.asarray(False),
-        jnp.asarray(0),
-    )
-
-
-def _search(body: Any, start: Coordinates) -> tuple[Coordinates, Info]:
-    def is_going(state: _Progress) -> Flag:
-        return ~state.is_done & (state.num_steps < MAX_STEPS)
-
-    end = jax.lax.while_loop(is_going, body, _start(start))
-    result = RESULTS.where(end.is_done, end.result, RESULTS.max_steps_reached)
-    return end.coordinates, Info(result, end.defect, end.num_steps, end.num_steps)
-
-
-def _verdict(
-    space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, coordinates: Coordinates
-) -> RESULTS:
-    is_on = reaches(space, constraint, defect, coordinates)
-    is_on |= _is_stalled(space, constraint, defect, coordinates)
-    result = RESULTS.where(is_on, RESULTS.successful, RESULTS.not_on_manifold)
-    result = RESULTS.where(is_on & ~space.is_minimum(), RESULTS.not_a_minimum, result)
+def look(
+    space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, floors: Floors
+) -> Found:
+    """What there is at a point with this normal space, constraint and defect ‖J†f‖."""
+    left = space.shortfall(constraint)
+    # Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
+    # blurred, and Newton's method creeps: then what is near will do.
+    is_stalled = (left <= floors.rounding) | ((defect <= floors.root) & (left <= floors.near))
+    is_on = ((defect <= floors.near) & (left <= floors.near)) | is_stalled
     has_normals = space.largest_eigenvalue_bound() > 0
-    result = RESULTS.where(has_normals, result, RESULTS.rank_zero)
-    finite = _tree.all_finite(coordinates) & jnp.isfinite(defect)
-    return RESULTS.where(finite, result, RESULTS.nonfinite)
+    return Found(defect, has_normals, space.is_minimum(), is_on, is_stalled)
 
 
-@eqx.filter_custom_jvp
-def land(
-    manifold: Constrained, coordinates: Coordinates, remainder: Point, *, is_near: bool = False
-) -> tuple[Coordinates, Info]:
-    """Damped Gauss-Newton: full steps where the constraint is nearly linear, else damped.
-
-    Undamped steps from a random network wander ten times further than the manifold is
-    away; damped ones stay near the path of gradient flow. With `is_near` steps are full
-    as long as they shorten the way at all: half the program, and enough for solvers.
-    """
-
-    def normal_space(x: Coordinates) -> AbstractNormalSpace:
-        return manifold.normal_space(_tree.join(x, remainder))
-
-    def constraint(x: Coordinates) -> Constraint:
-        return manifold.constraint(_tree.join(x, remainder))
-
-    def body(state: _Progress) -> _Progress:
-        space, value = normal_space(state.coordinates), constraint(state.coordinates)
-        newton, left, defect, is_linear = _chord_steps(
-            space, constraint, state.coordinates, value, 0.97 if is_near else 0.25
-        )
-        # At the target, or at a floor of rounding that is as good as the manifold.
-        is_there = (defect <= _roundings(newton, 2)) | _is_rounding(space, left, newton)
-        is_there |= ~is_linear & _is_stalled(space, left, defect, newton)
-
-        def full() -> tuple[Coordinates, Scalar, Flag]:
-            return newton, state.damping, is_linear
-
-        def damped() -> tuple[Coordinates, Scalar, Flag]:
-            return _damped_step(space, constraint, state.coordinates, value, state.damping)
-
-        if is_near:
-            moved, damping, is_moving = full()
-        else:
-            moved, damping, is_moving = jax.lax.cond(is_linear | is_there, full, damped)
-        return _Progress(
-            moved,
-            damping,
-            defect,
-            _verdict(space, left, defect, newton),
-            is_there | ~is_moving,
-            state.num_steps + 1,
-        )
-
-    landed, info = _search(body, coordinates)
-    if is_near:
-        return landed, info
-    is_double = _is_double_zero(normal_space(landed), constraint, landed, info.defect)
-    result = RESULTS.where(info.is_successful & is_double, RESULTS.rank_zero, info.result)
-    return landed, eqx.tree_at(lambda i: i.result, info, result)
-
-
-def _is_double_zero(
-    space: AbstractNormalSpace, constraint: Any, coordinates: Coordinates, defect: Scalar
-) -> Flag:
-    """Does the constraint vanish with its slope, as f² does: J ≈ 0 within what is left to go?
-
-    A distance d from such a set the slope along a normal is d times the second derivative,
-    and J†f = d/2; elsewhere the two are unrelated, and the slope far larger.
-    """
-    normal = space.normal(_tree.random_normal_like(jax.random.key(0), coordinates))
-    slope = _tree.norm(space.mv(normal))
-
-    def along(x: Coordinates) -> Constraint:
-        return jax.jvp(constraint, (x,), (normal,))[1]
-
-    bend = _tree.norm(jax.jvp(along, (coordinates,), (normal,))[1])
-    reach = 3 * jnp.maximum(defect, _roundings(coordinates, 16))
-    return slope * _tree.norm(normal) <= reach * bend
-
-
-def _chord_steps(
-    space: AbstractNormalSpace,
-    constraint: Any,
-    start: Coordinates,
-    value: Constraint,
-    ratio: float,
-) -> tuple[Coordinates, Constraint, Scalar, Flag]:
-    """Newton steps with one factorisation, while each shortens the way by a ratio.
-
-    Near the manifold, where rounding sets the pace, any shortening will do. Returns the
-    last point, the constraint and the defect there, and whether any step was worth taking.
-    """
-    target = _roundings(start, 2)
-    near = tolerance(start) * jnp.maximum(1, _tree.norm(start))
-
-    def going(state: tuple) -> Flag:
-        *_, defect, shrinks, count = state
-        return shrinks & (defect > target) & (count < 6)
-
-    def step(state: tuple) -> tuple:
-        x, value, lift, defect, _, count = state
-        moved = _tree.subtract(x, lift)
-        value_moved = constraint(moved)
-        lift_moved = space.pseudo_inverse(value_moved)
-        defect_moved = _tree.norm(lift_moved)
-        shrinks = defect_moved <= jnp.where(defect <= near, 0.9, ratio) * defect
-        new, old = (moved, value_moved, lift_moved, defect_moved), (x, value, lift, defect)
-        return *_tree.where(shrinks, new, old), shrinks, count + shrinks
-
-    lift = space.pseudo_inverse(value)
-    first = (start, value, lift, _tree.norm(lift), jnp.asarray(True), jnp.asarray(0))
-    x, value, _, defect, _, count = jax.lax.while_loop(going, step, first)
-    return x, value, defect, count > 0
-
-
-def _damped_step(
-    space: AbstractNormalSpace,
-    constraint: Any,
-    start: Coordinates,
-    value: Constraint,
-    damping: Scalar,
-) -> tuple[Coordinates, Scalar, Flag]:
-    """A Levenberg-Marquardt step, shortened until the linear model describes it."""
-    size = space.largest_eigenvalue_bound()
-    before = _tree.norm(value)
-
-    def attempt(damping: Scalar) -> tuple[Coordinates, Flag]:
-        lift = space.damped_pseudo_inverse(value, damping * size)
-        moved = _tree.subtract(start, lift)
-        foreseen = space.mv(lift)
-        after = constraint(moved)
-        surprise = _tree.norm(_tree.subtract(_tree.subtract(value, foreseen), after))
-        good = (surprise <= 0.25 * _tree.norm(foreseen)) & (_tree.norm(after) < before)
-        return moved, good
-
-    def failed(state: tuple[Scalar, Coordinates, Flag]) -> Flag:
-        return ~state[2] & (state[0] < 1e6)
-
-    def again(state: tuple[Scalar, Coordinates, Flag]) -> tuple[Scalar, Coordinates, Flag]:
-        return 4 * state[0], *attempt(4 * state[0])
-
-    damping, moved, good = jax.lax.while_loop(failed, again, (damping, *attempt(damping)))
-    return _tree.where(good, moved, start), damping / 8, good
-
-
-@land.def_jvp
-def _land_jvp(primals: tuple, tangents: tuple, *, is_near: bool = False) -> tuple:
-    # To first order the search moves along the normal space only: the derivative is P at
-    # the result, and data that move the manifold move the result along J†.
-    manifold, _, remainder = primals
-    manifold_dot, coordinates_dot, remainder_dot = tangents
-    landed, info = land(*primals, is_near=is_near)
-    space = manifold.normal_space(_tree.join(landed, remainder))
-    landed_dot = _tree.zeros_like(landed)
-    if jax.tree.leaves(coordinates_dot):
-        landed_dot = space.tangent(filled(coordinates_dot, landed))
-    drift = constraint_dot(manifold, manifold_dot, landed, remainder, remainder_dot)
-    if drift is not None:
-        landed_dot = _tree.subtract(landed_dot, space.pseudo_inverse(drift))
-    return (landed, info), (landed_dot, no_tangent(info))
-
-
-@eqx.filter_custom_jvp
-def retreat(
-    manifold: Constrained, coordinates: Coordinates, vector: Tangent, remainder: Point
-) -> tuple[Coordinates, Info]:
-    """From x + P v back along the normal space at x (the orthographic retraction).
-
-    Each step is a Gauss-Newton step projected on the normal space at x; it shortens the
-    way by the squared sine of the angle between the normal spaces here and there.
-    """
-    base = manifold.normal_space(_tree.join(coordinates, remainder))
-    target = _roundings(coordinates, 2)
-
-    def body(state: _Progress) -> _Progress:
-        point = _tree.join(state.coordinates, remainder)
-        space, value = manifold.normal_space(point), manifold.constraint(point)
-        lift = space.pseudo_inverse(value)
-        defect = _tree.norm(lift)
-        moved = _tree.subtract(state.coordinates, base.normal(lift))
-        # At the floor of rounding, or on the way out: keep what is there.
-        is_done = (defect <= target) | ~(defect <= 0.9 * state.defect)
-        return _Progress(
-            _tree.where(is_done, state.coordinates, moved),
-            state.damping,
-            defect,
-            _verdict(space, value, defect, state.coordinates),
-            is_done,
-            state.num_steps + 1,
-        )
-
-    return _search(body, _tree.add(coordinates, base.tangent(vector)))
-
-
-@retreat.def_jvp
-def _retreat_jvp(primals: tuple, tangents: tuple) -> tuple:
-    # The result y lies on the manifold and has P_x(y − x − v) = 0. Its derivative is
-    # tangent at y (but for data that move the manifold) with
-    # P_x dy = P_x(dx + dv) − dP_x(y − x − v).
-    manifold, coordinates, vector, remainder = primals
-    manifold_dot, coordinates_dot, vector_dot, remainder_dot = tangents
-    landed, info = retreat(*primals)
-    here = manifold.normal_space(_tree.join(coordinates, remainder))
-    there = manifold.normal_space(_tree.join(landed, remainder))
-    gap = _tree.subtract(_tree.subtract(landed, coordinates), vector)
-
-    def projected_gap(manifold: Constrained, x: Coordinates, remainder: Point) -> Tangent:
-        return manifold.normal_space(_tree.join(x, remainder)).tangent(gap)
-
-    _, turned = eqx.filter_jvp(
-        projected_gap,
-        (manifold, coordinates, remainder),
-        (manifold_dot, coordinates_dot, remainder_dot),
-    )
-    moved = _tree.add(filled(coordinates_dot, landed), filled(vector_dot, landed))
-    wanted = _tree.subtract(here.tangent(moved), filled(turned, landed))
-    normal_dot = _tree.zeros_like(landed)
-    drift = constraint_dot(manifold, manifold_dot, landed, remainder, remainder_dot)
-    if drift is not None:
-        normal_dot = _tree.scale(-1, there.pseudo_inverse(drift))
-        wanted = _tree.subtract(wanted, here.tangent(normal_dot))
-    tangent_dot = _oblique_lift(here, there, wanted)
-    return (landed, info), (_tree.add(tangent_dot, normal_dot), no_tangent(info))
-
-
-def _oblique_lift(
-    here: AbstractNormalSpace, there: AbstractNormalSpace, wanted: Tangent
-) -> Tangent:
-    """The tangent w there whose projection here is the wanted one."""
-
-    def mv(w: Tangent) -> Tangent:
-        tangent = there.tangent(w)
-        return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
-
-    structure = _tree.structure_of(wanted)
-    operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-    tol = float(jnp.finfo(_tree.dtype_of(wanted)).eps) ** 0.9
-    solution = lx.linear_solve(
-        operator, there.tangent(wanted), lx.CG(rtol=tol, atol=tol), throw=False
-    )
-    return there.tangent(solution.value)
+def nothing_found(like: Scalar) -> Found:
+    """Before the first look, in the precision of a length."""
+    no = jnp.asarray(False)
+    return Found(jnp.full_like(like, jnp.inf), no, no, no, no)
 
 
 def constraint_dot(

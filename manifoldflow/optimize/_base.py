@@ -187,8 +187,7 @@ def value_rounding(before: Iterate, after: Iterate) -> Scalar:
 
 def shortest_step(iterate: Iterate) -> Scalar:
     """A step of this length is lost in the rounding of the coordinates."""
-    here = iterate.coordinates
-    return _tree.eps_of(here) * jnp.maximum(1, _tree.norm(here))
+    return _tree.eps_of(iterate.coordinates) * _tree.norm(iterate.coordinates)
 
 
 def usual_step(iterate: Iterate) -> Scalar:

@@ -60,6 +60,10 @@ def truncated_cg(
         [Steihaug1983]; [AbsilBakerGallivan2007, Algorithm 2].
     """
 
+    # In units of the gradient: in single precision the squares of a small one are zero.
+    gradient, size = _tree.in_own_units(gradient)
+    radius, tolerance = radius / size, tolerance / size
+
     def going(state: _State) -> Flag:
         return ~state.is_done & (state.num_products < max_products)
 
@@ -97,7 +101,12 @@ def truncated_cg(
     zero, false = _tree.zeros_like(gradient), jnp.asarray(False)
     start = _State(zero, zero, gradient, _tree.scale(-1, gradient), false, false, jnp.asarray(0))
     end = jax.lax.while_loop(going, step, start)
-    return ModelStep(end.vector, _decrease(gradient, end), end.is_at_boundary, end.num_products)
+    return ModelStep(
+        _tree.scale(size, end.vector),
+        size**2 * _decrease(gradient, end),
+        end.is_at_boundary,
+        end.num_products,
+    )
 
 
 def _decrease(gradient: Tangent, state: _State) -> Scalar:

@@ -54,8 +54,8 @@ def minimize(
         method: `RiemannianTrustRegion()` by default, `RiemannianGradientDescent()`,
             `RiemannianOptax(optax.adam(1e-2))`, or another `AbstractMethod`.
         gradient_tolerance: stop once ‖P∇F‖ is at most this. By default eps^⅔ of the point's
-            precision, 4e-11 or 2e-5, times max(1, ‖∇F‖) with the gradient in the whole
-            space at the start.
+            precision, 4e-11 or 2e-5, times the largest ‖∇F‖ met so far, with the gradient in
+            the whole space: the units of F do not matter.
         max_steps: attempted steps before the search gives up.
         observe: name → function of a point, evaluated at the start and at the end.
         progress: True prints percentages, of the decimal places that the gradient has to
@@ -109,7 +109,7 @@ def minimize(
     )
     problem = Problem(manifold, _tree.as_pytree_callable(fn), remainder)
     # A program of its own, which other functions and methods need not compile again.
-    landed, info = manifold.project_with_info(point)
+    landed, info = manifold.project_with_info(point, max_steps=options.max_steps)
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     return _minimize(problem, start, info, options)
 
@@ -147,6 +147,7 @@ class _State(eqx.Module):
     work: Work
     max_defect: Scalar
     least_gradient: Scalar
+    largest_slope: Scalar
     num_idle: Int[Array, ""]
     meter: PyTree[Any]
 
@@ -158,10 +159,11 @@ def _minimize(
     method, meter = options.method, options.meter
     is_on = info.is_successful
     first = problem.at(coordinates)
-    tolerance = options.gradient_tolerance
-    if tolerance is None:
-        slope = jnp.maximum(1, _tree.norm(first.slope))
-        tolerance = _tree.eps_of(coordinates) ** (2 / 3) * slope
+
+    def tolerance(slope: Scalar) -> Scalar:
+        """Where the largest gradient in the whole space was this."""
+        given = options.gradient_tolerance
+        return _tree.eps_of(coordinates) ** (2 / 3) * slope if given is None else given
 
     def report(iterate: Iterate, num_steps: Int[Array, ""]) -> None:
         for each in options.reports:
@@ -169,16 +171,18 @@ def _minimize(
             found |= _observed(problem, options, iterate.coordinates)
             jax.debug.callback(each, num_steps, iterate.coordinates, found)
 
-    def share(num_attempts: Int[Array, ""], least_gradient: Scalar, is_done: Flag) -> Scalar:
+    def share(
+        num_attempts: Int[Array, ""], least_gradient: Scalar, slope: Scalar, is_done: Flag
+    ) -> Scalar:
         """How much of the way is done, in the type that Diffrax's meters count in."""
-        wanted = jnp.log(first.gradient_norm / tolerance)
+        wanted = jnp.log(first.gradient_norm / tolerance(slope))
         fallen = jnp.nan_to_num(jnp.log(first.gradient_norm / least_gradient) / wanted)
         shown = jnp.clip(jnp.maximum(fallen, num_attempts / options.max_steps), 0, 1)
         return jnp.where(is_done, 1, shown).astype(float)
 
-    def judged(iterate: Iterate, result: RESULTS) -> tuple[RESULTS, Flag]:
+    def judged(iterate: Iterate, slope: Scalar, result: RESULTS) -> tuple[RESULTS, Flag]:
         """How the search would end here, and whether it does."""
-        is_there = iterate.gradient_norm <= tolerance
+        is_there = iterate.gradient_norm <= tolerance(slope)
         is_lost = result != RESULTS.successful
         ours = RESULTS.where(is_there, RESULTS.successful, RESULTS.max_steps_reached)
         return RESULTS.where(is_lost & ~is_there, result, ours), is_there | is_lost
@@ -191,7 +195,8 @@ def _minimize(
         num_idle = _idle(state, attempt)
         is_stalled = num_idle >= method.patience
         result = RESULTS.where(is_stalled, RESULTS.stalled, attempt.result)
-        result, is_done = judged(attempt.iterate, result)
+        slope = jnp.maximum(state.largest_slope, _tree.norm(attempt.iterate.slope))
+        result, is_done = judged(attempt.iterate, slope, result)
         num_steps = state.num_steps + attempt.is_accepted
         num_rejected = state.num_rejected + ~attempt.is_accepted
         least_gradient = jnp.minimum(state.least_gradient, attempt.iterate.gradient_norm)
@@ -206,8 +211,11 @@ def _minimize(
             state.work + attempt.work,
             jnp.maximum(state.max_defect, attempt.defect),
             least_gradient,
+            slope,
             num_idle,
-            meter.step(state.meter, share(num_steps + num_rejected, least_gradient, is_done)),
+            meter.step(
+                state.meter, share(num_steps + num_rejected, least_gradient, slope, is_done)
+            ),
         )
 
     result = RESULTS.where(
@@ -215,7 +223,8 @@ def _minimize(
     )
     result = RESULTS.where(is_on, result, info.result)
     is_fine = result == RESULTS.successful
-    verdict, is_done = judged(first, result)
+    slope = _tree.norm(first.slope)
+    verdict, is_done = judged(first, slope, result)
     zero = jnp.asarray(0)
     start = _State(
         first,
@@ -227,6 +236,7 @@ def _minimize(
         Work(num_gradients=1, num_factorizations=info.num_factorizations + 1),
         jnp.where(is_on, info.defect, 0),
         first.gradient_norm,
+        slope,
         zero,
         meter.init(),
     )

@@ -22,6 +22,11 @@ from manifoldflow.optimize._base import (
 from manifoldflow.optimize._conjugate_gradients import truncated_cg
 
 
+class _State(eqx.Module):
+    radius: Scalar
+    largest_gradient: Scalar
+
+
 class RiemannianTrustRegion(AbstractMethod):
     """Truncated conjugate gradients on the covariant Hessian, within a radius that adapts.
 
@@ -34,7 +39,7 @@ class RiemannianTrustRegion(AbstractMethod):
         retraction: how to get back to the manifold; `NewtonRetraction()` by default.
         initial_radius: of the trust region; by default ‖θ‖/8.
         kappa: a step is solved for until the residual is at most
-            ‖g‖·min(kappa, ‖g‖^theta) for the gradient g.
+            ‖g‖·min(kappa, (‖g‖/g₀)^theta) for the gradient g and the largest one so far, g₀.
         theta: 1 + theta is the order of convergence, at most 2.
         max_products: products with the Hessian for one step; by default as many as there are
             coordinates.
@@ -53,14 +58,14 @@ class RiemannianTrustRegion(AbstractMethod):
     def patience(self) -> int:
         return 5
 
-    def init(self, problem: Problem, iterate: Iterate) -> Scalar:
-        """The radius."""
-        if self.initial_radius is None:
-            return usual_step(iterate)
-        return jnp.asarray(self.initial_radius, iterate.value.dtype)
+    def init(self, problem: Problem, iterate: Iterate) -> _State:
+        given, size = self.initial_radius, iterate.gradient_norm
+        return _State(usual_step(iterate) if given is None else jnp.full_like(size, given), size)
 
-    def step(self, problem: Problem, iterate: Iterate, state: Scalar) -> Attempt:
-        radius, size = state, iterate.gradient_norm
+    def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
+        radius, size = state.radius, iterate.gradient_norm
+        largest = jnp.maximum(state.largest_gradient, size)
+        share = size / jnp.where(largest > 0, largest, 1)
         hessian, most = problem.hessian(iterate), self.max_products
         # No more digits than the gradient has.
         floor = 10 * _tree.eps_of(iterate.slope) * _tree.norm(iterate.slope)
@@ -70,7 +75,7 @@ class RiemannianTrustRegion(AbstractMethod):
             # part that counts, in whose direction the model seems to have no curvature.
             hessian.space.tangent(iterate.gradient),
             radius,
-            jnp.maximum(floor, size * jnp.minimum(self.kappa, size**self.theta)),
+            jnp.maximum(floor, size * jnp.minimum(self.kappa, share**self.theta)),
             _tree.size(iterate.coordinates) if most is None else most,
         )
         trial = problem.moved(self.retraction, iterate, model.vector)
@@ -87,7 +92,7 @@ class RiemannianTrustRegion(AbstractMethod):
         spent = Work(num_hessian_products=model.num_products, num_factorizations=1)
         return Attempt(
             _tree.where(is_accepted, trial.iterate, iterate),
-            radius,
+            _State(radius, largest),
             is_accepted,
             RESULTS.where(is_lost, RESULTS.stalled, RESULTS.successful),
             trial.work + spent,

@@ -1,0 +1,123 @@
+"""The way back to a manifold after a step along a tangent."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Int
+
+from manifoldflow import _tree
+from manifoldflow._solution import Info
+from manifoldflow._types import Coordinates, Flag, Point, Tangent
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace
+from manifoldflow.manifolds._search import (
+    Constrained,
+    constraint_dot,
+    filled,
+    Floors,
+    Found,
+    look,
+    MAX_STEPS,
+    no_tangent,
+    nothing_found,
+)
+
+
+class _Retreat(eqx.Module):
+    """Where `retreat` stands."""
+
+    coordinates: Coordinates
+    found: Found
+    num_steps: Int[Array, ""]
+    is_done: Flag
+
+
+@eqx.filter_custom_jvp
+def retreat(
+    manifold: Constrained,
+    coordinates: Coordinates,
+    vector: Tangent,
+    remainder: Point,
+    *,
+    max_steps: int = MAX_STEPS,
+) -> tuple[Coordinates, Info]:
+    """From x + P v back along the normal space at x (the orthographic retraction).
+
+    Each step is a Gauss-Newton step projected on the normal space at x; it shortens the
+    way by the squared sine of the angle between the normal spaces here and there.
+    """
+    base = manifold.normal_space(_tree.join(coordinates, remainder))
+    start = _tree.add(coordinates, base.tangent(vector))
+    floors = Floors(start)
+
+    def going(state: _Retreat) -> Flag:
+        return ~state.is_done & (state.num_steps < max_steps)
+
+    def step(state: _Retreat) -> _Retreat:
+        point = _tree.join(state.coordinates, remainder)
+        space, value = manifold.normal_space(point), manifold.constraint(point)
+        lift = space.pseudo_inverse(value)
+        defect = _tree.norm(lift)
+        moved = _tree.subtract(state.coordinates, base.normal(lift))
+        # At the floor of rounding, or on the way out: keep what is there.
+        is_done = (defect <= floors.target) | ~(defect <= 0.9 * state.found.defect)
+        return _Retreat(
+            _tree.where(is_done, state.coordinates, moved),
+            look(space, value, defect, floors),
+            state.num_steps + 1,
+            is_done,
+        )
+
+    first = _Retreat(start, nothing_found(floors.target), jnp.asarray(0), jnp.asarray(False))
+    end = jax.lax.while_loop(going, step, first)
+    result = end.found.verdict(end.coordinates, end.is_done, jnp.asarray(False))
+    return end.coordinates, Info(result, end.found.defect, end.num_steps, end.num_steps + 1)
+
+
+@retreat.def_jvp
+def _retreat_jvp(primals: tuple, tangents: tuple, *, max_steps: int = MAX_STEPS) -> tuple:
+    # The result y lies on the manifold and has P_x(y − x − v) = 0. Its derivative is
+    # tangent at y (but for data that move the manifold) with
+    # P_x dy = P_x(dx + dv) − dP_x(y − x − v).
+    manifold, coordinates, vector, remainder = primals
+    manifold_dot, coordinates_dot, vector_dot, remainder_dot = tangents
+    landed, info = retreat(*primals, max_steps=max_steps)
+    here = manifold.normal_space(_tree.join(coordinates, remainder))
+    there = manifold.normal_space(_tree.join(landed, remainder))
+    gap = _tree.subtract(_tree.subtract(landed, coordinates), vector)
+
+    def projected_gap(manifold: Constrained, x: Coordinates, remainder: Point) -> Tangent:
+        return manifold.normal_space(_tree.join(x, remainder)).tangent(gap)
+
+    _, turned = eqx.filter_jvp(
+        projected_gap,
+        (manifold, coordinates, remainder),
+        (manifold_dot, coordinates_dot, remainder_dot),
+    )
+    moved = _tree.add(filled(coordinates_dot, landed), filled(vector_dot, landed))
+    wanted = _tree.subtract(here.tangent(moved), filled(turned, landed))
+    normal_dot = _tree.zeros_like(landed)
+    drift = constraint_dot(manifold, manifold_dot, landed, remainder, remainder_dot)
+    if drift is not None:
+        normal_dot = _tree.scale(-1, there.pseudo_inverse(drift))
+        wanted = _tree.subtract(wanted, here.tangent(normal_dot))
+    tangent_dot = _oblique_lift(here, there, wanted)
+    return (landed, info), (_tree.add(tangent_dot, normal_dot), no_tangent(info))
+
+
+def _oblique_lift(
+    here: AbstractNormalSpace, there: AbstractNormalSpace, wanted: Tangent
+) -> Tangent:
+    """The tangent w there whose projection here is the wanted one."""
+
+    def mv(w: Tangent) -> Tangent:
+        tangent = there.tangent(w)
+        return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
+
+    structure = _tree.structure_of(wanted)
+    operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
+    tol = float(jnp.finfo(_tree.dtype_of(wanted)).eps) ** 0.9
+    solution = lx.linear_solve(
+        operator, there.tangent(wanted), lx.CG(rtol=tol, atol=0.0), throw=False
+    )
+    return there.tangent(solution.value)
