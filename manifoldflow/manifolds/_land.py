@@ -45,13 +45,13 @@ def _chord_steps(
     value: Constraint,
     floors: Floors,
     ratio: float,
-    limit: Any,
+    is_full: Flag,
 ) -> _Chord:
-    """Newton steps, or damped ones, while each shortens what was not foreseen by a ratio.
+    """Newton steps, or a damped one, while each shortens what was not foreseen by a ratio.
 
     Near the manifold, where rounding sets the pace, any shortening will do.
     """
-    before = space.shortfall(value)
+    before, limit = space.shortfall(value), jnp.where(is_full, 7, 2)
 
     def going(state: _Chord) -> Flag:
         return state.shrinks & (state.defect > floors.target) & (state.num_steps < limit)
@@ -60,12 +60,14 @@ def _chord_steps(
         lift, foreseen = space.step(_tree.subtract(state.value_trial, state.foreseen))
         defect = _tree.norm(lift)
         wanted = jnp.where(state.defect <= floors.near, 0.9, ratio) * state.defect
-        shrinks = defect <= wanted
+        left = space.shortfall(state.value_trial)
+        # Damped steps have no business where f grows.
+        shrinks = (defect <= wanted) & (is_full | (state.num_steps == 0) | (left < before))
         there = state.trial, state.value_trial, defect
         here = state.coordinates, state.value, state.defect
         x, value, defect = _tree.where(shrinks, there, here)
         trial = _tree.subtract(state.trial, lift)
-        fall = space.shortfall(state.value_trial) / jnp.where(before > 0, before, 1)
+        fall = left / jnp.where(before > 0, before, 1)
         return _Chord(
             x,
             value,
@@ -144,7 +146,7 @@ def land(
             state.value,
             Floors(state.coordinates),
             0.97 if is_near else 0.3,
-            jnp.where(state.is_full, 7, 2),
+            state.is_full,
         )
         is_linear = chord.num_steps > 1
         floors = Floors(chord.coordinates)
@@ -170,7 +172,7 @@ def land(
             is_linear,
             damping,
             num_quarters,
-            state.num_steps + (is_linear | ~state.is_full),
+            state.num_steps + is_linear,
             state.num_factorizations + 1,
             (state.is_full & (is_there | (~is_linear & found.is_stalled))) | is_lost,
             is_double,
