@@ -23,7 +23,7 @@ def started(
     if flow.manifold is None:
         return coordinates, RESULTS.successful
     y = _tree.join(coordinates, remainder)
-    point, info = flow.manifold.project_with_info(y, max_steps=max_steps)
+    point, info = flow.manifold.project_with_info(y, max_steps=max(100, max_steps))
     return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
 
 

@@ -1,9 +1,9 @@
 """Projections and pseudo-inverses of a Jacobian, from solves with its Gram matrix.
 
 A solve with K = J Jᵀ in floating point is wrong by eps·cond(K). What it leaves is known
-exactly by products with J and Jᵀ, so conjugate gradients on J Jᵀ with the factorisation as
-preconditioner gain digits that no better factorisation could: one or two iterations in float64,
-two to ten in float32, whose factorisation hardly has a correct digit at conditions near 1/eps.
+exactly by products with J and Jᵀ, so corrections and conjugate gradients with the factorisation as
+preconditioner gain digits that no better factorisation could: two iterations in float64, two
+to ten in float32, whose factorisation hardly has a correct digit at conditions near 1/eps.
 """
 
 from collections.abc import Callable
@@ -90,12 +90,15 @@ def _refined(
 ) -> Float[Array, " n"]:
     """Until what is left is rounding, or no longer falls.
 
-    By conjugate gradients; but a right side that is partly out of the reach of J (equations
-    that depend on each other, away from the manifold) leads them astray, since the
-    factorisation magnifies that part without end. Then by plain corrections, which J
-    sees nothing of it in.
+    In float64 by plain corrections: their weights 1 − (μ/(λ + μ))ᵏ leave alone what lies
+    below the shift μ of the factorisation, so that a vector field stays smooth where J loses
+    rank. In float32 by conjugate gradients; but a right side that is partly out of the
+    reach of J (equations that depend on each other, away from the manifold) leads them
+    astray, since the factorisation magnifies that part without end: then by plain
+    corrections as well, which J sees nothing of it in.
     """
-    target = jnp.finfo(right.dtype).eps * jnp.linalg.norm(right)
+    eps = float(jnp.finfo(right.dtype).eps)
+    target = eps * jnp.linalg.norm(right)
 
     def is_going(state: _State) -> Flag:
         is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)
@@ -133,8 +136,8 @@ def _refined(
         )
 
     zeros, infinity = jnp.zeros_like(right), jnp.asarray(jnp.inf, right.dtype)
-    zero = jnp.asarray(0)
+    zero, is_plain = jnp.asarray(0), jnp.asarray(eps < 1e-10)
     start = _State(
-        zeros, right, zeros, infinity, zeros, jnp.linalg.norm(right), zero > 0, zero, zero
+        zeros, right, zeros, infinity, zeros, jnp.linalg.norm(right), is_plain, zero, zero
     )
     return jax.lax.while_loop(is_going, step, start).best

@@ -109,7 +109,7 @@ def minimize(
     )
     problem = Problem(manifold, _tree.as_pytree_callable(fn), remainder)
     # A program of its own, which other functions and methods need not compile again.
-    landed, info = manifold.project_with_info(point, max_steps=options.max_steps)
+    landed, info = manifold.project_with_info(point, max_steps=max(100, options.max_steps))
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     return _minimize(problem, start, info, options)
 
