@@ -75,6 +75,10 @@ class RESULTS(eqx.Enumeration):
         "The adaptive step size fell below what the precision can resolve. The flow may "
         "leave the region where the manifold is one, or float64 may be needed."
     )
+    not_converged = (
+        "The eigenvalues were not found to tolerance: `residuals` says how far from an "
+        "eigenvalue each of them may be. Raise `max_steps`, or use float64."
+    )
 
 
 class Info(eqx.Module):
