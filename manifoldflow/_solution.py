@@ -79,6 +79,10 @@ class RESULTS(eqx.Enumeration):
         "The eigenvalues were not found to tolerance: `residuals` says how far from an "
         "eigenvalue each of them may be. Raise `max_steps`, or use float64."
     )
+    rank_too_small = (
+        "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "
+        "are a smaller set. Count them with `manifold.rank(point)`, and build the manifold anew."
+    )
 
 
 class Info(eqx.Module):

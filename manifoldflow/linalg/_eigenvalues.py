@@ -153,7 +153,7 @@ def judged(
     result = RESULTS.where(is_found, RESULTS.successful, RESULTS.not_converged)
     is_finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(residuals))
     result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
-    return Eigenvalues(values, residuals, result, jnp.asarray(num_steps))
+    return Eigenvalues(values, residuals, result, jnp.asarray(num_steps, int))
 
 
 def _dense(

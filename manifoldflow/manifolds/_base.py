@@ -142,12 +142,15 @@ class AbstractManifold(eqx.Module):
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
         """Whether the defect is at most `tol`·max(1, ‖point‖); by default eps^⅔.
 
-        A constraint that no step along the normal space can lower counts as missed.
+        A constraint that no step along the normal space can lower counts as missed, and so
+        does a stationary point of the loss that is no minimum of it.
         """
         coordinates, _ = self.split(point)
         space, value = self.normal_space(point), self.constraint(point)
         defect = _tree.norm(space.pseudo_inverse(value))
-        return reaches(space, value, defect, coordinates, tol)
+        # A point that may be further away may be bent otherwise.
+        is_minimum = space.is_minimum() if tol is None else space.is_minimum(10 * tol)
+        return reaches(space, value, defect, coordinates, tol) & is_minimum
 
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
         """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔."""

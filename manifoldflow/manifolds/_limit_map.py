@@ -21,12 +21,9 @@ from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._level_set import ZeroLossManifold
 from manifoldflow.manifolds._minimizer import MinimizerManifold
+from manifoldflow.manifolds._normal_space import relative_rank_cutoff
 from manifoldflow.manifolds._search import constraint_dot, filled, land, no_tangent
-from manifoldflow.manifolds._stiffness import (
-    AbstractStiffness,
-    relative_rank_cutoff,
-    stiffness,
-)
+from manifoldflow.manifolds._stiffness import AbstractStiffness, stiffness
 
 ORDER = 7
 
