@@ -6,13 +6,14 @@ minimal on it (`loss`).
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
-from manifoldflow._solution import delivered, Info
+from manifoldflow._solution import checked, delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
@@ -24,6 +25,8 @@ class AbstractManifold(eqx.Module):
 
     # A loss that is minimal exactly on the manifold; its gradient flow gives Φ.
     loss: eqx.AbstractVar[AbstractLoss]
+    # Whether the constraint is the gradient of the loss, which vanishes at saddles as well.
+    has_saddles: ClassVar[bool] = False
 
     @abc.abstractmethod
     def constraint(self, point: Point) -> Constraint:
@@ -63,17 +66,32 @@ class AbstractManifold(eqx.Module):
         """
         return _tree.norm(self.normal_space(point).pseudo_inverse(self.constraint(point)))
 
-    @eqx.filter_jit
-    def tangent_projection(self, point: Point, vector: Tangent) -> Tangent:
-        """P v, the orthogonal projection on the tangent space at the point."""
-        vector = _tree.as_tangent(self.split(point)[0], vector)
-        return self.normal_space(point).tangent(vector)
+    def tangent_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
+        """P v, the orthogonal projection on the tangent space at the point.
+
+        Args:
+            point: a point of the manifold; off it, the projection there.
+            vector: with the structure of the coordinates.
+            throw: raise where the constraint's derivative vanishes, so that there is no tangent
+                space; with `throw=False` the result is NaN there.
+
+        Raises:
+            EquinoxRuntimeError: with the message of the `RESULTS` member.
+        """
+        return checked(*self._projected(point, vector, True), throw)
+
+    def normal_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
+        """P⊥ v = v − P v; `throw` as for `tangent_projection`."""
+        return checked(*self._projected(point, vector, False), throw)
 
     @eqx.filter_jit
-    def normal_projection(self, point: Point, vector: Tangent) -> Tangent:
-        """P⊥ v = v − P v."""
+    def _projected(
+        self, point: Point, vector: Tangent, is_tangent: bool
+    ) -> tuple[Tangent, RESULTS]:
         vector = _tree.as_tangent(self.split(point)[0], vector)
-        return self.normal_space(point).normal(vector)
+        space = self.normal_space(point)
+        projected = space.tangent(vector) if is_tangent else space.normal(vector)
+        return projected, space.existence()
 
     def project(self, point: Point, *, throw: bool = True) -> Point:
         """A point of the manifold near any ambient point, by damped Gauss-Newton.
@@ -96,7 +114,16 @@ class AbstractManifold(eqx.Module):
         """As `project`, with the `Info` of the search."""
         coordinates, remainder = self.split(point)
         landed, info = land(self, coordinates, remainder)
+        info = self.judged(landed, remainder, info)
         return _tree.join(delivered(landed, info, throw), remainder), info
+
+    def judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
+        """As a search that landed here, unless it is a stationary point that is no minimum."""
+        if not self.has_saddles:
+            return info
+        space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
+        result = RESULTS.where(info.is_successful, space.curvature(), info.result)
+        return eqx.tree_at(lambda i: i.result, info, result)
 
     @eqx.filter_jit
     def touch_up(self, point: Point) -> tuple[Point, Info]:
@@ -130,13 +157,13 @@ class AbstractManifold(eqx.Module):
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
         landed, info = retreat(self, coordinates, vector, remainder)
+        info = self.judged(landed, remainder, info)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
-    @eqx.filter_jit
-    def random_tangent(self, point: Point, key: Key) -> Tangent:
-        """A standard normal vector of the tangent space."""
-        coordinates, _ = self.split(point)
-        return self.normal_space(point).tangent(_tree.random_normal_like(key, coordinates))
+    def random_tangent(self, point: Point, key: Key, *, throw: bool = True) -> Tangent:
+        """A standard normal vector of the tangent space; `throw` as for `tangent_projection`."""
+        drawn = _tree.random_normal_like(key, self.split(point)[0])
+        return self.tangent_projection(point, drawn, throw=throw)
 
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
@@ -149,12 +176,14 @@ class AbstractManifold(eqx.Module):
         space, value = self.normal_space(point), self.constraint(point)
         defect = _tree.norm(space.pseudo_inverse(value))
         # A point that may be further away may be bent otherwise.
-        is_minimum = space.is_minimum() if tol is None else space.is_minimum(10 * tol)
+        curvature = space.curvature(None if tol is None else 10 * tol)
+        is_minimum = curvature == RESULTS.successful
         return reaches(space, value, defect, coordinates, tol) & is_minimum
 
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
-        """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔."""
+        """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔. No vector is where there is no normal."""
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
         vector = _tree.as_tangent(coordinates, vector)
-        return _tree.norm(self.normal_projection(point, vector)) <= tol * _tree.norm(vector)
+        normal = self.normal_projection(point, vector, throw=False)
+        return _tree.norm(normal) <= tol * _tree.norm(vector)

@@ -255,6 +255,7 @@ def _landed(
     manifold: AbstractManifold, end: _State, remainder: Point, rtol: Scalar
 ) -> tuple[Coordinates, Info]:
     limit, info = land(manifold, end.coordinates, remainder)
+    info = manifold.judged(limit, remainder, info)
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
     result = RESULTS.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
     result = RESULTS.where(reached, info.result, result)

@@ -1,5 +1,7 @@
 """The manifold of minimisers of any loss with a known Hessian rank, for small models."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 from jaxtyping import Array
@@ -29,6 +31,7 @@ class MinimizerManifold(AbstractManifold):
 
     loss: AbstractLoss
     rank_rule: int | float = eqx.field(static=True)
+    has_saddles: ClassVar[bool] = True
 
     def __init__(self, loss: AbstractLoss, rank: int | float):
         is_cutoff = isinstance(rank, float) and 0 < rank < 1

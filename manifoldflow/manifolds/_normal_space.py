@@ -47,20 +47,25 @@ class AbstractNormalSpace(eqx.Module):
         """tr(J Jᵀ), the scale against which damping is measured."""
 
     @abc.abstractmethod
+    def is_minimum(self) -> Flag:
+        """Whether the loss behind the constraint curves upwards on the normal space."""
+
+    @abc.abstractmethod
     def curvature(self, tol: Any = None) -> RESULTS:
         """`successful` where the loss behind the constraint has a minimum, if it is stationary.
 
-        Asks all of its eigenvalues, beside the normal space too, where they must vanish: up to
-        `tol` of the largest, or √eps if that is more.
+        Asks all of its eigenvalues: those beside the normal space must vanish, up to `tol` of
+        the largest, or √eps if that is more. For a point of the manifold, not on the way there.
         """
-
-    def is_minimum(self, tol: Any = None) -> Flag:
-        """Whether the loss curves upwards on the normal space, and nowhere else or downwards."""
-        return self.curvature(tol) == RESULTS.successful
 
     def tangent(self, vector: Tangent) -> Tangent:
         """P v = v − P⊥v."""
         return _tree.subtract(vector, self.normal(vector))
+
+    def existence(self) -> RESULTS:
+        """`rank_zero` where J vanishes, so that P would be the identity."""
+        vanishes = self.largest_eigenvalue_bound() == 0
+        return RESULTS.where(vanishes, RESULTS.rank_zero, RESULTS.successful)
 
     def rank(self) -> Int[Array, ""]:
         """The numerical rank of J."""
@@ -95,6 +100,9 @@ class GramNormalSpace(AbstractNormalSpace):
 
     def largest_eigenvalue_bound(self) -> Scalar:
         return jnp.sum(self.jacobian.row_norms_squared())
+
+    def is_minimum(self) -> Flag:
+        return jnp.asarray(True)
 
     def curvature(self, tol: Any = None) -> RESULTS:
         del tol
@@ -143,6 +151,10 @@ class HessianNormalSpace(AbstractNormalSpace):
 
     def largest_eigenvalue_bound(self) -> Scalar:
         return jnp.sum(self.hessian**2)
+
+    def is_minimum(self) -> Flag:
+        values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
+        return jnp.all(jnp.where(inside, values > 0, True))
 
     def curvature(self, tol: Any = None) -> RESULTS:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)

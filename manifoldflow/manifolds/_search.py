@@ -123,7 +123,7 @@ def _verdict(
     is_on = reaches(space, constraint, defect, coordinates)
     is_on |= _is_stalled(space, constraint, defect, coordinates)
     result = RESULTS.where(is_on, RESULTS.successful, RESULTS.not_on_manifold)
-    result = RESULTS.where(is_on & ~space.is_minimum(), space.curvature(), result)
+    result = RESULTS.where(is_on & ~space.is_minimum(), RESULTS.not_a_minimum, result)
     has_normals = space.largest_eigenvalue_bound() > 0
     result = RESULTS.where(has_normals, result, RESULTS.rank_zero)
     finite = _tree.all_finite(coordinates) & jnp.isfinite(defect)
