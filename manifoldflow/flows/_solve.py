@@ -16,7 +16,7 @@ from manifoldflow import _tree
 from manifoldflow._checkpoint import Checkpoint, flat_names
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import Observables, RESULTS, Solution
+from manifoldflow._solution import Observables, or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import started, touched_up
@@ -211,19 +211,17 @@ def _solve(
     is_fine = is_early | (result == RESULTS.successful)
 
     def filled(leaf: Array, end: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            end = jnp.where(is_early, end, jnp.zeros_like(end))
-            mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
-            return jnp.where(mask, leaf, end)
-        end = jnp.where(is_early, end, jnp.full_like(end, jnp.nan))
         mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(mask, leaf, end.astype(leaf.dtype))
 
     if not has_until:
         last_observables = jax.tree.map(lambda leaf: leaf[0], saved.observables)
         last = _Save(last.coordinates, last_observables, last.defect)
-    saved = jax.tree.map(filled, saved, last)
-    final = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), last.coordinates)
+    # What was not reached repeats an early end, or is NaN; so are its derivatives, and those
+    # of what was not brought back to the manifold.
+    is_kept = jnp.isfinite(saved.defect) | ~reached
+    saved = jax.tree.map(filled, jax.vmap(or_nan)(saved, is_kept), or_nan(last, is_fine))
+    final = or_nan(last.coordinates, is_fine)
     if options.throw:
         final = result.error_if(final, ~is_fine)
     return Solution(

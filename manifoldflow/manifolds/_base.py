@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
@@ -130,11 +131,13 @@ class AbstractManifold(eqx.Module):
         """As `project_with_info` for points that are almost on the manifold.
 
         Undamped, for solvers and saves: fails where `project` would have to shorten a
-        step, and leaves the search for damping out of the compiled program.
+        step, and leaves the search for damping out of the compiled program. The derivative of
+        what failed is zero: a step that is tried again must not spoil that of the whole path.
         """
         coordinates, remainder = self.split(point)
         landed, info = land(self, coordinates, remainder, is_near=True)
-        return _tree.join(delivered(landed, info, False), remainder), info
+        missing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), landed)
+        return _tree.join(_tree.where(info.is_successful, landed, missing), remainder), info
 
     def retract(self, point: Point, vector: Tangent, *, throw: bool = True) -> Point:
         """The point of the manifold reached from `point` along `vector`.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
-from manifoldflow._solution import Info, RESULTS
+from manifoldflow._solution import Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -239,7 +239,7 @@ def walk_along(
     if throw:
         path, moved = result.error_if(found, ~is_fine)
     else:
-        path, moved = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), found)
+        path, moved = or_nan(found, is_fine)
     return _tree.join(path, remainder), moved, result
 
 
@@ -335,4 +335,4 @@ def _transported(
     is_fine = result == RESULTS.successful
     if throw:
         return result.error_if(moved, ~is_fine)
-    return jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), moved)
+    return or_nan(moved, is_fine)
