@@ -1,7 +1,6 @@
 """What failed is NaN, and so are its derivatives; the other members of a batch never notice."""
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr

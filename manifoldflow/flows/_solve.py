@@ -166,7 +166,7 @@ def _solve(
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del args
         # Saves between steps are interpolated, and so off the manifold: project again.
-        y, defect = touched_up(flow, y, remainder)
+        y, defect = touched_up(flow, _tree.cast_like(y, start), remainder)
         saved = _Save(y, options.observed(_tree.join(y, remainder)), defect)
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
@@ -174,6 +174,7 @@ def _solve(
 
     def at_end(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del t, args
+        y = _tree.cast_like(y, start)
         # Only an early end has saves to fill with what is observed there.
         observables = options.observed(_tree.join(y, remainder)) if has_until else None
         return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))

@@ -215,7 +215,8 @@ def walk_along(
     safe = jnp.where(stands, 1, unit)
     fractions = jnp.where(stands, 1, times / safe)
     bundle = _TangentBundle(manifold, remainder)
-    save = lambda t, y, args: bundle.touch_up(y)[0]
+    begin = start, tuple(map(space.tangent, vectors))
+    save = lambda t, y, args: bundle.touch_up(_tree.cast_like(y, begin))[0]
     ends = dfx.SubSaveAt(ts=fractions, fn=save), dfx.SubSaveAt(t1=True)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_Field(manifold, remainder)),
@@ -223,7 +224,7 @@ def walk_along(
         jnp.zeros((), times.dtype),
         jnp.ones((), times.dtype),
         None if walk.step_size is None else walk.step_size / jnp.abs(safe),
-        (start, tuple(map(space.tangent, vectors))),
+        begin,
         args=unit,
         saveat=dfx.SaveAt(subs=ends),
         stepsize_controller=walk.controller(times.dtype, fractions),
@@ -330,7 +331,8 @@ def _transported(
     )
     assert solution.ys is not None
     # Transport keeps vectors tangent; what the solver left off it is its error.
-    moved = manifold.normal_space(path(one)).tangent(_last(solution.ys))
+    ended = _tree.cast_like(_last(solution.ys), vector)
+    moved = manifold.normal_space(path(one)).tangent(ended)
     result = _result(solution.result, moved, RESULTS.successful)
     is_fine = result == RESULTS.successful
     if throw:

@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._solution import Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+from manifoldflow.manifolds._tangent_solve import tangent_solve
 
 MAX_STEPS = 100
 
@@ -356,13 +356,8 @@ def _oblique_lift(
         tangent = there.tangent(w)
         return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
 
-    structure = _tree.structure_of(wanted)
-    operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-    tol = float(jnp.finfo(_tree.dtype_of(wanted)).eps) ** 0.9
-    solution = lx.linear_solve(
-        operator, there.tangent(wanted), lx.CG(rtol=tol, atol=tol), throw=False
-    )
-    return there.tangent(solution.value)
+    tol = _tree.eps_of(wanted) ** 0.9
+    return there.tangent(tangent_solve(mv, there.tangent(wanted), tol))
 
 
 def constraint_dot(
