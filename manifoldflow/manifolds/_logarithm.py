@@ -81,9 +81,12 @@ def logarithm_map_with_info(
         gap = _tree.ravel(_tree.subtract(end, target))[0]
         return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
 
+    # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
+    default = jnp.result_type(flat.dtype, float)
+
     def shot(v: Array, args: None) -> Array:
         del args
-        return miss(v, fixed, dfx.ForwardMode())
+        return miss(v.astype(flat.dtype), fixed, dfx.ForwardMode()).astype(v.dtype)
 
     chord = (
         fixed[0]
@@ -96,10 +99,10 @@ def logarithm_map_with_info(
     eps = _tree.eps_of(coordinates)
     solver = optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6)
     search = optx.least_squares(
-        shot, solver, _tree.ravel(first)[0], max_steps=_MAX_SHOTS, throw=False,
+        shot, solver, _tree.ravel(first)[0].astype(default), max_steps=_MAX_SHOTS, throw=False,
         options={"jac": "fwd"},
     )  # fmt: skip
-    found = jax.lax.stop_gradient(search.value)
+    found = jax.lax.stop_gradient(search.value.astype(flat.dtype))
 
     # One more Gauss-Newton step: it sharpens the result, and its first derivative is that of
     # the implicit function.
