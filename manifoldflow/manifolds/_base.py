@@ -6,7 +6,7 @@ minimal on it (`loss`).
 """
 
 import abc
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,8 +26,6 @@ class AbstractManifold(eqx.Module):
 
     # A loss that is minimal exactly on the manifold; its gradient flow gives Φ.
     loss: eqx.AbstractVar[AbstractLoss]
-    # Whether the constraint is the gradient of the loss, which vanishes at saddles as well.
-    has_saddles: ClassVar[bool] = False
 
     @abc.abstractmethod
     def constraint(self, point: Point) -> Constraint:
@@ -120,7 +118,7 @@ class AbstractManifold(eqx.Module):
 
     def judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
         """As a search that landed here, unless it is a stationary point that is no minimum."""
-        if not self.has_saddles:
+        if not isinstance(self, AbstractStationaryManifold):
             return info
         space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
         result = RESULTS.where(info.is_successful, space.curvature(), info.result)
@@ -190,3 +188,7 @@ class AbstractManifold(eqx.Module):
         vector = _tree.as_tangent(coordinates, vector)
         normal = self.normal_projection(point, vector, throw=False)
         return _tree.norm(normal) <= tol * _tree.norm(vector)
+
+
+class AbstractStationaryManifold(AbstractManifold):
+    """A manifold whose constraint is the gradient of its loss, which vanishes at saddles too."""

@@ -1,7 +1,5 @@
 """The manifold of minimisers of any loss with a known Hessian rank, for small models."""
 
-from typing import ClassVar
-
 import equinox as eqx
 import jax
 from jaxtyping import Array
@@ -10,11 +8,11 @@ from manifoldflow import _tree
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._base import AbstractStationaryManifold
 from manifoldflow.manifolds._normal_space import Constraint, HessianNormalSpace
 
 
-class MinimizerManifold(AbstractManifold):
+class MinimizerManifold(AbstractStationaryManifold):
     """The local minimisers of a loss whose Hessian has constant rank on them.
 
     Uses the dense D×D Hessian: for models with up to a few thousand coordinates.
@@ -31,7 +29,6 @@ class MinimizerManifold(AbstractManifold):
 
     loss: AbstractLoss
     rank_rule: int | float = eqx.field(static=True)
-    has_saddles: ClassVar[bool] = True
 
     def __init__(self, loss: AbstractLoss, rank: int | float):
         is_cutoff = isinstance(rank, float) and 0 < rank < 1
