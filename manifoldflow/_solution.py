@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow._errors import is_traced
+from manifoldflow._types import Coordinates, Flag, Point, Scalar
 
 
 class RESULTS(eqx.Enumeration):
@@ -75,6 +76,14 @@ class RESULTS(eqx.Enumeration):
         "The adaptive step size fell below what the precision can resolve. The flow may "
         "leave the region where the manifold is one, or float64 may be needed."
     )
+    not_converged = (
+        "The eigenvalues were not found to tolerance: `residuals` says how far from an "
+        "eigenvalue each of them may be. Raise `max_steps`, or use float64."
+    )
+    rank_too_small = (
+        "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "
+        "are a smaller set. Count them with `manifold.rank(point)`, and build the manifold anew."
+    )
 
 
 class Info(eqx.Module):
@@ -97,13 +106,41 @@ class Info(eqx.Module):
         return self.result == RESULTS.successful
 
 
+def or_nan(value: PyTree[Array], is_there: Flag) -> PyTree[Array]:
+    """The value, with NaN leaves and NaN derivatives where it is not there.
+
+    By a product: what a `where` leaves out has derivative zero, as if all were well. Integers
+    and truth values become 0.
+    """
+
+    def masked(leaf: Array) -> Array:
+        missing = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        return leaf * jnp.where(is_there, 1, missing).astype(leaf.dtype)
+
+    return jax.tree.map(masked, value)
+
+
+def checked(value: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
+    """The value if the result is successful; else an error (`throw`) or NaN leaves.
+
+    For what is cheap and called often: where the result is known it is looked at in Python,
+    since programs with `error_if` are not cached on disk.
+    """
+    is_fine = result == RESULTS.successful
+    if not throw:
+        return or_nan(value, is_fine)
+    if is_traced(is_fine):
+        return result.error_if(value, ~is_fine)
+    if not bool(is_fine):
+        raise eqx.EquinoxRuntimeError(RESULTS[result])
+    return value
+
+
 def delivered(value: PyTree[Array], info: Info, throw: bool) -> PyTree[Array]:
     """The value if the search succeeded; else an error (`throw`) or NaN leaves."""
-    failed = ~info.is_successful
     if throw:
-        return info.result.error_if(value, failed)
-    # A product, so that derivatives of a failed member are NaN as well, and not zero.
-    return jax.tree.map(lambda leaf: leaf * jnp.where(failed, jnp.nan, 1).astype(leaf.dtype), value)
+        return info.result.error_if(value, ~info.is_successful)
+    return or_nan(value, info.is_successful)
 
 
 class Solution(eqx.Module):

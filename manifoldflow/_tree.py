@@ -123,6 +123,11 @@ def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
     return jax.tree.map(cast, tree)
 
 
+def cast_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """Each leaf in the dtype of its counterpart: solvers take the widest of all for all."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
 def size(tree: PyTree[Any]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 

@@ -77,13 +77,15 @@ def test_units_do_not_matter(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logarithms_in_any_units(dtype):
     measure = jax.jit(
-        lambda radius: mf.distance(
-            sphere(radius, jnp.ones_like(radius)),
-            radius * ON.astype(dtype),
-            radius * jnp.asarray([0.0, 1.0, 0.0], dtype),
-            throw=False,
+        lambda radius: (
+            mf.distance(
+                sphere(radius, jnp.ones_like(radius)),
+                radius * ON.astype(dtype),
+                radius * jnp.asarray([0.0, 1.0, 0.0], dtype),
+                throw=False,
+            )
+            / radius
         )
-        / radius
     )
     for radius in FACTORS:
         angle = measure(jnp.asarray(radius, dtype))

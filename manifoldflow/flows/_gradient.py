@@ -9,7 +9,7 @@ from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.manifolds import AbstractManifold, riemannian_gradient
+from manifoldflow.manifolds import AbstractManifold, gradient_along
 
 
 class GradientFlow(AbstractFlow):
@@ -55,4 +55,4 @@ class RiemannianGradientFlow(AbstractFlow):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        return _tree.scale(-1, riemannian_gradient(self.manifold, self.fn, point))
+        return _tree.scale(-1, gradient_along(self.manifold, self.fn, point))

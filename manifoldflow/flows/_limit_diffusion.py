@@ -12,11 +12,11 @@ from manifoldflow.losses import AbstractResidualLoss
 from manifoldflow.manifolds import (
     AbstractManifold,
     AbstractSecondDerivative,
+    gradient_along,
     LevelSet,
     limit_map_second_derivative_parts,
     MinimizerManifold,
     normal_second_derivative_parts,
-    riemannian_gradient,
     ZeroLossManifold,
 )
 from manifoldflow.noise import AbstractDataNoise, AbstractNoise, IsotropicNoise
@@ -132,11 +132,11 @@ class LimitDiffusion(AbstractDiffusion):
         if multiple is not None:
             loss = self.manifold.loss
             assert isinstance(loss, AbstractResidualLoss)
-            gradient = riemannian_gradient(self.manifold, loss.trace_gauss_newton, point)
+            gradient = gradient_along(self.manifold, loss.trace_gauss_newton, point)
             return _tree.scale(-multiple / 4, gradient)
         if isinstance(self.noise, IsotropicNoise):
             volume = lambda p: _log_determinant(self.manifold, p)
-            gradient = riemannian_gradient(self.manifold, volume, point)
+            gradient = gradient_along(self.manifold, volume, point)
             return _tree.scale(-(self.noise.std**2) / 4, gradient)
         return _tree.scale(0.5, self._second_derivative(point).normal_part())
 

@@ -16,7 +16,7 @@ from manifoldflow import _tree
 from manifoldflow._checkpoint import Checkpoint, flat_names
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import Observables, RESULTS, Solution
+from manifoldflow._solution import Observables, or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import check_can_move, started, touched_up
@@ -170,7 +170,7 @@ def _solve(
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del args
         # Saves between steps are interpolated, and so off the manifold: project again.
-        y, defect = touched_up(flow, y, remainder)
+        y, defect = touched_up(flow, _tree.cast_like(y, start), remainder)
         saved = _Save(y, options.observed(_tree.join(y, remainder)), defect)
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
@@ -178,6 +178,7 @@ def _solve(
 
     def at_end(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del t, args
+        y = _tree.cast_like(y, start)
         # Only an early end has saves to fill with what is observed there.
         observables = options.observed(_tree.join(y, remainder)) if has_until else None
         return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))
@@ -215,19 +216,17 @@ def _solve(
     is_fine = is_early | (result == RESULTS.successful)
 
     def filled(leaf: Array, end: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            end = jnp.where(is_early, end, jnp.zeros_like(end))
-            mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
-            return jnp.where(mask, leaf, end)
-        end = jnp.where(is_early, end, jnp.full_like(end, jnp.nan))
         mask = reached.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(mask, leaf, end.astype(leaf.dtype))
 
     if not has_until:
         last_observables = jax.tree.map(lambda leaf: leaf[0], saved.observables)
         last = _Save(last.coordinates, last_observables, last.defect)
-    saved = jax.tree.map(filled, saved, last)
-    final = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), last.coordinates)
+    # What was not reached repeats an early end, or is NaN; so are its derivatives, and those
+    # of what was not brought back to the manifold.
+    is_kept = jnp.isfinite(saved.defect) | ~reached
+    saved = jax.tree.map(filled, jax.vmap(or_nan)(saved, is_kept), or_nan(last, is_fine))
+    final = or_nan(last.coordinates, is_fine)
     if options.throw:
         final = result.error_if(final, ~is_fine)
     return Solution(

@@ -89,5 +89,5 @@ def subsampled_drift(
     left = 1 - num_examples / total
     variance = left * jnp.maximum(spread, 0) / (num_groups * (num_groups - 1))
     factor = (flow.noise.strength(loss) / 4).astype(variance.dtype)
-    tangent = flow.manifold.tangent_projection(point, mean) if projected else mean
+    tangent = flow.manifold.normal_space(point).tangent(mean) if projected else mean
     return DriftEstimate(_tree.scale(-factor, tangent), factor * jnp.sqrt(variance))

@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._solution import RESULTS, Solution
+from manifoldflow._solution import or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._landing import started, touched_up
@@ -85,8 +85,7 @@ def walk(
         is_whole = state.result == RESULTS.successful
         state = eqx.tree_at(lambda s: s.time, state, jnp.where(is_whole, end, state.time))
         lost = ~is_whole & (state.result != RESULTS.stopped_early)
-        shown = jax.tree.map(lambda x: jnp.where(lost, jnp.nan, x), state.coordinates)
-        return state, (state.time, save(state.time, shown))
+        return state, (state.time, save(state.time, or_nan(state.coordinates, ~lost)))
 
     dtype = _tree.dtype_of(start)
     state = _State(
@@ -108,7 +107,7 @@ def walk(
     )
     is_early = state.result == RESULTS.stopped_early
     is_fine = is_early | (state.result == RESULTS.successful)
-    final = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), state.coordinates)
+    final = or_nan(state.coordinates, is_fine)
     if options.throw:
         final = state.result.error_if(final, ~is_fine)
     return Solution(

@@ -18,6 +18,7 @@ from manifoldflow.linalg._dense import (
 )
 from manifoldflow.linalg._eigenvalues import (
     effective_rank as effective_rank,
+    Eigenvalues as Eigenvalues,
     largest_eigenvalues as largest_eigenvalues,
     smallest_eigenvalues as smallest_eigenvalues,
 )
@@ -66,6 +67,7 @@ from manifoldflow.linalg._range import (
 )
 from manifoldflow.linalg._spectrum import (
     gram_largest_eigenvalue as gram_largest_eigenvalue,
+    gram_largest_eigenvalue_with_info as gram_largest_eigenvalue_with_info,
     gram_log_determinant as gram_log_determinant,
     gram_top_eigenvector as gram_top_eigenvector,
 )

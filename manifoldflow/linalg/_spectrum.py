@@ -9,19 +9,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._types import Scalar, Tangent
+from manifoldflow.linalg._eigenvalues import Eigenvalues, judged
+from manifoldflow.linalg._lanczos import lanczos
 from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
 from manifoldflow.linalg._operator import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-# LOBPCG needs more than five rows for each vector that it iterates on.
-_BLOCK = 4
+# Up to so many rows the Gram matrix is as cheap as the first products.
+_DENSE = 20
+_MAX_STEPS = 10_000
 
 
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
@@ -65,7 +67,8 @@ def gram_largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
     """λ_max(J Jᵀ), by products with J and Jᵀ alone.
 
     Derivatives to any order, as long as the eigenvalue is simple: at a crossing of the two
-    largest λ_max has no derivative, and the one of either is returned.
+    largest λ_max has no derivative, and the one of either is returned. NaN where it was not
+    found to tolerance.
     """
     return _norm_squared(jacobian.transpose_mv(gram_top_eigenvector(jacobian)))
 
@@ -82,24 +85,46 @@ def _norm_squared(vector: Tangent) -> Scalar:
     return _tree.inner(vector, vector)
 
 
+def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scalar, Eigenvalues]:
+    """As `gram_largest_eigenvalue`, with residual and result; differentiable once."""
+    is_array = eqx.is_inexact_array
+    fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_array(x) else x, jacobian)
+    vector, found = _top(fixed)
+    return _norm_squared(jacobian.transpose_mv(vector)), found
+
+
 @eqx.filter_custom_jvp
 def gram_top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
-    """The unit eigenvector of J Jᵀ with the largest eigenvalue; its sign is arbitrary."""
+    """The unit eigenvector of J Jᵀ with the largest eigenvalue; its sign is arbitrary.
+
+    NaN where it was not found to tolerance: `gram_largest_eigenvalue_with_info` says how far.
+    """
+    return _top(jacobian)[0]
+
+
+def _top(jacobian: AbstractJacobian) -> tuple[Float[Array, " n"], Eigenvalues]:
     structure = jacobian.out_structure()
     num_rows = structure.shape[0]
-    if num_rows <= 5 * _BLOCK:
-        return eigh(jacobian.gram())[1][:, -1]
-    # Here, since it would be a tenth of the time that `import manifoldflow` takes.
-    from jax.experimental.sparse.linalg import lobpcg_standard
-
+    eps = _tree.eps_of((jacobian.in_structure(), structure))
     mv = lambda w: jacobian.mv(jacobian.transpose_mv(w))
-    # LOBPCG keeps the units of K in its tolerance; give it a matrix of trace one.
-    total = jnp.sum(jacobian.row_norms_squared())
-    inverse = 1 / jnp.where(total > 0, total, 1)
-    start = jr.normal(jr.key(0), (num_rows, _BLOCK), structure.dtype)
-    products = jax.vmap(mv, in_axes=1, out_axes=1)
-    _, vectors, _ = lobpcg_standard(lambda x: inverse * products(x), start, m=200)
-    return vectors[:, 0] / jnp.linalg.norm(vectors[:, 0])
+    if num_rows <= _DENSE:
+        values, vectors = eigh(jacobian.gram())
+        vector, scale, num_steps = vectors[:, -1], values[-1], num_rows
+    else:
+        vectors, scale, num_steps = lanczos(
+            mv,
+            lambda w: w,
+            jnp.zeros(structure.shape, structure.dtype),
+            1,
+            dimension=num_rows,
+            eps=eps,
+            max_steps=_MAX_STEPS,
+        )
+        vector = vectors[0]
+    image = mv(vector)
+    value = jnp.vdot(vector, image, precision=_HIGHEST)
+    found = judged(value[None], (image - value * vector)[None], scale, num_steps + 1, eps)
+    return vector * jnp.where(found.is_successful, 1, jnp.nan).astype(vector.dtype), found
 
 
 @gram_top_eigenvector.def_jvp

@@ -5,6 +5,7 @@ from manifoldflow.manifolds._calculus import (
     covariant_derivative as covariant_derivative,
     covariant_hessian as covariant_hessian,
     divergence as divergence,
+    gradient_along as gradient_along,
     laplace_beltrami as laplace_beltrami,
     riemannian_gradient as riemannian_gradient,
 )

@@ -9,15 +9,17 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import delivered, Info
+from manifoldflow._solution import checked, delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 from manifoldflow.manifolds._land import land
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 from manifoldflow.manifolds._retreat import retreat
 from manifoldflow.manifolds._search import MAX_STEPS, tolerance
 
@@ -66,17 +68,32 @@ class AbstractManifold(eqx.Module):
         """
         return _tree.norm(self.normal_space(point).pseudo_inverse(self.constraint(point)))
 
-    @eqx.filter_jit
-    def tangent_projection(self, point: Point, vector: Tangent) -> Tangent:
-        """P v, the orthogonal projection on the tangent space at the point."""
-        vector = _tree.as_tangent(self.split(point)[0], vector)
-        return self.normal_space(point).tangent(vector)
+    def tangent_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
+        """P v, the orthogonal projection on the tangent space at the point.
+
+        Args:
+            point: a point of the manifold; off it, the projection there.
+            vector: with the structure of the coordinates.
+            throw: raise where the constraint's derivative vanishes, so that there is no tangent
+                space; with `throw=False` the result is NaN there.
+
+        Raises:
+            EquinoxRuntimeError: with the message of the `RESULTS` member.
+        """
+        return checked(*self._projected(point, vector, True), throw)
+
+    def normal_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
+        """P⊥ v = v − P v; `throw` as for `tangent_projection`."""
+        return checked(*self._projected(point, vector, False), throw)
 
     @eqx.filter_jit
-    def normal_projection(self, point: Point, vector: Tangent) -> Tangent:
-        """P⊥ v = v − P v."""
+    def _projected(
+        self, point: Point, vector: Tangent, is_tangent: bool
+    ) -> tuple[Tangent, RESULTS]:
         vector = _tree.as_tangent(self.split(point)[0], vector)
-        return self.normal_space(point).normal(vector)
+        space = self.normal_space(point)
+        projected = space.tangent(vector) if is_tangent else space.normal(vector)
+        return projected, space.existence()
 
     def project(self, point: Point, *, throw: bool = True, max_steps: int = MAX_STEPS) -> Point:
         """A point of the manifold near any ambient point, by damped Gauss-Newton.
@@ -105,18 +122,29 @@ class AbstractManifold(eqx.Module):
         coordinates, remainder = self.split(point)
         max_steps = checked_count("max_steps", max_steps)
         landed, info = land(self, coordinates, remainder, max_steps=max_steps)
+        info = self.judged(landed, remainder, info)
         return _tree.join(delivered(landed, info, throw), remainder), info
+
+    def judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
+        """As a search that landed here, unless it is a stationary point that is no minimum."""
+        if not isinstance(self, AbstractStationaryManifold):
+            return info
+        space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
+        result = RESULTS.where(info.is_successful, space.curvature(), info.result)
+        return eqx.tree_at(lambda i: i.result, info, result)
 
     @eqx.filter_jit
     def touch_up(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
         """As `project_with_info` for points that are almost on the manifold.
 
         Undamped, for solvers and saves: fails where `project` would have to shorten a
-        step, and leaves the search for damping out of the compiled program.
+        step, and leaves the search for damping out of the compiled program. The derivative of
+        what failed is zero: a step that is tried again must not spoil that of the whole path.
         """
         coordinates, remainder = self.split(point)
         landed, info = land(self, coordinates, remainder, is_near=True, max_steps=max_steps)
-        return _tree.join(delivered(landed, info, False), remainder), info
+        missing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), landed)
+        return _tree.join(_tree.where(info.is_successful, landed, missing), remainder), info
 
     def retract(
         self, point: Point, vector: Tangent, *, throw: bool = True, max_steps: int = MAX_STEPS
@@ -143,33 +171,42 @@ class AbstractManifold(eqx.Module):
         vector = _tree.as_tangent(coordinates, vector)
         max_steps = checked_count("max_steps", max_steps)
         landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps)
+        info = self.judged(landed, remainder, info)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
-    @eqx.filter_jit
-    def random_tangent(self, point: Point, key: Key) -> Tangent:
-        """A standard normal vector of the tangent space."""
-        coordinates, _ = self.split(point)
-        return self.normal_space(point).tangent(_tree.random_normal_like(key, coordinates))
+    def random_tangent(self, point: Point, key: Key, *, throw: bool = True) -> Tangent:
+        """A standard normal vector of the tangent space; `throw` as for `tangent_projection`."""
+        drawn = _tree.random_normal_like(key, self.split(point)[0])
+        return self.tangent_projection(point, drawn, throw=throw)
 
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
         """Whether the defect is at most `tol`·‖point‖; by default eps^⅔.
 
-        A constraint that no step along the normal space can lower counts as missed. Lengths
-        are measured against the point, whatever its units: at the origin only an exact zero
-        of the constraint counts.
+        A constraint that no step along the normal space can lower counts as missed, and so
+        does a stationary point of the loss that is no minimum of it. Lengths are measured
+        against the point, whatever its units: at the origin only an exact zero of the
+        constraint counts.
         """
         coordinates, _ = self.split(point)
         space, value = self.normal_space(point), self.constraint(point)
         defect = _tree.norm(space.pseudo_inverse(value))
         reach = (tolerance(coordinates) if tol is None else tol) * _tree.norm(coordinates)
+        # A point that may be further away may be bent otherwise.
+        curvature = space.curvature(None if tol is None else 10 * tol)
+        is_minimum = curvature == RESULTS.successful
         # A constraint outside the range of J (an empty set, contradictory data) has J†f = 0
         # without being zero; it must be small against ‖J‖ as well.
-        return (defect <= reach) & (space.shortfall(value) <= reach)
+        return (defect <= reach) & (space.shortfall(value) <= reach) & is_minimum
 
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
-        """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔."""
+        """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔. No vector is where there is no normal."""
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
         vector, _ = _tree.in_own_units(_tree.as_tangent(coordinates, vector))
-        return _tree.norm(self.normal_projection(point, vector)) <= tol * _tree.norm(vector)
+        normal = self.normal_projection(point, vector, throw=False)
+        return _tree.norm(normal) <= tol * _tree.norm(vector)
+
+
+class AbstractStationaryManifold(AbstractManifold):
+    """A manifold whose constraint is the gradient of its loss, which vanishes at saddles too."""

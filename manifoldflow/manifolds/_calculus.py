@@ -16,7 +16,7 @@ from manifoldflow.manifolds._normal_space import Constraint
 
 
 def riemannian_gradient(
-    manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point
+    manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point, *, throw: bool = True
 ) -> Tangent:
     """P∇fn(point), the gradient of a function along the manifold.
 
@@ -24,6 +24,20 @@ def riemannian_gradient(
         manifold: the manifold.
         fn: point → scalar.
         point: a point of the manifold; off it, the projection there is used.
+        throw: as for `manifold.tangent_projection`.
+
+    Raises:
+        EquinoxRuntimeError: the constraint's derivative vanishes at the point.
+    """
+    coordinates, remainder = manifold.split(point)
+    gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
+    return manifold.tangent_projection(point, gradient, throw=throw)
+
+
+def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point) -> Tangent:
+    """As `riemannian_gradient`, without a look at whether there is a normal space.
+
+    For the inside of loops, which may pass where rank is lost.
     """
     coordinates, remainder = manifold.split(point)
     gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
@@ -96,9 +110,8 @@ def covariant_derivative(
         point: a point of the manifold.
         vector: V; its tangent part counts.
     """
-    coordinates, _ = manifold.split(point)
-    space = manifold.normal_space(point)
-    vector = space.tangent(_tree.as_tangent(coordinates, vector))
+    bend = bending(manifold, point)
+    vector, space = bend.tangent(vector), bend.space
     return space.tangent(_along(manifold, field, point, vector))
 
 
@@ -122,12 +135,12 @@ def divergence(
     Returns:
         A number, or with a key an `Estimate` with its standard error.
     """
-    space = manifold.normal_space(point)
+    bend = bending(manifold, point)
 
     def term(vector: Tangent) -> Scalar:
         return _tree.inner(vector, _along(manifold, field, point, vector))
 
-    return sum_over_tangents(space, manifold.split(point)[0], term, key, num_samples)
+    return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
 
 
 def laplace_beltrami(

@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array
 
 from manifoldflow import _tree
@@ -12,6 +11,7 @@ from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
+from manifoldflow.manifolds._tangent_solve import tangent_solve
 
 _MAX_STEPS = 100
 
@@ -48,9 +48,7 @@ def closest_point_with_info(
     coordinates, remainder = manifold.split(point)
     max_steps = checked_count("max_steps", max_steps)
     fixed = jax.lax.stop_gradient(coordinates)
-    landed, first = manifold.project_with_info(
-        _tree.join(fixed, remainder), max_steps=max_steps
-    )
+    landed, first = manifold.project_with_info(_tree.join(fixed, remainder), max_steps=max_steps)
     floor = 4 * _tree.eps_of(coordinates) * _tree.norm(fixed)
 
     def going(state: tuple) -> Array:
@@ -95,8 +93,5 @@ def _step(
         turned = space.tangent(bend.turn(multipliers, tangent))
         return _tree.add(w, turned)
 
-    operator = lx.FunctionLinearOperator(mv, _tree.structure_of(y), lx.positive_semidefinite_tag)
-    tol = _tree.eps_of(y) ** 0.9
-    solver = lx.CG(rtol=tol, atol=0.0, max_steps=10 * min(100, _tree.size(y)))
-    found = lx.linear_solve(operator, space.tangent(gap), solver, throw=False)
-    return space.tangent(found.value)
+    max_steps = 10 * min(100, _tree.size(y))
+    return space.tangent(tangent_solve(mv, space.tangent(gap), _tree.eps_of(y) ** 0.9, max_steps))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
-from manifoldflow._solution import Info, RESULTS
+from manifoldflow._solution import Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -224,7 +224,8 @@ def walk_along(
     safe = jnp.where(stands, 1, unit)
     fractions = jnp.where(stands, 1, times / safe)
     bundle = _TangentBundle(manifold, remainder)
-    save = lambda t, y, args: bundle.touch_up(y)[0]
+    begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
+    save = lambda t, y, args: bundle.touch_up(_tree.cast_like(y, begin))[0]
     ends = dfx.SubSaveAt(ts=fractions, fn=save), dfx.SubSaveAt(t1=True)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_Field(manifold, remainder)),
@@ -232,7 +233,7 @@ def walk_along(
         jnp.zeros((), times.dtype),
         jnp.ones((), times.dtype),
         None if walk.step_size is None else walk.step_size / jnp.abs(safe),
-        (start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))),
+        begin,
         args=unit,
         saveat=dfx.SaveAt(subs=ends),
         stepsize_controller=walk.controller(size, fractions),
@@ -249,7 +250,7 @@ def walk_along(
     if throw:
         path, moved = result.error_if(found, ~is_fine)
     else:
-        path, moved = jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), found)
+        path, moved = or_nan(found, is_fine)
     return _tree.join(path, remainder), moved, result
 
 
@@ -341,9 +342,10 @@ def _transported(
     )
     assert solution.ys is not None
     # Transport keeps vectors tangent; what the solver left off it is its error.
-    moved = manifold.normal_space(path(one)).tangent(_last(solution.ys))
+    ended = _tree.cast_like(_last(solution.ys), vector)
+    moved = manifold.normal_space(path(one)).tangent(ended)
     result = _result(solution.result, moved, RESULTS.successful)
     is_fine = result == RESULTS.successful
     if throw:
         return result.error_if(moved, ~is_fine)
-    return jax.tree.map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), moved)
+    return or_nan(moved, is_fine)

@@ -22,12 +22,9 @@ from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._land import land
 from manifoldflow.manifolds._level_set import ZeroLossManifold
 from manifoldflow.manifolds._minimizer import MinimizerManifold
+from manifoldflow.manifolds._normal_space import relative_rank_cutoff
 from manifoldflow.manifolds._search import constraint_dot, filled, no_tangent
-from manifoldflow.manifolds._stiffness import (
-    AbstractStiffness,
-    relative_rank_cutoff,
-    stiffness,
-)
+from manifoldflow.manifolds._stiffness import AbstractStiffness, stiffness
 
 ORDER = 7
 
@@ -259,6 +256,7 @@ def _landed(
     manifold: AbstractManifold, end: _State, remainder: Point, rtol: Scalar
 ) -> tuple[Coordinates, Info]:
     limit, info = land(manifold, end.coordinates, remainder)
+    info = manifold.judged(limit, remainder, info)
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
     result = RESULTS.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
     result = RESULTS.where(reached, info.result, result)

@@ -83,10 +83,14 @@ def logarithm_map_with_info(
 
     # In units of the coordinates, which the tolerances of the search know nothing of.
     _, unit = _tree.in_own_units((fixed[1], fixed[2]))
+    unit = unit.astype(flat.dtype)
+    # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
+    default = jnp.result_type(flat.dtype, float)
 
     def shot(v: Array, args: None) -> Array:
         del args
-        return miss(unit * v, fixed, dfx.ForwardMode()) / unit
+        gap = miss(unit * v.astype(flat.dtype), fixed, dfx.ForwardMode())
+        return (gap / unit).astype(v.dtype)
 
     chord = (
         fixed[0]
@@ -99,10 +103,11 @@ def logarithm_map_with_info(
     eps = _tree.eps_of(coordinates)
     solver = optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6)
     search = optx.least_squares(
-        shot, solver, _tree.ravel(first)[0] / unit, max_steps=_MAX_SHOTS, throw=False,
+        shot, solver, (_tree.ravel(first)[0] / unit).astype(default), max_steps=_MAX_SHOTS,
+        throw=False,
         options={"jac": "fwd"},
     )  # fmt: skip
-    found = jax.lax.stop_gradient(search.value)
+    found = jax.lax.stop_gradient(search.value.astype(flat.dtype))
 
     # One more Gauss-Newton step: it sharpens the result, and its first derivative is that of
     # the implicit function.

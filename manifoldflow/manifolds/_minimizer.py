@@ -8,11 +8,11 @@ from manifoldflow import _tree
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds._base import AbstractStationaryManifold
 from manifoldflow.manifolds._normal_space import Constraint, HessianNormalSpace
 
 
-class MinimizerManifold(AbstractManifold):
+class MinimizerManifold(AbstractStationaryManifold):
     """The local minimisers of a loss whose Hessian has constant rank on them.
 
     Uses the dense D×D Hessian: for models with up to a few thousand coordinates.

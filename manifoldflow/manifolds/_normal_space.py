@@ -1,6 +1,7 @@
 """The normal space of a manifold at one point: the one solve that all geometry needs."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._types import Coordinates, Scalar, Tangent
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Coordinates, Flag, Scalar, Tangent
 
 Constraint = PyTree[Array]
 
@@ -64,12 +66,25 @@ class AbstractNormalSpace(eqx.Module):
         """
 
     @abc.abstractmethod
-    def is_minimum(self) -> Array:
+    def is_minimum(self) -> Flag:
         """Whether the loss behind the constraint curves upwards on the normal space."""
+
+    @abc.abstractmethod
+    def curvature(self, tol: Any = None) -> RESULTS:
+        """`successful` where the loss behind the constraint has a minimum, if it is stationary.
+
+        Asks all of its eigenvalues: those beside the normal space must vanish, up to `tol` of
+        the largest, or √eps if that is more. For a point of the manifold, not on the way there.
+        """
 
     def tangent(self, vector: Tangent) -> Tangent:
         """P v = v − P⊥v."""
         return _tree.subtract(vector, self.normal(vector))
+
+    def existence(self) -> RESULTS:
+        """`rank_zero` where J vanishes, so that P would be the identity."""
+        vanishes = self.largest_eigenvalue_bound() == 0
+        return RESULTS.where(vanishes, RESULTS.rank_zero, RESULTS.successful)
 
 
 class GramNormalSpace(AbstractNormalSpace):
@@ -117,8 +132,12 @@ class GramNormalSpace(AbstractNormalSpace):
         scale = linalg.row_scale(self.gram.row_norms_squared())
         return _tree.norm(scale * constraint) / len(scale) ** 0.5
 
-    def is_minimum(self) -> Array:
+    def is_minimum(self) -> Flag:
         return jnp.asarray(True)
+
+    def curvature(self, tol: Any = None) -> RESULTS:
+        del tol
+        return RESULTS.successful
 
 
 class HessianNormalSpace(AbstractNormalSpace):
@@ -169,7 +188,9 @@ class HessianNormalSpace(AbstractNormalSpace):
 
     def eigenvalues(self) -> Float[Array, " n"]:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
-        return jnp.sort(jnp.where(inside, values**2, 0))
+        # Of a number that was promised, those beyond it are told as well.
+        counted = inside | isinstance(self.rank_rule, int)
+        return jnp.sort(jnp.where(counted, values**2, 0))
 
     def rank(self) -> Int[Array, ""]:
         return linalg.numerical_rank(self.eigenvalues())
@@ -183,9 +204,28 @@ class HessianNormalSpace(AbstractNormalSpace):
     def shortfall(self, constraint: Constraint) -> Scalar:
         return _tree.norm(constraint) / self._size
 
-    def is_minimum(self) -> Array:
+    def is_minimum(self) -> Flag:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
         return jnp.all(jnp.where(inside, values > 0, True))
+
+    def curvature(self, tol: Any = None) -> RESULTS:
+        values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
+        # As much as the third derivative makes of what the point is off by.
+        cutoff = float(jnp.finfo(values.dtype).eps) ** 0.5
+        noise = (cutoff if tol is None else jnp.maximum(tol, cutoff)) * jnp.max(jnp.abs(values))
+        if isinstance(self.rank_rule, int):
+            has_more = jnp.any(~inside & (values > noise))
+        else:
+            noise = jnp.minimum(noise, self.rank_rule * jnp.max(jnp.abs(values)))
+            has_more = jnp.asarray(False)
+        is_upwards = jnp.all(jnp.where(inside, values > 0, values >= -noise))
+        result = RESULTS.where(has_more, RESULTS.rank_too_small, RESULTS.successful)
+        return RESULTS.where(is_upwards, result, RESULTS.not_a_minimum)
+
+
+def relative_rank_cutoff(dtype: Any) -> float:
+    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero."""
+    return float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
 def _matmul(matrix: Array, vector: Array) -> Array:

@@ -84,7 +84,7 @@ class AbstractLandingRetraction(AbstractRetraction):
         self, manifold: AbstractManifold, point: Point, vector: Tangent
     ) -> tuple[Point, Info]:
         coordinates, remainder = manifold.split(point)
-        tangent = manifold.tangent_projection(point, vector)
+        tangent = manifold.normal_space(point).tangent(_tree.as_tangent(coordinates, vector))
         return self.land(manifold, _tree.join(_tree.add(coordinates, tangent), remainder))
 
     def inverse_with_info(
@@ -137,7 +137,7 @@ def inverse_retract(
 def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:
     """P_x(y − x)."""
     chord = _tree.subtract(manifold.split(other)[0], manifold.split(point)[0])
-    return manifold.tangent_projection(point, chord)
+    return manifold.normal_space(point).tangent(chord)
 
 
 @eqx.filter_jit
@@ -157,9 +157,8 @@ def _inverse(
     def step(state: tuple) -> tuple:
         vector, before, _, count = state
         landed, _ = retraction.with_info(manifold, point, vector)
-        correction = manifold.tangent_projection(
-            point, _tree.subtract(target, manifold.split(landed)[0])
-        )
+        gap = _tree.subtract(target, manifold.split(landed)[0])
+        correction = manifold.normal_space(point).tangent(gap)
         size = _tree.norm(correction)
         return _tree.add(vector, correction), size, size < before, count + 1
 

@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
@@ -21,6 +20,7 @@ from manifoldflow.manifolds._search import (
     no_tangent,
     nothing_found,
 )
+from manifoldflow.manifolds._tangent_solve import tangent_solve
 
 
 class _Retreat(eqx.Module):
@@ -114,10 +114,5 @@ def _oblique_lift(
         tangent = there.tangent(w)
         return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
 
-    structure = _tree.structure_of(wanted)
-    operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-    tol = float(jnp.finfo(_tree.dtype_of(wanted)).eps) ** 0.9
-    solution = lx.linear_solve(
-        operator, there.tangent(wanted), lx.CG(rtol=tol, atol=0.0), throw=False
-    )
-    return there.tangent(solution.value)
+    tol = _tree.eps_of(wanted) ** 0.9
+    return there.tangent(tangent_solve(mv, there.tangent(wanted), tol))

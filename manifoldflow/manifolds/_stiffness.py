@@ -14,6 +14,7 @@ from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.linalg._lapack import eigh
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
+from manifoldflow.manifolds._normal_space import relative_rank_cutoff
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -31,7 +32,7 @@ class AbstractStiffness(eqx.Module):
 
     @abc.abstractmethod
     def largest(self) -> Scalar:
-        """The largest eigenvalue of A."""
+        """The largest eigenvalue of A, or in size of what A is the positive part of."""
 
 
 class GaussNewtonStiffness(AbstractStiffness):
@@ -62,9 +63,13 @@ class GaussNewtonStiffness(AbstractStiffness):
 class HessianStiffness(AbstractStiffness):
     """A = the positive part of a dense Hessian; what curves downwards stays explicit."""
 
-    values: Float[Array, " D"]
+    signed: Float[Array, " D"]
     vectors: Float[Array, "D D"]
     coordinates: Coordinates
+
+    @property
+    def values(self) -> Float[Array, " D"]:
+        return jnp.maximum(self.signed, 0)
 
     def _rotated(self, vector: Tangent) -> Array:
         return jnp.matmul(self.vectors.T, _tree.ravel(vector)[0], precision=HIGHEST)
@@ -75,17 +80,14 @@ class HessianStiffness(AbstractStiffness):
         return _tree.ravel(self.coordinates)[1](flat)
 
     def remaining(self, gradient: Tangent) -> Scalar:
-        kept = self.values > relative_rank_cutoff(self.values.dtype) * self.values[-1]
-        inverse = jnp.where(kept, 1 / jnp.where(kept, self.values, 1), 0)
+        # Where the loss curves downwards the flow has not arrived, though it may be slow.
+        sizes = jnp.abs(self.signed)
+        kept = sizes > relative_rank_cutoff(sizes.dtype) * jnp.max(sizes)
+        inverse = jnp.where(kept, 1 / jnp.where(kept, sizes, 1), 0)
         return _tree.norm(inverse * self._rotated(gradient))
 
     def largest(self) -> Scalar:
-        return self.values[-1]
-
-
-def relative_rank_cutoff(dtype: jnp.dtype) -> float:
-    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero."""
-    return float(jnp.finfo(dtype).eps) ** (1 / 3)
+        return jnp.max(jnp.abs(self.signed))
 
 
 def stiffness(loss: AbstractLoss, point: Point) -> AbstractStiffness:
@@ -101,4 +103,4 @@ def stiffness(loss: AbstractLoss, point: Point) -> AbstractStiffness:
         return loss(_tree.join(unravel(x), remainder))
 
     values, vectors = eigh(jax.hessian(flat_loss)(flat))
-    return HessianStiffness(jnp.maximum(values, 0), vectors, coordinates)
+    return HessianStiffness(values, vectors, coordinates)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from manifoldflow import _tree
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._reports import checked_observables, meter_of, Report, row_reports
-from manifoldflow._solution import Info, Observables, RESULTS, Solution
+from manifoldflow._solution import Info, Observables, or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.optimize._base import (
@@ -274,8 +274,8 @@ def _solution(
     points = jax.tree.map(lambda x, y: jnp.stack([x, y]), *ends)
     # One after the other, and compiled once.
     observables = jax.lax.map(lambda x: _observed(problem, options, x), points)
-    points, observables = jax.tree.map(lambda leaf: _shown(leaf, has_start), (points, observables))
-    final = jax.tree.map(lambda leaf: _shown(leaf, is_fine), end.iterate.coordinates)
+    points, observables = or_nan((points, observables), has_start)
+    final = or_nan(end.iterate.coordinates, is_fine)
     if options.throw:
         final = end.result.error_if(final, ~is_fine)
     num_steps = end.num_steps.astype(end.iterate.value.dtype)
@@ -296,9 +296,3 @@ def _solution(
         final_coordinates=final,
         remainder=problem.remainder,
     )
-
-
-def _shown(leaf: Array, is_there: Flag) -> Array:
-    """NaN in the place of a value that was not reached."""
-    missing = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
-    return jnp.where(is_there, leaf, jnp.full_like(leaf, missing))

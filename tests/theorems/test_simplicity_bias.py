@@ -88,7 +88,8 @@ def points():
         downhill = gradient(NET, theta)
         hessian = mf.covariant_hessian(NET.manifold, NET.flatness, theta)
         within = lambda v: NET.manifold.tangent_projection(theta, v)
-        smallest = mf.linalg.smallest_eigenvalues(hessian, within=within, codimension=3)[0]
+        found = mf.linalg.smallest_eigenvalues(hessian, within=within, codimension=3)
+        smallest = jnp.where(found.is_successful, found.values[0], jnp.nan)
         rayleigh = jnp.vdot(downhill, hessian.mv(downhill)) / jnp.vdot(downhill, downhill)
         error = jnp.max(jnp.abs(NET.features(theta) - FLATTEST))
         return AtPoints(jnp.linalg.norm(downhill), rayleigh, smallest, error)

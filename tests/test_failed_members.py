@@ -1,0 +1,60 @@
+"""What failed is NaN, and so are its derivatives; the other members of a batch never notice."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+import manifoldflow as mf
+from checks import at_most
+from manifoldflow import manifolds
+
+SPHERE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+TANGENT = jnp.array([0.3, -0.2])
+# The first has no normal space to come down along.
+STARTS = jnp.array([[0.0, 0.0], [0.6, 0.9]])
+FLOW = mf.RiemannianGradientFlow(SPHERE, lambda x: x[0] + x[1] ** 2)
+WALK = manifolds.Walk(solver=dfx.Heun(), step_size=0.5)
+
+
+def solved(x):
+    solution = mf.solve(
+        FLOW, x, end_time=0.5, step_size=0.25, solver=dfx.Heun(), throw=False,
+        observe={"sum": jnp.sum},
+    )  # fmt: skip
+    return solution.final, solution.points[1:], solution.observables["sum"][1:]
+
+
+def walked(x):
+    walk = mf.solve(
+        mf.BrownianMotion(SPHERE), x, end_time=0.1, step_size=0.05, key=jr.key(0), throw=False
+    )
+    return walk.final, walk.points[1:]
+
+
+SEARCHES = {
+    "solve": solved,
+    "walk": walked,
+    "geodesic": lambda x: mf.geodesic(SPHERE, x, TANGENT, jnp.ones(1), walk=WALK, throw=False),
+    "closest_point": lambda x: mf.closest_point(SPHERE, x, throw=False),
+    "project": lambda x: SPHERE.project(x, throw=False),
+    "retract": lambda x: SPHERE.retract(x, TANGENT, throw=False),
+    "limit_map": lambda x: mf.limit_map(SPHERE, x, max_steps=10, throw=False),
+    "tangent_projection": lambda x: SPHERE.tangent_projection(x, TANGENT, throw=False),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_values_and_derivatives(name):
+    def both(x):
+        value, pullback = jax.vjp(SEARCHES[name], x)
+        return value, pullback(jax.tree.map(jnp.ones_like, value))[0]
+
+    # One program for the batch with a failed member and for one without.
+    both = jax.jit(jax.vmap(both))
+    together, healthy = both(STARTS), both(jnp.stack([STARTS[1], STARTS[1]]))
+    for what, members, others in zip(("value", "gradient"), together, healthy):
+        for leaf, expected in zip(jax.tree.leaves(members), jax.tree.leaves(others)):
+            assert bool(jnp.all(jnp.isnan(leaf[0]))), f"{what} of what failed: {leaf[0]}"
+            at_most(f"{what} of the other", jnp.max(jnp.abs(leaf[1] - expected[1])), 1e-14)

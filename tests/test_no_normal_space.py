@@ -1,0 +1,57 @@
+"""Where the constraint's derivative vanishes there are no tangents: that is said, or NaN."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+import manifoldflow as mf
+from checks import close, norm, refused
+from manifoldflow import manifolds
+
+CONE = mf.LevelSet(lambda x: jnp.sum(x**2))
+TIP, OTHER = jnp.zeros(3), jnp.array([0.0, 0.6, 0.8])
+VECTOR = jnp.array([1.0, 2.0, 3.0])
+
+ASKED = {
+    "tangent_projection": lambda p: CONE.tangent_projection(p, VECTOR),
+    "normal_projection": lambda p: CONE.normal_projection(p, VECTOR),
+    "random_tangent": lambda p: CONE.random_tangent(p, jr.key(0)),
+    "riemannian_gradient": lambda p: mf.riemannian_gradient(CONE, jnp.sum, p),
+    "limit_map_derivative": lambda p: mf.limit_map_derivative(CONE, p, VECTOR),
+    "divergence": lambda p: mf.divergence(CONE, lambda x: x, p),
+    "covariant_derivative": lambda p: mf.covariant_derivative(CONE, lambda x: x, p, VECTOR),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_no_tangents_at_a_point_without_normal_space(name):
+    with refused(eqx.EquinoxRuntimeError, "Jacobian vanishes"):
+        jax.block_until_ready(ASKED[name](TIP))
+    assert bool(jnp.all(jnp.isfinite(ASKED[name](OTHER)))), "elsewhere all is well"
+
+
+def test_nan_for_the_member_that_asks_there():
+    points = jnp.stack([TIP, OTHER])
+    project = lambda p, v: CONE.tangent_projection(p, v, throw=False)
+    together = jax.jit(jax.vmap(project, (0, None)))(points, VECTOR)
+    slopes = jax.vmap(jax.jacobian(project, argnums=1), (0, None))(points, VECTOR)
+    for what, (lost, kept) in {"value": together, "derivative": slopes}.items():
+        assert bool(jnp.all(jnp.isnan(lost))), what
+        assert bool(jnp.all(jnp.isfinite(kept))), what
+    close("the other member", together[1], CONE.tangent_projection(OTHER, VECTOR), 1e-15)
+    assert not bool(CONE.is_tangent(TIP, VECTOR)) and not bool(CONE.is_tangent(TIP, 0 * VECTOR))
+
+
+def test_inside_jit_it_is_an_error_too():
+    inside = eqx.filter_jit(lambda p: CONE.tangent_projection(p, VECTOR))
+    with refused(eqx.EquinoxRuntimeError, "Jacobian vanishes"):
+        jax.block_until_ready(inside(TIP))
+
+
+def test_the_way_may_pass_there():
+    """What loops use looks at nothing: P is then the identity."""
+    gradient = manifolds.gradient_along(CONE, jnp.sum, TIP)
+    close("∇F", gradient, jnp.ones(3), 1e-15)
+    assert norm(manifolds.gradient_along(CONE, lambda x: jnp.sum(x**2), OTHER)) < 1e-15
