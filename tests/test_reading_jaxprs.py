@@ -243,6 +243,10 @@ def test_digits_say_where_entries_stand():
     for view, numbers, found in zip(views, maps, entries):
         if found.axes is not None:
             np.testing.assert_array_equal(as_numbers(found), numbers, err_msg=str(view))
+        # The same entries by way of another shape: equal digits, or the table is not tied.
+        detour = (*view, ("reshape", (numbers.size,)), ("reshape", numbers.shape))
+        by_detour = _views.entries_of(detour, shape)
+        assert by_detour.axes in (None, found.axes), (view, by_detour, found)
     undecided = sum(found.axes is None for found in entries)
     assert undecided <= 20, f"{undecided} of 100 views are not understood, bound 20"
 
