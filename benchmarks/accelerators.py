@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import _harness
 import manifoldflow as mf
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 MB = 2**20
 NOISE = mf.LabelNoise(std=1.0, batch_size=1)
 
@@ -151,13 +151,18 @@ def lowered() -> Iterator[dict[str, Any]]:
 
 
 def in_units(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside the `value_and_grad` for the same chips, which comes first."""
+    """Each row beside the `value_and_grad` for the same chips, which comes first.
+
+    All take the better part of an hour: an interrupt keeps what there is.
+    """
     found, unit = [], 1
-    for row in rows:
-        print(*row.values(), flush=True)
-        unit = row["instructions"] if row["function"] == "value_and_grad" else unit
-        row["÷ value_and_grad"] = row["instructions"] / unit
-        found.append(row)
+    try:
+        for row in rows:
+            print(*row.values(), flush=True)
+            unit = row["instructions"] if row["function"] == "value_and_grad" else unit
+            found.append(row | {"÷ value_and_grad": row["instructions"] / unit})
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(found)} programs")
     return found
 
 
