@@ -4,6 +4,7 @@ In a process of its own: only before Equinox is imported can its checks of value
 back to Python, be turned into NaN (EQX_ON_ERROR=nan).
 """
 
+import gc
 import json
 import sys
 from typing import Any
@@ -111,6 +112,8 @@ def lower(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.disable()  # see conftest.py
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     for name in sys.argv[1:] or PROGRAMS:
         print(json.dumps(lower(name)), flush=True)
 

@@ -22,7 +22,7 @@ def lowered():
         env={**os.environ, "EQX_ON_ERROR": "nan", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = map(json.loads, done.stdout.splitlines())
