@@ -88,14 +88,26 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(name: str, question: str, rows: list[dict[str, Any]], arguments: Any) -> None:
-    """Print the table; write it with machine, versions and commit as JSON."""
+def write(
+    name: str,
+    question: str,
+    rows: list[dict[str, Any]],
+    arguments: Any,
+    *,
+    target: str | None = None,
+    note: str | None = None,
+) -> None:
+    """Print the table; write it with machine, versions and commit as JSON.
+
+    `target` is for the name of the file where the numbers are not of this machine's devices.
+    """
     print(f"\n{question}\n\n{table(rows)}\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     record = {
         "question": question,
         "smoke": arguments.smoke,
+        **({} if note is None else {"note": note}),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "device": device.device_kind,
@@ -110,7 +122,7 @@ def write(name: str, question: str, rows: list[dict[str, Any]], arguments: Any) 
         "rows": rows,
     }
     suffix = ".smoke.json" if arguments.smoke else ".json"
-    path = arguments.out / f"{name}-{device.platform}{suffix}"
+    path = arguments.out / f"{name}-{target or device.platform}{suffix}"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path.name}")
 

@@ -8,8 +8,11 @@ import sys
 # Batched LAPACK calls of jaxlib wait inside threads of XLA's pool for other threads of it. The
 # library does without most of them; tests also call some themselves.
 os.environ.setdefault("PJRT_NPROC", "8")
-# XLA's older code generator, on one thread, compiles in half of the time.
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# So that all tests can import `checks` and `zoo`, however pytest imports the tests.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from xla_flags import QUICK
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + QUICK
 
 import jax
@@ -22,9 +25,6 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # Tracing makes millions of objects: looking for garbage among them is a tenth of the time.
 gc.disable()
-
-# So that all tests can import `checks` and `zoo`, however pytest imports the tests.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from manifoldflow.linalg import _taps, _walk
+from manifoldflow.linalg import _taps, _views, _walk
 from manifoldflow.linalg._blocks import AbstractBlock, LookUpBlock, OuterBlock, RowBlock
 
 
@@ -69,14 +69,14 @@ def _read(site: _walk.Site, delta: Array, record: _walk.Record, leaf: Array) -> 
         delta = delta * jnp.asarray(record.scale, leaf.dtype)
     if adds:
         return (_elementwise_rows(site, delta, record.factor, leaf),)
-    delta = jax.vmap(lambda x: _walk.apply_view(site.dims[-1], x))(delta)
+    delta = jax.vmap(lambda x: _views.apply_view(site.dims[-1], x))(delta)
     if site.kind == "look-up":
         # An index of -1 says that no entry of the table was used.
         return jnp.maximum(record.factor, 0), jnp.where(record.factor[:, None] >= 0, delta, 0)
     factor = record.factor.astype(leaf.dtype)
     if site.kind == "convolution":
         return _kernel_parts(site, delta, factor, leaf)
-    return delta, _walk.apply_view(site.dims[0], factor)[None]
+    return delta, _views.apply_view(site.dims[0], factor)[None]
 
 
 def _kernel_parts(
@@ -87,7 +87,7 @@ def _kernel_parts(
     num_factors = delta.size + num_places * kernel.size * slabs.shape[-1]
     if num_outputs * leaf.size > num_factors:
         return delta, kernel.patches(slabs)[None]
-    pull = lambda row: _walk.pull_view(site.view, leaf.shape, row)
+    pull = lambda row: _views.pull_view(site.view, leaf.shape, row)
     return (jax.vmap(pull)(kernel.rows(slabs, delta)),)
 
 
@@ -101,7 +101,7 @@ def _elementwise_rows(
     """Rows of z = x ⊙ view(leaf), or of z = view(leaf) + …: summed over broadcast axes."""
 
     def use(x: Array) -> Array:
-        seen = _walk.apply_view(site.view, x)
+        seen = _views.apply_view(site.view, x)
         seen = seen if factor is None else seen * factor.astype(leaf.dtype)
         return jnp.broadcast_to(seen, site.tap.shape)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow.linalg import _walk
+from manifoldflow.linalg import _views
 
 # On NVIDIA GPUs float32 products default to TF32, three digits: too few for projections.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -86,7 +86,7 @@ class OuterBlock(AbstractBlock):
 
     delta: Float[Array, "n _ T B F"]
     factor: Float[Array, "n _ T B C"]
-    view: _walk.View = eqx.field(static=True)
+    view: _views.View = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
 
     @property
@@ -102,12 +102,12 @@ class OuterBlock(AbstractBlock):
         num_rows, num_factors = math.prod(_outer_shape(self)), self.delta.size + self.factor.size
         return self if self.is_rank_one or num_rows > num_factors else RowBlock(self.rows())
 
-    def swapped(self, view: _walk.View) -> "OuterBlock":
+    def swapped(self, view: _views.View) -> "OuterBlock":
         """The same rows with F and C exchanged."""
         return OuterBlock(self.factor, self.delta, view, self.shape)
 
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
-        weight = _walk.apply_view(self.view, leaf)
+        weight = _views.apply_view(self.view, leaf)
         outputs = _einsum("bfc,nktbc->nktbf", weight, self.factor)
         return _einsum("nktbf,nktbf->nk", *_with_common_outputs(self.delta, outputs))
 
@@ -119,11 +119,11 @@ class OuterBlock(AbstractBlock):
             delta = jnp.sum(delta, axis=1, keepdims=True)
         delta, factor = _with_common_outputs(delta, factor)
         weight = _einsum("nktbf,nktbc->bfc", delta, factor)
-        return _walk.pull_view(self.view, self.shape, weight)
+        return _views.pull_view(self.view, self.shape, weight)
 
     def rows(self) -> Float[Array, "n k ..."]:
         rows = _outer_rows(self.delta, self.factor)
-        pull = lambda row: _walk.pull_view(self.view, self.shape, row)
+        pull = lambda row: _views.pull_view(self.view, self.shape, row)
         return jax.vmap(jax.vmap(pull))(rows)
 
     def cross_gram(self, other: AbstractBlock) -> Float[Array, "n k m l"]:
@@ -227,7 +227,7 @@ class LookUpBlock(AbstractBlock):
 
     index: Int[Array, "n T"]
     delta: Float[Array, "n k T d"]
-    view: _walk.View = eqx.field(static=True)
+    view: _views.View = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
 
     @property
@@ -240,13 +240,13 @@ class LookUpBlock(AbstractBlock):
         return OuterBlock(units[:, None, :, None], self.delta[:, :, :, None], self.view, self.shape)
 
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
-        table = _walk.apply_view(self.view, leaf)[0]
+        table = _views.apply_view(self.view, leaf)[0]
         return _einsum("nktd,ntd->nk", self.delta, table[self.index])
 
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
         delta = _einsum("nk,nktd->ntd", weights, self.delta)
         table = jnp.zeros((self._num_entries, delta.shape[-1]), delta.dtype)
-        return _walk.pull_view(self.view, self.shape, table.at[self.index].add(delta)[None])
+        return _views.pull_view(self.view, self.shape, table.at[self.index].add(delta)[None])
 
     def rows(self) -> Float[Array, "n k ..."]:
         return self.as_outer().rows()

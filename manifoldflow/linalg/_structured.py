@@ -174,25 +174,44 @@ def structured_jacobian(
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
     structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     with jax.default_matmul_precision("highest"):  # the model's own products as well
-        model = _taps.trace(fn, params, inputs)
-        uses = model.uses(structures)
-        read = lambda column: _taps.read_taps(model, uses, leaves, column)
-        deltas, rows, records = jax.vmap(read)(columns)
+        model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
+        try:
+            blocks, labels = _structured_blocks(model, structures, leaves, columns)
+        except Exception:
+            # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
+            blocks, labels = _row_blocks(model, leaves, columns)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = tuple(zip(paths, labels, strict=True))
+    return StructuredJacobian(
+        tuple(blocks), num_examples, model.num_outputs, structures, treedef, named
+    )
 
+
+_DENSE = "dense rows"
+
+
+def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns: Any) -> Any:
+    """Blocks and label of every leaf, from its uses in the model's jaxpr."""
+    uses = model.uses(structures)
+    read = lambda column: _taps.read_taps(model, uses, leaves, column)
+    deltas, rows, records = jax.vmap(read)(columns)
     blocks, labels = [], []
     for index, leaf in enumerate(leaves):
         if index in uses.opaque:
-            found, label = (RowBlock(rows[index]),), "dense rows"
+            found, label = (RowBlock(rows[index]),), _DENSE
         else:
             groups = uses.groups[index]
             found = tuple(block_of(uses.sites, group, deltas, records, leaf) for group in groups)
             label = label_of(uses.sites, found, groups)
         blocks.append(found)
         labels.append(label)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    num_outputs = model.jaxpr.out_avals[0].size
-    named = tuple(zip(paths, labels, strict=True))
-    return StructuredJacobian(tuple(blocks), num_examples, num_outputs, structures, treedef, named)
+    return blocks, labels
+
+
+def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
+    """The same with explicit rows for every leaf, without a look at the jaxpr."""
+    rows = jax.vmap(lambda column: _taps.read_rows(model, leaves, column))(columns)
+    return [(RowBlock(row),) for row in rows], [_DENSE] * len(leaves)
 
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:

@@ -4,22 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from manifoldflow.linalg._kernels import Kernel, slabs
+from manifoldflow.linalg._views import ints, is_selection, View
 from manifoldflow.linalg._walk import (
-    ints,
+    body_of,
+    closed,
     is_differentiable,
-    is_selection,
     Rule,
     Site,
     times,
     Value,
-    View,
     Walk,
 )
 
@@ -44,6 +43,15 @@ def _rearranged(step: Callable[[Any, Any], tuple[Any, ...]]) -> Callable[..., An
 
 def _broadcast_step(params: Any, shape: tuple[int, ...]) -> View:
     return (("broadcast", ints(shape), ints(params["broadcast_dimensions"])),)
+
+
+def _reshape_steps(params: Any, shape: tuple[int, ...]) -> View:
+    unknown = set(params) - {"new_sizes", "dimensions", "sharding"}
+    if unknown:
+        raise ValueError(f"reshape has parameters that no rule knows: {unknown}")
+    order = params.get("dimensions")  # in which `lax.reshape` reads the axes
+    steps = () if order is None else (("transpose", ints(order)),)
+    return (*steps, ("reshape", ints(shape)))
 
 
 def _slice_step(params: Any, shape: tuple[int, ...]) -> View:
@@ -202,7 +210,7 @@ def _look_up(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """Rows of a table by integer index (`gather`, or `dynamic_slice` for a single row)."""
     table, shape = inputs[0], inputs[0].array.shape
     sizes = ints(eqn.params["slice_sizes"])
-    numbers = eqn.params.get("dimension_numbers")
+    numbers = eqn.params["dimension_numbers"] if eqn.primitive.name == "gather" else None
     batched = numbers is not None and numbers.operand_batching_dims
     if not shape or sizes != (1, *shape[1:]) or batched or not _selections(inputs[:1]):
         return None
@@ -229,16 +237,15 @@ def _look_up(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
 
 def _call(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if body is None:
-        return None
-    closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
-    return walk.run(closed, inputs)
+    return None if body is None else walk.run(closed(body), inputs)
 
 
 def _scan(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """Leaves that every step of a scan uses: taps ride along as inputs, factors as outputs."""
-    params, body = eqn.params, eqn.params["jaxpr"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    # All is read before the sites are listed: a name that is not there then costs no other leaf.
+    body, length, reverse = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
+    unroll = eqn.params.get("unroll", 1)  # a matter of speed alone
+    num_consts, num_carry = _scan_counts(eqn, body_of(body))
     walk.give_up(inputs[num_consts:])
     consts = inputs[:num_consts]
     plain = [value.array for value in inputs[num_consts:]]
@@ -254,7 +261,7 @@ def _scan(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
     jax.eval_shape(lambda c, x: step(listing, c, x), carry, first)
     walk.opaque |= listing.opaque
-    taps = walk.register([_stacked(site, params["length"]) for site in listing.sites])
+    taps = walk.register([_stacked(site, length) for site in listing.sites])
     if walk.taps is None:
         walk.records += [None] * len(taps)
         return walk.plain(eqn, inputs)
@@ -262,11 +269,28 @@ def _scan(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     def tapped(carry: Any, xs_taps: Any) -> Any:
         return step(walk.within(xs_taps[1]), carry, xs_taps[0])
 
-    carry, (ys, records) = lax.scan(
-        tapped, carry, (xs, taps), params["length"], params["reverse"], params["unroll"]
-    )
+    carry, (ys, records) = lax.scan(tapped, carry, (xs, taps), length, reverse, unroll)
     walk.records += records
     return [Value(x) for x in (*carry, *ys)]
+
+
+def _scan_counts(eqn: Any, body: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried.
+
+    Read from the ranks, since the parameters that tell are others in other versions of JAX:
+    what is scanned over, or stacked, has one axis more outside than inside.
+    """
+
+    def num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        stacked = [out.aval.ndim > val.aval.ndim for out, val in pairs]
+        if stacked != sorted(stacked):
+            raise ValueError(f"a scan's stacked values must come last, got {stacked}")
+        return sum(stacked)
+
+    num_carry = len(eqn.outvars) - num_stacked(eqn.outvars, body.outvars)
+    num_scanned = num_stacked(eqn.invars, body.invars)
+    return len(eqn.invars) - num_scanned - num_carry, num_carry
 
 
 def _stacked(site: Site, length: int) -> Site:
@@ -276,7 +300,7 @@ def _stacked(site: Site, length: int) -> Site:
 
 RULES: dict[str, Rule] = {
     "transpose": _rearranged(lambda p, _: (("transpose", ints(p["permutation"])),)),
-    "reshape": _rearranged(lambda _, shape: (("reshape", ints(shape)),)),
+    "reshape": _rearranged(_reshape_steps),
     "squeeze": _rearranged(lambda _, shape: (("reshape", ints(shape)),)),
     "convert_element_type": _rearranged(lambda *_: ()),
     "copy": _rearranged(lambda *_: ()),

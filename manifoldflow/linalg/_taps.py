@@ -10,25 +10,18 @@ The walk below evaluates the jaxpr of one example. Next to every value it carrie
 `Alias` as long as the value is still a mere rearrangement of one parameter leaf.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Inexact, PyTree
 
 from manifoldflow.linalg._tap_rules import RULES
-from manifoldflow.linalg._walk import (
-    Alias,
-    index_map,
-    Record,
-    Site,
-    Value,
-    Walk,
-)
+from manifoldflow.linalg._views import Entries, entries_of
+from manifoldflow.linalg._walk import Alias, body_of, Record, Site, Value, Walk
 
 
 class Group(NamedTuple):
@@ -54,7 +47,7 @@ def group_sites(sites: Sequence[Site], leaf: int, shape: tuple[int, ...]) -> lis
     mine = [index for index, site in enumerate(sites) if site.leaf == leaf]
     if len(mine) < 2:
         return [Group((index,), (False,)) for index in mine]
-    maps = {index: index_map(sites[index].view, shape) for index in mine}
+    seen = {index: entries_of(sites[index].view, shape) for index in mine}
     sums = tuple(index for index in mine if sites[index].kind in ("sum", "product"))
     groups = [Group(sums, (False,) * len(sums))] if sums else []
     for index in mine:
@@ -62,33 +55,42 @@ def group_sites(sites: Sequence[Site], leaf: int, shape: tuple[int, ...]) -> lis
             continue
         for place, group in enumerate(groups):
             swapped = (
-                _same_entries(maps[group.sites[0]], maps[index]) if place >= bool(sums) else None
+                _same_entries(seen[group.sites[0]], seen[index]) if place >= bool(sums) else None
             )
             if swapped is not None:
                 groups[place] = Group(group.sites + (index,), group.swapped + (swapped,))
                 break
         else:
             groups.append(Group((index,), (False,)))
-    entries = [
-        np.unique(np.concatenate([maps[i].ravel() for i in group.sites])) for group in groups
-    ]
-    disjoint = sum(map(len, entries)) == len(np.unique(np.concatenate(entries)))
-    return groups if disjoint else None
+    return groups if _are_disjoint([[seen[i] for i in group.sites] for group in groups]) else None
 
 
-def _same_entries(first: np.ndarray, other: np.ndarray) -> bool | None:
+def _same_entries(first: Entries, other: Entries) -> bool | None:
     """False if the maps agree, True if they do after swapping the last axes, None if never."""
-    if np.array_equal(first, other):
+    if first.axes is None or other.axes is None or first.offset != other.offset:
+        return None
+    if first.axes == other.axes:
         return False
-    return True if np.array_equal(first, np.swapaxes(other, 1, 2)) else None
+    batch, rows, columns = other.axes
+    return True if first.axes == (batch, columns, rows) else None
+
+
+def _are_disjoint(groups: list[list[Entries]]) -> bool:
+    """Whether it is certain that no two groups share an entry of the leaf."""
+    pairs = itertools.combinations(groups, 2)
+    return all(x.is_apart_from(y) for first, other in pairs for x in first for y in other)
 
 
 class Model(NamedTuple):
-    """A traced model of one example."""
+    """A model of one example, as a function of leaves and example, and traced."""
 
-    jaxpr: jex.ClosedJaxpr
-    num_leaves: int
+    fn: Callable[..., Array]
+    jaxpr: Any  # closed
     example: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.jaxpr.out_avals[0].size
 
     def evaluate(
         self, walk: Walk, leaves: Sequence[Array], example: Sequence[Array], opaque: Any
@@ -106,7 +108,7 @@ class Model(NamedTuple):
         """List the sites, abstractly; leaves with a use that no rule knows are opaque."""
         opaque: frozenset[int] = frozenset()
         while True:
-            walk = Walk(self.jaxpr.jaxpr, RULES)
+            walk = Walk(body_of(self.jaxpr), RULES)
             evaluate = partial(self.evaluate, walk, opaque=opaque)
             jax.eval_shape(evaluate, leaves, self.example)
             groups: dict[int, Any] = {
@@ -133,7 +135,7 @@ def trace(fn: Callable[..., Any], params: PyTree[Any], inputs: PyTree[Any]) -> M
         )
         return _as_vector(output)
 
-    return Model(jax.make_jaxpr(flat)(structures, example), len(leaves), example)
+    return Model(flat, jax.make_jaxpr(flat)(structures, example), example)
 
 
 def _as_vector(output: Any) -> Array:
@@ -155,9 +157,12 @@ def read_taps(
     dense = {i: leaves[i] for i in sorted(uses.opaque)}
 
     def tapped(taps: tuple[Array, ...], dense: dict[int, Array]) -> Any:
-        walk = Walk(model.jaxpr.jaxpr, RULES, taps)
+        walk = Walk(body_of(model.jaxpr), RULES, taps)
         merged = [dense.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return model.evaluate(walk, merged, example, uses.opaque), walk.records
+        output = model.evaluate(walk, merged, example, uses.opaque)
+        if tuple(walk.sites) != uses.sites:  # the derivative of a tap not met would be zero
+            raise ValueError(f"the tapped walk met {walk.sites}, listed were {uses.sites}")
+        return output, walk.records
 
     output, pullback, records = jax.vjp(tapped, zeros, dense, has_aux=True)
     if output.size == 1:  # no need for a batched backward pass
@@ -165,3 +170,10 @@ def read_taps(
     else:
         deltas, rows = jax.vmap(pullback)(jnp.eye(output.size, dtype=output.dtype))
     return deltas, rows, records
+
+
+def read_rows(
+    model: Model, leaves: Sequence[Array], example: Sequence[Array]
+) -> list[Inexact[Array, "k ..."]]:
+    """One example: explicit rows for every leaf, from the function itself."""
+    return jax.jacrev(model.fn)(list(leaves), list(example))

@@ -6,12 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array
 
-View = tuple[tuple[Any, ...], ...]
-"""Static steps that rearrange a leaf; hashable, so that equal models compile once."""
+from manifoldflow.linalg._views import View
 
 
 class Alias(NamedTuple):
@@ -48,56 +45,6 @@ class Record(NamedTuple):
     scale: Any
 
 
-def apply_view(view: View, leaf: Array) -> Array:
-    """Rearrange a leaf by static steps."""
-    for name, *args in view:
-        leaf = _STEPS[name](leaf, *args)
-    return leaf
-
-
-def pull_view(view: View, shape: tuple[int, ...], value: Array) -> Array:
-    """The transpose of `apply_view`: from the rearranged value back to the leaf."""
-    leaf = jax.ShapeDtypeStruct(shape, value.dtype)
-    return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(value)[0]
-
-
-def index_map(view: View, shape: tuple[int, ...]) -> np.ndarray:
-    """Which entry of the leaf stands where, to compare the views of several uses."""
-    indices = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
-    for name, *args in view:
-        indices = _INDEX_STEPS[name](indices, *args)
-    return indices
-
-
-def _broadcast_indices(indices: np.ndarray, shape: Any, dims: Any) -> np.ndarray:
-    padded = np.ones(len(shape), int)
-    padded[list(dims)] = indices.shape
-    return np.broadcast_to(indices.reshape(padded), shape)
-
-
-_STEPS: dict[str, Callable[..., Array]] = {
-    "transpose": lax.transpose,
-    "reshape": jnp.reshape,
-    "broadcast": lax.broadcast_in_dim,
-    "slice": lax.slice,
-}
-_INDEX_STEPS: dict[str, Callable[..., np.ndarray]] = {
-    "transpose": np.transpose,
-    "reshape": np.reshape,
-    "broadcast": _broadcast_indices,
-    "slice": lambda x, low, high, by: x[tuple(map(slice, low, high, by or (1,) * x.ndim))],
-}
-
-
-def is_selection(view: View) -> bool:
-    """Whether the view moves entries to one place at most (so that it keeps inner products)."""
-    return all(name != "broadcast" for name, *_ in view)
-
-
-def ints(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
 def times(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a * b
 
@@ -113,9 +60,7 @@ class Walk:
     taps it adds them in the same order and keeps a record per site.
     """
 
-    def __init__(
-        self, template: jex.Jaxpr, rules: dict[str, Rule], taps: Sequence[Array] | None = None
-    ):
+    def __init__(self, template: Any, rules: dict[str, Rule], taps: Sequence[Array] | None = None):
         self.template = template
         self.rules = rules
         self.taps = taps
@@ -127,9 +72,9 @@ class Walk:
         """A walk through a body inside."""
         return Walk(self.template, self.rules, taps)
 
-    def run(self, jaxpr: jex.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+    def run(self, jaxpr: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate a closed jaxpr."""
-        body = jaxpr.jaxpr
+        body = body_of(jaxpr)
         env: dict[Any, Value] = {}
         env.update(zip(body.constvars, map(Value, jaxpr.consts), strict=True))
         env.update(zip(body.invars, inputs, strict=True))
@@ -147,12 +92,28 @@ class Walk:
         if all(value.alias is None for value in inputs):
             return self.plain(eqn, inputs)
         rule = self.rules.get(eqn.primitive.name)
-        outputs = rule(self, eqn, inputs) if rule is not None else None
+        outputs = self.by_rule(rule, eqn, inputs) if rule is not None else None
         if outputs is None:
             outputs = self.plain(eqn, inputs)
             if any(is_differentiable(value.array) for value in outputs):
                 self.give_up(inputs)
         return outputs
+
+    def by_rule(self, rule: Rule, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+        """What a rule says; one that raises while sites are being listed gives its leaves up.
+
+        The parameters of an equation are private to JAX, and change with its versions. The
+        tapped walk must meet the sites that were listed, so that there an error ends it.
+        """
+        if self.taps is not None:
+            return rule(self, eqn, inputs)
+        num_sites, num_records = len(self.sites), len(self.records)
+        try:
+            return rule(self, eqn, inputs)
+        except Exception:
+            del self.sites[num_sites:], self.records[num_records:]
+            self.give_up(inputs)
+            return None
 
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate an equation as JAX would, whatever functions its parameters hold."""
@@ -161,7 +122,7 @@ class Walk:
         jaxpr = self.template.replace(
             constvars=[], invars=list(named), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
         )
-        outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*named.values())
+        outputs = jex.jaxpr_as_fun(closed(jaxpr))(*named.values())
         return [Value(output) for output in outputs]
 
     def give_up(self, values: Sequence[Value]) -> None:
@@ -182,6 +143,16 @@ class Walk:
         if self.taps is None:
             return [None] * len(sites)
         return list(self.taps[start : start + len(sites)])
+
+
+def body_of(jaxpr: Any) -> Any:
+    """The equations of a closed jaxpr; from JAX 0.11 on every jaxpr is closed."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def closed(jaxpr: Any) -> Any:
+    """A jaxpr with its constants, of which an open one has none."""
+    return jaxpr if hasattr(jaxpr, "consts") else jex.ClosedJaxpr(jaxpr, ())
 
 
 def is_differentiable(array: Any) -> bool:
