@@ -1,6 +1,7 @@
-"""Where the state of a run is kept: an .npz file, or an Orbax checkpoint manager."""
+"""Where a journal is kept: an .npz file, or an Orbax checkpoint manager."""
 
 import abc
+import contextlib
 import importlib
 import os
 from typing import Any
@@ -8,7 +9,14 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from manifoldflow._checkpoint import with_suffix, write_whole
+from manifoldflow._journal._files import (
+    check_place,
+    path_of,
+    read_whole,
+    remove_leftovers,
+    write_whole,
+)
+from manifoldflow._journal._locks import locked
 
 Place = str | os.PathLike[str] | Any
 """A path, or an `orbax.checkpoint.CheckpointManager`."""
@@ -33,6 +41,10 @@ class AbstractStore(eqx.Module):
     def name(self) -> str:
         """For messages."""
 
+    @abc.abstractmethod
+    def opened(self, num_bytes: int) -> contextlib.AbstractContextManager[None]:
+        """Keep others out; nobody writes without. Fails at once where writing would fail."""
+
 
 class NpzStore(AbstractStore):
     """One .npz file, whole at any moment."""
@@ -40,11 +52,10 @@ class NpzStore(AbstractStore):
     path: str
 
     def has_any(self) -> bool:
-        return os.path.exists(self.path)
+        return os.path.lexists(self.path)
 
     def read(self) -> dict[str, np.ndarray]:
-        with np.load(self.path) as stored:
-            return {name: stored[name] for name in stored.files}
+        return read_whole(self.path)
 
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
         del step
@@ -52,6 +63,13 @@ class NpzStore(AbstractStore):
 
     def name(self) -> str:
         return self.path
+
+    @contextlib.contextmanager
+    def opened(self, num_bytes: int):
+        check_place(self.path, num_bytes)
+        with locked(self.path):
+            remove_leftovers(self.path)
+            yield
 
 
 class OrbaxStore(AbstractStore):
@@ -64,16 +82,26 @@ class OrbaxStore(AbstractStore):
 
     def read(self) -> dict[str, np.ndarray]:
         self.manager.wait_until_finished()
-        arrays = self.manager.restore(
-            self.manager.latest_step(), args=_orbax().args.StandardRestore()
-        )
-        return {name: np.asarray(array) for name, array in arrays.items()}
+        step = self.manager.latest_step()
+        try:
+            arrays = self.manager.restore(step, args=_orbax().args.StandardRestore())
+            return {name: np.asarray(array) for name, array in arrays.items()}
+        except Exception as error:  # Orbax raises many kinds for folders that are not whole
+            raise ValueError(
+                f"The checkpoint {self.name()} is damaged: Orbax cannot restore its step {step} "
+                f"({type(error).__name__}). Delete that step, or give another folder."
+            ) from error
 
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
         self.manager.save(step, args=_orbax().args.StandardSave(arrays), force=True)
 
     def name(self) -> str:
         return str(self.manager.directory)
+
+    @contextlib.contextmanager
+    def opened(self, num_bytes: int):
+        del num_bytes
+        yield
 
 
 def _orbax() -> Any:
@@ -84,7 +112,7 @@ def _orbax() -> Any:
 def store_of(option: str, place: Place) -> AbstractStore:
     """The store for what was given as `checkpoint` or `resume`."""
     if isinstance(place, str | os.PathLike):
-        return NpzStore(with_suffix(place))
+        return NpzStore(path_of(place))
     if all(callable(getattr(place, name, None)) for name in ("save", "restore", "latest_step")):
         return OrbaxStore(place)
     raise ValueError(
