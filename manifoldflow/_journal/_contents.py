@@ -23,7 +23,9 @@ def packed(kind: str, identity: dict[str, Any], arrays: dict[str, Any]) -> dict[
     return {_ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8), **plain}
 
 
-def unpacked(name: str, stored: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
+def unpacked(
+    name: str, stored: dict[str, np.ndarray], kind: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(what is said about them, the arrays)`, checked.
 
     Raises:
@@ -34,9 +36,7 @@ def unpacked(name: str, stored: dict[str, np.ndarray]) -> tuple[dict[str, Any], 
         about = json.loads(np.asarray(arrays.pop(_ABOUT), np.uint8).tobytes())
         version, told = about["format"], about["arrays"]
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{name} is not a checkpoint of `solve` or `simulate`. Give another file."
-        ) from error
+        raise ValueError(f"{name} is not a checkpoint of {kind}. Give another file.") from error
     if version != FORMAT:
         age = "an older" if version < FORMAT else "a newer"
         raise ValueError(

@@ -40,8 +40,8 @@ def write_whole(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     _write_aside(path, content + _MARK + hashlib.sha256(content).hexdigest().encode())
 
 
-def read_whole(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a file that `write_whole` wrote.
+def read_whole(path: str, kind: str) -> dict[str, np.ndarray]:
+    """The arrays of a file that `write_whole` wrote; `kind` is what it should be, for messages.
 
     Raises:
         ValueError: it is not whole, or something else; says what.
@@ -57,7 +57,7 @@ def read_whole(path: str) -> dict[str, np.ndarray]:
         ) from error
     body, end = content[:-_NUM_END], content[-_NUM_END:]
     if not end.startswith(_MARK):
-        raise ValueError(f"{path} {_what_else(content)} Delete it, or give another file.")
+        raise ValueError(f"{path} {_what_else(content, kind)} Delete it, or give another file.")
     if end[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
         raise ValueError(
             f"The checkpoint {path} is damaged: its checksum does not fit its {len(content)} "
@@ -77,7 +77,6 @@ def check_place(path: str, num_bytes: int) -> None:
     Raises:
         OSError: a folder in its place, no permission, no space.
     """
-    mend = "Give another path."
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(None, "there is a folder of this name")
@@ -89,7 +88,7 @@ def check_place(path: str, num_bytes: int) -> None:
         there = os.path.getsize(path) if os.path.exists(path) else 0
     except OSError as error:
         raise OSError(
-            f"The checkpoint {path} cannot be written: {because(error)}. {mend}"
+            f"The checkpoint {path} cannot be written: {because(error)}. Give another path."
         ) from error
     needed = 2 * num_bytes - there
     if free < needed:
@@ -150,10 +149,10 @@ def _folder(path: str) -> str:
     return os.path.dirname(os.path.abspath(path))
 
 
-def _what_else(content: bytes) -> str:
+def _what_else(content: bytes, kind: str) -> str:
     """What a file is that does not end as ours do."""
     if not content:
-        return "is empty, not a checkpoint of `solve` or `simulate`."
+        return f"is empty, not a checkpoint of {kind}."
     names: set[Any] = set()
     # NumPy raises whatever a broken archive makes it stumble over.
     with contextlib.suppress(Exception):
@@ -164,8 +163,8 @@ def _what_else(content: bytes) -> str:
     if "about" in names:
         return "is a checkpoint that something else has rewritten: it lacks its checksum."
     if names or not (content.startswith(b"PK") or _MARK in content):
-        return "is not a checkpoint of `solve` or `simulate`."
-    return "is cut off or damaged, no whole checkpoint of `solve` or `simulate`."
+        return f"is not a checkpoint of {kind}."
+    return f"is cut off or damaged, no whole checkpoint of {kind}."
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -120,10 +120,10 @@ class Journal:
             ValueError: nothing is stored, something damaged, or another run; says in what it
                 differs.
         """
-        path = store.name()
+        path, kind = store.name(), f"`{self._kind}`"
         if not store.has_any():
             raise ValueError(f"There is no checkpoint {path} to resume from.")
-        about, arrays = unpacked(path, store.read())
+        about, arrays = unpacked(path, store.read(kind), kind)
         self._check(path, about, arrays)
         step, stored_steps = int(arrays["step"]), arrays["steps"].tolist()
         due = [wanted for wanted in self._wanted if wanted <= step]

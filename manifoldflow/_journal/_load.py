@@ -12,6 +12,8 @@ from manifoldflow._journal._contents import unpacked
 from manifoldflow._journal._files import path_of, read_whole
 from manifoldflow._types import Point
 
+_KINDS = "`solve` or `simulate`"
+
 
 def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, Point]:
     """The time and the point of the last save in a checkpoint file.
@@ -27,7 +29,7 @@ def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, 
     coordinates, remainder = _tree.split(point)
     leaves, treedef = jax.tree.flatten(coordinates)
     path = path_of(path)
-    arrays = unpacked(path, read_whole(path))[1]
+    arrays = unpacked(path, read_whole(path, _KINDS), _KINDS)[1]
     stored = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("point_")]
     shapes = [column.shape[1:] for column in stored]
     if shapes != [leaf.shape for leaf in leaves]:

@@ -21,7 +21,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-_NO_MATTER = {"name", "debug_info", "jvp_jaxpr_fun", "jvp", "fwd_jaxpr_thunk", "bwd", "fwd"}
+# Names, and rules for derivatives and batches, none of which are taken of what is digested.
+_NO_MATTER = {
+    *("name", "debug_info", "rule", "in_tree", "out_tree"),
+    *("jvp_jaxpr_fun", "jvp", "fwd_jaxpr_thunk", "fwd", "bwd"),
+}
 _MAX_DEPTH = 12
 
 

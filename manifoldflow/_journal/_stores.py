@@ -30,8 +30,8 @@ class AbstractStore(eqx.Module):
         """Whether there is something to read."""
 
     @abc.abstractmethod
-    def read(self) -> dict[str, np.ndarray]:
-        """What was written last."""
+    def read(self, kind: str) -> dict[str, np.ndarray]:
+        """What was written last; `kind` says in messages what it should be."""
 
     @abc.abstractmethod
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
@@ -54,8 +54,8 @@ class NpzStore(AbstractStore):
     def has_any(self) -> bool:
         return os.path.lexists(self.path)
 
-    def read(self) -> dict[str, np.ndarray]:
-        return read_whole(self.path)
+    def read(self, kind: str) -> dict[str, np.ndarray]:
+        return read_whole(self.path, kind)
 
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
         del step
@@ -80,7 +80,8 @@ class OrbaxStore(AbstractStore):
     def has_any(self) -> bool:
         return self.manager.latest_step() is not None
 
-    def read(self) -> dict[str, np.ndarray]:
+    def read(self, kind: str) -> dict[str, np.ndarray]:
+        del kind
         self.manager.wait_until_finished()
         step = self.manager.latest_step()
         try:

@@ -14,7 +14,7 @@ from manifoldflow import _tree
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
 from manifoldflow._solution import RESULTS, Solution
-from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._options import Options, Stationary, Whole
 from manifoldflow.flows._stepping import smallest_step
