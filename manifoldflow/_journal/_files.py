@@ -1,6 +1,7 @@
 """Files of arrays that are whole or refused: written aside and moved, read by their checksum."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -37,7 +38,10 @@ def write_whole(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez(buffer, **arrays)
     # The archive's last two bytes say how long its comment is.
     content = buffer.getvalue()[:-2] + _NUM_END.to_bytes(2, "little")
-    _write_aside(path, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+    with _aside(path) as partial:
+        _write(partial, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+        os.replace(partial, path)
+    _settle(_folder(path))
 
 
 def read_whole(path: str, kind: str) -> dict[str, np.ndarray]:
@@ -67,29 +71,38 @@ def read_whole(path: str, kind: str) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
-def check_place(path: str, num_bytes: int) -> None:
-    """See to it that a file can be written here, before any time is spent; makes the folder.
+def make_place(path: str) -> None:
+    """Make the folder of a file.
+
+    Raises:
+        OSError: it cannot be made, or there is a folder in the place of the file.
+    """
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "there is a folder of this name")
+        os.makedirs(_folder(path), exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_space(path: str, num_bytes: int) -> None:
+    """See to it that a file can be written here, before any time is spent.
 
     Args:
         path: of the file.
         num_bytes: how large it will be in the end. It is written anew beside the old one.
 
     Raises:
-        OSError: a folder in its place, no permission, no space.
+        OSError: no permission, no space.
     """
     try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(None, "there is a folder of this name")
-        folder = _folder(path)
-        os.makedirs(folder, exist_ok=True)
-        _write_aside(path + ".probe", _PROBE)
-        os.remove(path + ".probe")
-        free = shutil.disk_usage(folder).free
+        with _aside(path) as partial:
+            _write(partial, _PROBE)
+            os.remove(partial)
+        free = shutil.disk_usage(_folder(path)).free
         there = os.path.getsize(path) if os.path.exists(path) else 0
     except OSError as error:
-        raise OSError(
-            f"The checkpoint {path} cannot be written: {because(error)}. Give another path."
-        ) from error
+        raise cannot_write(path, error) from error
     needed = 2 * num_bytes - there
     if free < needed:
         raise OSError(
@@ -108,19 +121,21 @@ def remove_leftovers(path: str) -> None:
 
 def because(error: OSError) -> str:
     """What an error of the operating system says, in a few words."""
-    return error.strerror or str(error) or type(error).__name__
+    return error.strerror or str(error).partition("\n")[0] or type(error).__name__
 
 
-def _write_aside(path: str, content: bytes) -> None:
-    with _aside(path) as partial:
-        # Not by `tempfile`, whose files nobody else may read.
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    _settle(_folder(path))
+def cannot_write(path: str, error: OSError) -> OSError:
+    """The error to raise where a file cannot even be begun."""
+    return OSError(f"The checkpoint {path} cannot be written: {because(error)}. Give another path.")
+
+
+def _write(path: str, content: bytes) -> None:
+    # Not by `tempfile`, whose files nobody else may read.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

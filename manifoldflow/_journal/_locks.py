@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from manifoldflow._journal._files import because
+from manifoldflow._journal._files import cannot_write
 
 try:
     import fcntl
@@ -15,18 +15,18 @@ except ImportError:  # Windows: files are whole there as well, but not locked
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
+def locked(path: str) -> Iterator[bool]:
     """Hold `path + ".lock"`, whose text says who holds it.
 
     The operating system gives the lock free when its process ends, however that ends. Where a
-    file system knows no locks there is none.
+    file system knows no locks there is none; yields whether there is.
 
     Raises:
         OSError: another run holds it; says which.
     """
     descriptor = _acquired(path)
     try:
-        yield
+        yield descriptor is not None
     finally:
         if descriptor is not None:
             # Removed while it is held: whoever opened it meanwhile sees that it is gone.
@@ -42,9 +42,7 @@ def _acquired(path: str) -> int | None:
         try:
             descriptor = os.open(_name(path), os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OSError(
-                f"The checkpoint {path} cannot be locked: {because(error)}. Give another path."
-            ) from error
+            raise cannot_write(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -58,8 +56,10 @@ def _acquired(path: str) -> int | None:
             os.close(descriptor)
             return None
         if _is_there(descriptor, path):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, _me().encode())
+            # Without room for the text it is a lock all the same.
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _me().encode())
             return descriptor
         os.close(descriptor)
 

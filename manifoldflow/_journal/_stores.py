@@ -10,7 +10,8 @@ import equinox as eqx
 import numpy as np
 
 from manifoldflow._journal._files import (
-    check_place,
+    check_space,
+    make_place,
     path_of,
     read_whole,
     remove_leftovers,
@@ -66,9 +67,11 @@ class NpzStore(AbstractStore):
 
     @contextlib.contextmanager
     def opened(self, num_bytes: int):
-        check_place(self.path, num_bytes)
-        with locked(self.path):
-            remove_leftovers(self.path)
+        make_place(self.path)
+        with locked(self.path) as is_alone:
+            if is_alone:
+                remove_leftovers(self.path)
+            check_space(self.path, num_bytes)
             yield
 
 
@@ -94,7 +97,10 @@ class OrbaxStore(AbstractStore):
             ) from error
 
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
-        self.manager.save(step, args=_orbax().args.StandardSave(arrays), force=True)
+        try:
+            self.manager.save(step, args=_orbax().args.StandardSave(arrays), force=True)
+        except Exception as error:  # of many kinds, also those of the save before
+            raise OSError(f"{type(error).__name__} of Orbax") from error
 
     def name(self) -> str:
         return str(self.manager.directory)

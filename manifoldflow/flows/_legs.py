@@ -200,7 +200,7 @@ def _identity(
     if until is not None and not isinstance(until, Stationary):
         functions["until"] = program(until, point)
     if options.solver is not None:
-        functions["solver"] = digest((options.solver, getattr(options.solver, "tableau", None)))
+        functions["solver"] = digest(_recipe(options.solver))
     chain = {"manifold": "none"}
     if flow.manifold is not None:
         chain["manifold"] = program(_constraint, flow.manifold, point)
@@ -219,11 +219,14 @@ def _identity(
     )
 
 
+def _recipe(solver: dfx.AbstractSolver) -> tuple[Any, ...]:
+    return solver, getattr(solver, "tableau", None), type(solver).step
+
+
 def _option_parts(times: Array, end_time: Scalar, options: Options) -> dict[str, str]:
     noise, until = options.noise, options.until
     parts = {
-        "solver": "steps of Euler-Maruyama" if options.solver is None else "",
-        **parts_of("solver", options.solver),
+        **parts_of("solver", "Euler-Maruyama" if options.solver is None else options.solver),
         **parts_of("step size", options.step_size),
         **parts_of("rtol", options.rtol),
         **parts_of("atol", options.atol),
