@@ -164,7 +164,7 @@ def with_callback(text):
         (jax.nn.relu, lambda p: jax.nn.relu(p), jax.nn.gelu),
         (lambda p: {"a": p}, lambda p: {"a": p}, lambda p: {"b": p}),
         (lambda p: (p, 1), lambda p: (p, 1), lambda p: (p, 2)),
-        (with_callback("a"), with_callback("b"), with_callback("ab")),
+        (with_callback("a"), with_callback("a"), with_callback("ab")),
         (
             lambda p: jax.lax.fori_loop(0, 3, lambda i, x: x * p, p),
             lambda p: jax.lax.fori_loop(0, 3, lambda j, y: y * p, p),
@@ -175,6 +175,5 @@ def with_callback(text):
 def test_functions_are_what_they_do(one, same, other):
     digest = program(one, START)
     equal("again", program(one, START), digest)
-    if one(START) is not None and same.__code__ is not one.__code__:
-        equal("the same function", program(same, START), digest)
+    equal("the same function", program(same, START), digest)
     assert program(other, START) != digest, "another function has the same digest"

@@ -154,14 +154,14 @@ class Journal:
                 f"The checkpoint {path} was written with other versions: {versions}. A {noun} "
                 "goes on bit by bit only with the same ones: install them, or delete the file."
             )
+        differences = self._other_structure(arrays), own.other_values(there)
         what = (
-            self._other_structure(arrays)
-            or own.other_values(there)
+            " and ".join(filter(None, differences))
             or self._other_times(arrays)
             or self._other_names(arrays)
             or own.other_functions(there)
         )
-        if what is not None:
+        if what:
             raise ValueError(
                 f"The checkpoint {path} belongs to a {noun} with {what}. Delete it, or give this "
                 f"{noun} another file."

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
+from manifoldflow._reports import Report
 from manifoldflow._solution import RESULTS, Solution
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
@@ -50,7 +51,7 @@ def solve_by_legs(
     with journal.opened(checkpoint) as store:
         if store.has_any():
             journal.read(store)
-            _report(options, times[journal.num_done - 1], journal.last())
+            _report(options.reports, times[journal.num_done - 1], journal.last())
         for number in range(max(journal.num_done - 1, 0), len(legs) - 1):
             coordinates, _, step = journal.last() if number else (coordinates, {}, jnp.nan)
             ends = legs[number : number + 2]
@@ -63,16 +64,11 @@ def solve_by_legs(
                 _for_leg(options, times, end_time, step),
             )
             stats, result = _added(stats, solution.stats), solution.result
-            if number == 0:
-                _take_in(journal, options, solution, times, 0)
+            _take_in(journal, store, solution, times, number, options.reports)
             if result != RESULTS.successful:
                 break
-            if number < len(times) - 1:
-                _take_in(journal, options, solution, times, number + 1)
-                journal.write(store, (), must=True)
-            meter_state = options.meter.step(
-                meter_state, jnp.asarray((number + 1) / (len(legs) - 1))
-            )
+            share = jnp.asarray((number + 1) / (len(legs) - 1))
+            meter_state = options.meter.step(meter_state, share)
             if number < len(legs) - 2 and _gives_up(options, stats):
                 result, solution = RESULTS.max_steps_reached, _nothing(solution)
                 break
@@ -97,22 +93,36 @@ def _has_tail(times: Array, end_time: Scalar, options: Options) -> bool:
 
 
 def _take_in(
-    journal: Journal, options: Options, solution: Solution, times: Array, number: int
+    journal: Journal,
+    store: Any,
+    solution: Solution,
+    times: Array,
+    number: int,
+    reports: tuple[Report, ...],
 ) -> None:
-    """Note down a save that a leg has come to, and show it.
+    """Write down the save that a leg has come to, and then show it."""
+    has_come = bool(solution.result == RESULTS.successful) and number < len(times) - 1
+    saves = [0] * (number == 0) + [number + 1] * has_come
+    rows = [_row(solution, times, save) for save in saves]
+    for save, row in zip(saves, rows):
+        journal.add(row, save)
+    if has_come:
+        journal.write(store, (), must=True)
+    for save, row in zip(saves, rows):
+        _report(reports, times[save], row)
 
-    The next leg begins with the mean step of this one.
-    """
+
+def _row(solution: Solution, times: Array, number: int) -> Any:
+    """A save that a leg began or ended with. The next leg begins with the mean step of this."""
     at = min(number, 1)
     step = (times[number] - times[number - 1]) / jnp.maximum(solution.stats["num_steps"], 1)
     step = step.astype(times.dtype) if number else jnp.asarray(jnp.nan, times.dtype)
     row = jax.tree.map(lambda leaf: leaf[at], (solution.points, solution.observables))
-    journal.add((*row, step), number)
-    _report(options, times[number], (*row, step))
+    return *row, step
 
 
-def _report(options: Options, time: Scalar, row: Any) -> None:
-    for report in options.reports:
+def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
+    for report in reports:
         try:
             report(time, *row[:2])
         except Exception as error:
