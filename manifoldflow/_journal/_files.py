@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,8 +34,8 @@ def write_whole(path: str, arrays: Mapping[str, np.ndarray]) -> None:
         OSError: the disk is full, or the folder cannot be written to. The file that was there
             before is untouched.
     """
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    buffer, plain = io.BytesIO(), cast(dict[str, Any], arrays)
+    np.savez(buffer, **plain)
     # The archive's last two bytes say how long its comment is.
     content = buffer.getvalue()[:-2] + _NUM_END.to_bytes(2, "little")
     with _aside(path) as partial:

@@ -53,7 +53,9 @@ def versions() -> dict[str, str]:
     programs in another way."""
     names = "jax", "equinox", "diffrax", "optax"
     found = {name: importlib.metadata.version(name) for name in names}
-    found["jax_threefry_partitionable"] = str(jax.config.jax_threefry_partitionable)
+    found["jax_threefry_partitionable"] = str(
+        getattr(jax.config, "jax_threefry_partitionable", None)
+    )
     return found
 
 

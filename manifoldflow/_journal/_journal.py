@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -60,11 +61,8 @@ class Journal:
         return len(self._steps)
 
     @contextlib.contextmanager
-    def opened(self, checkpoint: Place | None):
-        """The store to write to, kept from others meanwhile; None without one."""
-        if checkpoint is None:
-            yield None
-            return
+    def opened(self, checkpoint: Place) -> Iterator[AbstractStore]:
+        """The store to write to, kept from others meanwhile."""
         store = store_of("checkpoint", checkpoint)
         per_save = sum(_num_bytes(like) for like in self._likes.values()) + 16
         fixed = sum(map(_num_bytes, self._states)) + 2**13

@@ -1,5 +1,6 @@
 """Runs that are written to a file as they go, and go on from it to the last bit."""
 
+import contextlib
 from typing import Any
 
 import equinox as eqx
@@ -49,7 +50,8 @@ def resumable_run(
         _TIME_TOLERANCE,
     )
     meter_state = problem.meter.init()
-    with journal.opened(checkpoint) as target:
+    is_written = checkpoint is not None
+    with journal.opened(checkpoint) if is_written else contextlib.nullcontext() as target:
         if resume is not None:
             state = _taken_up(journal, store_of("resume", resume))
         elif target is not None and target.has_any():
