@@ -17,11 +17,9 @@ NOISY = mf.SGDDiffusion(LOSS, mf.IsotropicNoise(0.3), 0.1)
 START = jnp.array([1.0, 0.5])
 CASES = {
     "adaptive": (GRADIENT, {"num_saves": 4}),
-    "way to go after the last save": (GRADIENT, {"save_times": [0.1, 0.15, 0.3]}),
-    "fixed steps": (GRADIENT, {"num_saves": 4, "step_size": 0.04}),
-    "stops early": (GRADIENT, {"num_saves": 4, "until": lambda p: p[0] < 0.3}),
+    "stops early": (GRADIENT, {"num_saves": 4, "step_size": 0.04, "until": lambda p: p[0] < 0.3}),
     "Brownian path": (NOISY, {"num_saves": 4, "solver": dfx.Euler(), "step_size": 0.02}),
-    "walk": (NOISY, {"save_times": [0.1, 0.15, 0.3], "step_size": 0.02}),
+    "walk with a way to go": (NOISY, {"save_times": [0.1, 0.15, 0.3], "step_size": 0.02}),
 }
 
 
@@ -65,7 +63,7 @@ def test_a_solve_that_was_cut_off_goes_on_to_the_last_bit(tmp_path, case):
     same_solve(solved(case, file), whole)
     fewer = int(rest.stats["num_steps"]) < int(whole.stats["num_steps"])
     assert fewer, "the solve did not go on, but began anew"
-    if case != "Brownian path":  # of which the path is asked at other times
+    if case in ("adaptive", "walk with a way to go"):
         plain = solved(case)
         close("without a file", whole.points, plain.points, 1e-5)
         close("final", whole.final, plain.final, 1e-5)
@@ -73,16 +71,16 @@ def test_a_solve_that_was_cut_off_goes_on_to_the_last_bit(tmp_path, case):
 
 
 def test_what_fails_is_told_and_can_go_on(tmp_path):
-    whole = solved("fixed steps", tmp_path / "whole", progress=True)
-    file = tmp_path / "run"
+    whole = solved("adaptive", tmp_path / "whole", progress=True)
+    file, most = tmp_path / "run", int(whole.stats["num_steps"]) - 2
     with pytest.raises(eqx.EquinoxRuntimeError, match="max_steps"):
-        solved("fixed steps", file, max_steps=8)
-    lost = solved("fixed steps", tmp_path / "lost", max_steps=8, throw=False)
+        solved("adaptive", file, max_steps=most)
+    lost = solved("adaptive", tmp_path / "lost", max_steps=most, throw=False)
     assert lost.result == mf.RESULTS.max_steps_reached
     reached = np.isfinite(lost.points).all(axis=1).tolist()
-    equal("saves", reached, [True, True, True, False, False])
-    assert np.isnan(lost.final).all()
-    same_solve(solved("fixed steps", file), whole)
+    equal("saves", reached, sorted(reached, reverse=True))
+    assert any(reached) and not all(reached) and np.isnan(lost.final).all()
+    same_solve(solved("adaptive", file), whole)
     with refused(ValueError, "outside jit"):
         eqx.filter_jit(lambda x: mf.solve(GRADIENT, x, end_time=1.0, checkpoint=file))(START)
 
