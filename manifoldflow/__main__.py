@@ -6,6 +6,7 @@ python -m manifoldflow --examples 50 --width 64 --end-time 200
 import argparse
 import pathlib
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = re.search(r"EquinoxRuntimeError: (.*)", str(error))
         print(f"manifoldflow: {sentence[1] if sentence else error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"manifoldflow: {_how_to_go_on(_checkpoint(options))}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> pathlib.Path:
+    return options.out / "checkpoint.npz"
+
+
+def _how_to_go_on(checkpoint: pathlib.Path) -> str:
+    if checkpoint.exists():
+        return f"stopped; the same command goes on from the last save, in {checkpoint}."
+    return "stopped before the first save; the same command begins anew."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,10 +111,11 @@ def _run(options: argparse.Namespace) -> None:
             "test": performance,
         },
         progress=_Table(options.end_time, test_name),
-        checkpoint=options.out / "checkpoint.npz",
+        checkpoint=_checkpoint(options),
     )
     jax.effects_barrier()
     _save(options.out, loss, walk, start, test_name, options)
+    _checkpoint(options).unlink()  # the walk is whole and saved: nothing to go on from
     sharpness, test = walk.observables["sharpness"], walk.observables["test"]
     best = int(jnp.argmax(test) if is_classes else jnp.argmin(test))
     print(
@@ -260,7 +275,6 @@ def _save(
         spectrum_after=spectra[1],
         **walk.observables,
     )
-    (out / "checkpoint.npz").unlink()  # the walk is whole: nothing to resume
     try:
         from manifoldflow.plotting import plot_walk
     except ImportError:

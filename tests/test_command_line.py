@@ -95,6 +95,19 @@ def test_bad_options(tmp_path, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("has_saves", "words"), [(True, "goes on from"), (False, "begins anew")])
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch, has_saves, words):
+    def interrupted(options):
+        if has_saves:
+            (options.out / "checkpoint.npz").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("manifoldflow.__main__._run", interrupted)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0], lines
+
+
 def test_picture_has_labels(tmp_path):
     import manifoldflow as mf
 

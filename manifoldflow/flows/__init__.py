@@ -1,6 +1,6 @@
 """Flows on manifolds and towards them, and how they are solved."""
 
-from manifoldflow._checkpoint import load_checkpoint as load_checkpoint
+from manifoldflow._journal import load_checkpoint as load_checkpoint
 from manifoldflow.flows._base import (
     AbstractDiffusion as AbstractDiffusion,
     AbstractFlow as AbstractFlow,

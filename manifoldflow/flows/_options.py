@@ -45,6 +45,14 @@ class NoiseOptions(eqx.Module):
         return jnp.append(grid.reshape(-1), legs[-1])
 
 
+class Whole(eqx.Module):
+    """The solve that a leg is a part of."""
+
+    end_time: Scalar
+    smallest_step: Scalar | None  # of fixed steps with noise
+    first_step: Scalar  # of this leg, where steps are adaptive; NaN: to be chosen
+
+
 class Options(eqx.Module):
     """What `solve` was asked for, ready to be passed through jit."""
 
@@ -60,6 +68,7 @@ class Options(eqx.Module):
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    whole: Whole | None = None  # None: this is all of it
 
     def observed(self, point: Point) -> dict[str, PyTree[Array]]:
         """What is to be seen at a point."""

@@ -1,7 +1,6 @@
 """Solving a flow by Diffrax: one driver for every flow, the same `Solution` for all."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,13 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._checkpoint import Checkpoint, flat_names
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._errors import checked_count
+from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import Observables, or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import check_can_move, started, touched_up
+from manifoldflow.flows._legs import solve_by_legs
 from manifoldflow.flows._options import (
     noise_options,
     Options,
@@ -49,7 +49,7 @@ def solve(
     key: Key | None = None,
     until: Callable[[Point], Any] | Stationary | None = None,
     progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: Place | None = None,
     throw: bool = True,
     max_steps: int = 16384,
 ) -> Solution:
@@ -83,8 +83,10 @@ def solve(
             after every step. The remaining saves then repeat the final point.
         progress: True prints percentages, a Diffrax progress meter shows itself, a
             function is called at every save with a dict: time, coordinates, observables.
-        checkpoint: an .npz file for the saves so far, rewritten at every save. If it is
-            there already and belongs to this solve, the solve goes on from its last save.
+        checkpoint: an .npz file, or an `orbax.checkpoint.CheckpointManager`, for the saves so
+            far, rewritten at every save. If it is there already and belongs to this solve, the
+            solve goes on from its last save, to the last bit as if it had never been cut off.
+            Steps then end on the saves, and `stats` count those of this call.
         throw: raise when the solve fails. With `throw=False` look at
             `solution.result`; what was not reached is NaN.
         max_steps: attempted steps before the solve gives up.
@@ -116,7 +118,7 @@ def solve(
         step_size=None if step_size is None else jnp.asarray(step_size, dtype),
         noise=noise,
         rtol=tolerance("rtol", rtol, 1e-6, 1e-4, dtype),
-        atol=tolerance("atol", atol, 1e-8, 1e-6, dtype) * (1 if atol is not None else size),
+        atol=tolerance("atol", atol, 1e-8, 1e-6, dtype) * (size if atol is None else 1),
         adjoint=dfx.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         observe=checked_observables(observe),
         until=until,
@@ -131,20 +133,7 @@ def solve(
     run = _solve if options.solver is not None else walk
     if checkpoint is None:
         return run(flow, point, times, end_time, jnp.asarray(0), options)
-    if is_traced((point, times)):
-        raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
-    start = started(flow, coordinates, remainder, max_steps)[0]
-    here = _tree.join(start, remainder)
-    observables = {name: eqx.filter_eval_shape(fn, here) for name, fn in options.observe.items()}
-    file = Checkpoint(os.fspath(checkpoint), times, start, flow.drift(here), observables)
-    num_done = max(file.load(), 1)
-    if num_done > 1:
-        point = _tree.join(file.last_point(), remainder)
-    options = eqx.tree_at(
-        lambda o: o.reports, options, (*options.reports, file.write), is_leaf=callable
-    )
-    solution = run(flow, point, times[num_done - 1 :], end_time, jnp.asarray(num_done - 1), options)
-    return _joined(file, num_done - 1, times, solution)
+    return solve_by_legs(run, flow, point, times, end_time, options, checkpoint)
 
 
 class _Save(eqx.Module):
@@ -302,21 +291,3 @@ def _stats(solution: dfx.Solution, options: Options, max_defect: Scalar) -> dict
         "num_factorizations": num_factorizations,
         "max_defect": max_defect,
     }
-
-
-def _joined(file: Checkpoint, num_before: int, times: Array, solution: Solution) -> Solution:
-    """The saves that a checkpoint held before, and those of the solve that went on."""
-    if num_before == 0:
-        return solution
-    names = [f"point_{i}" for i in range(len(jax.tree.leaves(solution.points)))]
-    names += list(flat_names(solution.observables))
-    leaves, treedef = jax.tree.flatten((solution.points, solution.observables))
-    joined = [
-        jnp.concatenate([jnp.asarray(file.before(num_before, name)), leaf])
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    points, observables = jax.tree.unflatten(treedef, joined)
-    all_times = jnp.concatenate([times[:num_before], solution.times])
-    return eqx.tree_at(
-        lambda s: (s.times, s.points, s.observables), solution, (all_times, points, observables)
-    )

@@ -19,12 +19,15 @@ def terms_of(
     if noise is None:
         return flow.terms(point)
     assert isinstance(flow, AbstractDiffusion) and options.solver is not None
+    smallest = smallest_step(noise, times, end_time)
+    if options.whole is not None and options.whole.smallest_step is not None:
+        smallest = options.whole.smallest_step
     # One path for the whole time, so that a solve that goes on sees the same noise. Far
     # below the steps, since the tree is only right down to its tolerance.
     path = dfx.VirtualBrownianTree(
         jnp.zeros_like(end_time),
-        end_time,
-        _smallest_step(noise, times, end_time) / 4,
+        _whole_time(options, end_time),
+        smallest / 4,
         flow.diffusion(point).in_structure(),
         noise.key,
         getattr(options.solver, "minimal_levy_area", dfx.BrownianIncrement),
@@ -32,7 +35,11 @@ def terms_of(
     return flow.terms(point, path, form=form_of(options.solver))
 
 
-def _smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar:
+def _whole_time(options: Options, end_time: Scalar) -> Scalar:
+    return end_time if options.whole is None else options.whole.end_time
+
+
+def smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar:
     if noise.is_adaptive:
         return end_time / 2**14
     return jnp.min(jnp.diff(noise.legs(times, end_time))) / noise.num_steps
@@ -47,7 +54,7 @@ def first_step(
     of what has to be compiled.
     """
     if options.noise is not None:
-        return end_time / 1000 if options.noise.is_adaptive else None
+        return _whole_time(options, end_time) / 1000 if options.noise.is_adaptive else None
     if options.step_size is not None:
         return options.step_size
     speed = _tree.norm(flow.drift(_tree.join(start, remainder)))
@@ -55,7 +62,9 @@ def first_step(
     distance = jnp.where(_tree.norm(start) > 0, 0.01 * _tree.norm(start), 1e-3 * end_time * speed)
     is_slow = distance >= end_time * speed
     step = jnp.where(is_slow, end_time, distance / jnp.where(is_slow, 1, speed))
-    return jax.lax.stop_gradient(step)
+    if options.whole is not None:
+        step = jnp.where(options.whole.first_step > 0, options.whole.first_step, step)
+    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
 
 
 def controller_of(
@@ -71,9 +80,10 @@ def controller_of(
         return dfx.PIDController(options.rtol, options.atol, dtmin=smallest, force_dtmin=False)
     # Steps end on the saves: between them the path is rough. Rejected steps are revisited,
     # without which adaptive steps would bias the law of the noise.
-    smallest = end_time / 2**12
+    whole = _whole_time(options, end_time)
+    smallest = whole / 2**12
     controller = dfx.PIDController(
-        options.rtol, options.atol, pcoeff=0.1, icoeff=0.3, dtmin=smallest, dtmax=end_time / 10
+        options.rtol, options.atol, pcoeff=0.1, icoeff=0.3, dtmin=smallest, dtmax=whole / 10
     )
     return dfx.ClipStepSizeController(controller, step_ts=times, store_rejected_steps=100)
 

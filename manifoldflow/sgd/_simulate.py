@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import Observables, RESULTS, Solution
 from manifoldflow._timescale import limit_times, num_steps_for
@@ -23,7 +24,6 @@ from manifoldflow.sgd._loop import Problem, steps_of_saves, whole_run
 from manifoldflow.sgd._optimizer import checked_optimizer
 from manifoldflow.sgd._resume import resumable_run
 from manifoldflow.sgd._sam import SAMGradient
-from manifoldflow.sgd._store import Place
 
 
 def simulate(
@@ -136,7 +136,7 @@ def simulate(
     if checkpoint is None and resume is None:
         solution = whole_run(problem, coordinates, times, num_steps)
     else:
-        solution = resumable_run(problem, coordinates, times, num_steps, checkpoint, resume)
+        solution = resumable_run(problem, coordinates, times, num_steps, beta, checkpoint, resume)
     return _raised(solution) if throw else solution
 
 
