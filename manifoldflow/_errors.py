@@ -17,13 +17,56 @@ def is_traced(tree: PyTree[Any]) -> bool:
 
 def shapes_of(tree: PyTree[Any]) -> str:
     """The shapes and dtypes of a PyTree, short enough for an error message."""
-    text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
+    try:
+        text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
+    except (TypeError, ValueError):  # what is no array has no such form
+        text = ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))
     return text if len(text) < 600 else text[:600] + " …"
+
+
+def described(value: Any) -> str:
+    """What came instead of what was wanted, short enough for an error message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself, not one of its values"
+    if eqx.is_array(value) or isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, str | int | float | complex | None):
+        return repr(value)[:200]
+    return f"a {type(value).__name__}"
+
+
+def numbers(name: str, value: Any) -> Array | np.ndarray:
+    """An array: of JAX if it was one, or of NumPy's numbers, in their own precision."""
+    try:
+        # Lists may hold values inside jit, of which NumPy can make nothing.
+        is_jax = isinstance(value, jax.Array) or is_traced(value)
+        array = jnp.asarray(value) if is_jax else np.asarray(value)
+    except (TypeError, ValueError):  # ragged lists, lists of other things
+        array = np.asarray(None)
+    if not is_jax and not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"{name} must be numbers in one array; got {described(value)}.")
+    return array
+
+
+def real_numbers(name: str, value: Any) -> Array | np.ndarray:
+    """As `numbers`, but real ones."""
+    array = numbers(name, value)
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if not is_real and array.dtype != bool:
+        raise ValueError(f"{name} must be real numbers in one array; got {described(value)}.")
+    return array
+
+
+def checked_floats(name: str, value: Any) -> Array:
+    """A finite floating-point array."""
+    array = real_numbers(name, value)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return _finite(name, jnp.asarray(array, None if is_float else jnp.result_type(float)))
 
 
 def checked_data(name: str, tree: PyTree[Any]) -> PyTree[Array]:
     """Arrays with one common leading axis and without NaN or inf."""
-    arrays = jax.tree.map(jnp.asarray, tree)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(numbers(name, leaf)), tree)
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(arrays)}
     if len(lengths) != 1 or lengths & {None, 0}:
         raise ValueError(
@@ -36,10 +79,7 @@ def checked_data(name: str, tree: PyTree[Any]) -> PyTree[Array]:
 def _finite(name: str, array: Array) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array
-    message = (
-        f"{name} contains NaN or infinite entries. Remove or impute those examples "
-        "before building a loss from them."
-    )
+    message = f"{name} contains NaN or infinite entries. Remove or impute those examples first."
     if isinstance(array, jax.core.Tracer):
         return eqx.error_if(array, ~jnp.all(jnp.isfinite(array)), message)
     bad = np.argwhere(~np.isfinite(np.asarray(array)))
@@ -61,9 +101,9 @@ def checked_count(name: str, value: Any) -> int:
 
 def checked_nonnegative(name: str, value: Any, mend: str) -> Array:
     """A scalar array that is finite and at least zero."""
-    array = jnp.asarray(value)
-    if array.ndim:
-        raise ValueError(f"{name} must be a scalar; got shape {array.shape}.")
+    array = jnp.asarray(real_numbers(name, value))
+    if array.ndim or array.dtype == bool:
+        raise ValueError(f"{name} must be a scalar; got {described(value)}.")
     is_float = jnp.issubdtype(array.dtype, jnp.floating)
     # With a dtype of its own, so that 2 after 1.0 does not retrace.
     array = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))

@@ -14,6 +14,7 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 
@@ -50,6 +51,7 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.tree_util.Partial(fn) if is_bare else fn
 
 
+@checked
 def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
     """Take a point apart: `(coordinates, remainder)`, joined again by `join`."""
     coordinates, remainder = eqx.partition(point, eqx.is_inexact_array)

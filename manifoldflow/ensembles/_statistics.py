@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 
 
@@ -37,6 +38,7 @@ class Statistics(eqx.Module):
     num_failed: Int[Array, ""]
 
 
+@checked
 def statistics(
     values: PyTree[Any], axis: int = 0, *, levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> Statistics:

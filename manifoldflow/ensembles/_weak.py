@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, is_traced, shapes_of
 from manifoldflow._types import Flag, Scalar
 from manifoldflow.ensembles._statistics import statistics
@@ -43,6 +44,7 @@ class WeakError(eqx.Module):
         return jnp.all(jnp.stack(jax.tree.leaves(agree)))
 
 
+@checked
 def weak_error(
     values: PyTree[Any], reference: PyTree[Any], reference_standard_error: Any = 0.0, axis: int = 0
 ) -> WeakError:
@@ -106,6 +108,7 @@ class Estimate(eqx.Module):
     num_excess: int = eqx.field(static=True)
 
 
+@checked
 def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Estimate:
     """The order p of errors that fall like hᵖ: the slope of log|error| against log h.
 
@@ -137,6 +140,7 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
     return _fitted(design, jnp.log(magnitudes), None if sigmas is None else sigmas / magnitudes)
 
 
+@checked
 def extrapolate(
     step_sizes: Any, values: Any, standard_errors: Any = None, *, order: Any = 1, num_terms: int = 1
 ) -> Estimate:

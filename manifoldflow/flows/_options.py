@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import Report
 from manifoldflow._types import Flag, Key, Point, Scalar
@@ -23,6 +24,9 @@ class Stationary(eqx.Module):
     """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
 
     tolerance: Scalar = eqx.field(converter=lambda value: jnp.asarray(value, float))
+
+    def __check_init__(self):
+        checked_fields(self)
 
 
 class NoiseOptions(eqx.Module):

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -24,6 +25,7 @@ from manifoldflow.linalg._operator import AbstractJacobian
 _TOGETHER = 2**19
 
 
+@checked
 def contract_hessians(
     jacobian_fn: Callable[[Coordinates], AbstractJacobian],
     coordinates: Coordinates,
@@ -50,6 +52,7 @@ def contract_hessians(
     return jax.grad(weighted)(coordinates)
 
 
+@checked
 def hessian_product_sum(
     fn: Callable[[Coordinates], Float[Array, " n"]],
     coordinates: Coordinates,
@@ -89,6 +92,7 @@ def hessian_product_sum(
     return sum_terms(term, count, _chunk(chunk_size, coordinates))
 
 
+@checked
 def second_derivative_sum(
     fn: Callable[[Coordinates], PyTree[Array]],
     coordinates: Coordinates,
@@ -129,6 +133,7 @@ def second_derivative_sum(
     return sum_terms(term, count, _chunk(chunk_size, coordinates))
 
 
+@checked
 def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree[Array]:
     """One column of an operator between PyTrees, in the order of its raveled input."""
     structure = operator.in_structure()
@@ -138,6 +143,7 @@ def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree
         return operator.mv(unravel(flat.at[index].set(1)))
 
 
+@checked
 def columns(
     operator: lx.AbstractLinearOperator, *, chunk_size: int | None = None
 ) -> Float[Array, "m r"]:
@@ -150,6 +156,7 @@ def columns(
     return rows.T
 
 
+@checked
 def sum_terms(
     term: Callable[[Int[Array, ""]], PyTree[Array]], count: int, chunk_size: int
 ) -> PyTree[Array]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -66,6 +67,7 @@ class DenseJacobian(AbstractJacobian):
         return jax.ShapeDtypeStruct((self._num_rows,), _tree.dtype_of(self.leaf_rows))
 
 
+@checked
 def dense_jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,

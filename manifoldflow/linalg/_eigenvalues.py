@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import eigh
@@ -18,6 +19,7 @@ from manifoldflow.linalg._lapack import eigh
 _DENSE = 64
 
 
+@checked
 def largest_eigenvalues(
     operator: lx.AbstractLinearOperator,
     num: int = 1,
@@ -67,6 +69,7 @@ def largest_eigenvalues(
     return jax.vmap(lambda v: jnp.vdot(v, mv(v), precision=jax.lax.Precision.HIGHEST))(vectors)
 
 
+@checked
 def smallest_eigenvalues(
     operator: lx.AbstractLinearOperator,
     num: int = 1,
@@ -117,6 +120,7 @@ def _norm_bound(mv: Any, start: Float[Array, " D"]) -> Scalar:
     return 1.5 * jnp.where(size > 0, size, 1)
 
 
+@checked
 def effective_rank(eigenvalues: Float[Array, " n"]) -> Scalar:
     """exp of the entropy of λᵢ/Σλ: between 1 and the number of eigenvalues that are not zero.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from manifoldflow._boundary import checked
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import cho_solve, cholesky
 from manifoldflow.linalg._operator import AbstractJacobian, mirrored
@@ -114,6 +115,7 @@ def _solve(triangle: Array, cholesky: Array, vector: Array) -> Array:
     return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
 
+@checked
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
     """How many eigenvalues of a Gram matrix stand above its rounding errors."""
     eps = jnp.finfo(eigenvalues.dtype).eps
@@ -121,6 +123,7 @@ def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
     return jnp.sum(eigenvalues > threshold)
 
 
+@checked
 def condition_number(eigenvalues: Float[Array, " n"]) -> Scalar:
     """λ_max/λ_min of a Gram matrix over the eigenvalues above its rounding errors."""
     eps = jnp.finfo(eigenvalues.dtype).eps

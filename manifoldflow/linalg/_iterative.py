@@ -8,6 +8,7 @@ import lineax as lx
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram
 from manifoldflow.linalg._memory import memory_budget
@@ -35,6 +36,9 @@ class IterativeGram(AbstractGram):
     max_steps: int = eqx.field(static=True, default=500)
     preconditioner_rank: int = eqx.field(static=True, default=0)
     inverse: Float[Array, "n n"] | None = None
+
+    def __check_init__(self):
+        checked_fields(self)
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         trace = jnp.sum(jacobian.row_norms_squared())
@@ -75,6 +79,7 @@ def nystroem_sketch(jacobian: AbstractJacobian, rank: int) -> Sketch:
     return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
 
 
+@checked
 def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
     """K⁻¹ as a matrix, to precondition solves at points nearby with."""
     prepared = DenseGram()(jacobian)
@@ -140,6 +145,9 @@ class AutoGram(AbstractGram):
 
     memory: int | None = eqx.field(static=True, default=None)
     preconditioner_rank: int = eqx.field(static=True, default=256)
+
+    def __check_init__(self):
+        checked_fields(self)
 
     def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
         rows = jacobian.out_structure()

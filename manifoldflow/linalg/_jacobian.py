@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example
 from manifoldflow.linalg._chunked import chunked_jacobian
 from manifoldflow.linalg._dense import dense_jacobian
@@ -19,6 +20,7 @@ from manifoldflow.linalg._structured import structured_jacobian
 _SMALL = 2**16
 
 
+@checked
 def jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,

@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Tangent
 
 
@@ -76,11 +77,13 @@ class TransposedJacobian(lx.AbstractLinearOperator):
         return self.jacobian.in_structure()
 
 
+@checked
 def gram(jacobian: AbstractJacobian) -> lx.MatrixLinearOperator:
     """The Gram matrix K = J Jᵀ as a positive semidefinite lineax operator."""
     return lx.MatrixLinearOperator(jacobian.gram(), lx.positive_semidefinite_tag)
 
 
+@checked
 def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLinearOperator:
     """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix."""
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve
 from manifoldflow.linalg._operator import AbstractJacobian
@@ -25,6 +26,7 @@ _REDUCTION = 1e-2
 _MAX_ITERATIONS = 10
 
 
+@checked
 def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
@@ -37,6 +39,7 @@ def pseudo_inverse_mv(
     return _tree.add(lifted, _conjugate_gradients(jacobian, gram, vector - jacobian.mv(lifted)))
 
 
+@checked
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:

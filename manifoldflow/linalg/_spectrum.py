@@ -14,6 +14,7 @@ import lineax as lx
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Scalar, Tangent
 from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
 from manifoldflow.linalg._operator import AbstractJacobian
@@ -24,6 +25,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 4
 
 
+@checked
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
     """ln det(J Jᵀ), with derivative tr(K⁻¹·dK).
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
@@ -41,6 +42,7 @@ class LeastSquares(AbstractExampleLoss):
     scale: Scalar
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         inputs: PyTree[Any],

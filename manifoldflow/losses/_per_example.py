@@ -12,6 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_data, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
@@ -52,6 +53,7 @@ class PerExampleLoss(AbstractExampleLoss):
     roots: Float[Array, "N outputs rank"]
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         inputs: PyTree[Any],

@@ -7,6 +7,7 @@ import lineax as lx
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -15,6 +16,7 @@ from manifoldflow.manifolds._bending import Bending
 _MAX_STEPS = 50
 
 
+@checked
 def closest_point(manifold: AbstractManifold, point: Point, *, throw: bool = True) -> Point:
     """The point y of the manifold with point − y normal to it, near `manifold.project(point)`.
 
@@ -36,6 +38,7 @@ def closest_point(manifold: AbstractManifold, point: Point, *, throw: bool = Tru
     return _tree.join(delivered(coordinates, info, throw), remainder)
 
 
+@checked
 @eqx.filter_jit
 def closest_point_with_info(manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
     """As `closest_point`, with the `Info` of the search; failed ones have NaN coordinates."""

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import is_traced
 from manifoldflow._solution import Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
@@ -48,6 +49,9 @@ class Walk(eqx.Module):
     atol: float | None = None
     adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
+    def __check_init__(self):
+        checked_fields(self)
+
     def controller(self, dtype: Any, times: Array | None = None) -> dfx.AbstractStepSizeController:
         """Adaptive steps end on `times`: between its steps a solver interpolates less well."""
         if self.step_size is not None:
@@ -59,6 +63,7 @@ class Walk(eqx.Module):
         return controller if times is None else dfx.ClipStepSizeController(controller, times)
 
 
+@checked
 def geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -89,6 +94,7 @@ def geodesic(
     return path
 
 
+@checked
 def exponential_map(
     manifold: AbstractManifold,
     point: Point,
@@ -110,6 +116,7 @@ def exponential_map(
     return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
 
 
+@checked
 def transport_along_geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -269,6 +276,7 @@ class _TransportField(eqx.Module):
         return Bending(self.manifold, x, remainder, space).form(velocity, y)
 
 
+@checked
 def parallel_transport(
     manifold: AbstractManifold,
     path: Callable[[Scalar], Point],

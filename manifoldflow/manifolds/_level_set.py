@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
@@ -34,6 +35,7 @@ class LevelSet(AbstractManifold):
     gram: linalg.AbstractGram
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         fn: Callable[[Point], PyTree[Any]],
@@ -80,6 +82,7 @@ class ZeroLossManifold(AbstractManifold):
     loss: AbstractResidualLoss
     gram: linalg.AbstractGram
 
+    @checked
     def __init__(self, loss: AbstractResidualLoss, *, gram: linalg.AbstractGram | None = None):
         if not isinstance(loss, AbstractResidualLoss):
             raise ValueError(

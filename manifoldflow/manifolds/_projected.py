@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
 from manifoldflow._solution import Info
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.manifolds._forms import check_form
@@ -52,6 +53,9 @@ class Projected(dfx.AbstractWrappedSolver):
     solver: dfx.AbstractSolver
     manifold: Reachable
     like: Point = None
+
+    def __check_init__(self):
+        checked_fields(self)
 
     @property
     def term_structure(self):

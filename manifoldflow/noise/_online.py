@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -37,6 +38,7 @@ class OnlineBatch(AbstractNoise):
     example_loss: Callable[..., Any]
     batch_size: int = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         sample_fn: Callable[[Key, int], PyTree[Array]],

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
@@ -48,6 +49,9 @@ class RiemannianTrustRegion(AbstractMethod):
     kappa: Any = 0.1
     theta: Any = 1.0
     max_products: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        checked_fields(self)
 
     @property
     def patience(self) -> int:

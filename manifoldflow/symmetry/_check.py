@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator
 from manifoldflow.symmetry._gradients import (
@@ -52,6 +53,7 @@ class SymmetryCheck(eqx.Module):
         )
 
 
+@checked
 def check_symmetry(
     symmetry: ExponentialSymmetry,
     example_loss: ExampleLoss,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.symmetry._generators import checked_symmetric, LowRank, Rotation
@@ -18,6 +19,7 @@ Where = Callable[[Any], Any]
 """Picks a leaf, or a tuple of leaves, out of a point."""
 
 
+@checked
 def rescaling(
     point: Point, first: Where, second: Where, *, degree: float = 1.0
 ) -> ExponentialSymmetry:
@@ -37,6 +39,7 @@ def rescaling(
     return ExponentialSymmetry(_weighted(weights, second, lambda leaf: -degree))
 
 
+@checked
 def mlp_rescaling(
     mlp: eqx.nn.MLP, layer: int = 0, *, neuron: int | None = None, degree: float = 1.0
 ) -> ExponentialSymmetry:
@@ -100,6 +103,7 @@ def linear_rescaling(
     return ExponentialSymmetry(weights)
 
 
+@checked
 def scaling(point: Point, where: Where = lambda point: point) -> ExponentialSymmetry:
     """θ ↦ cθ, A = I: weights that only enter normalised.
 
@@ -112,6 +116,7 @@ def scaling(point: Point, where: Where = lambda point: point) -> ExponentialSymm
     return ExponentialSymmetry(_weighted(_zeros(point), where, lambda leaf: 1.0))
 
 
+@checked
 def double_rotation(
     point: Point,
     first: Where,
@@ -141,6 +146,7 @@ def double_rotation(
     return _rotation(point, where, axes, (1, -1), checked_symmetric(matrix)[None])
 
 
+@checked
 def query_key_rotation(
     point: Point,
     where: Callable[[Any], eqx.nn.MultiheadAttention],
@@ -175,6 +181,7 @@ def query_key_rotation(
     return _rotation(point, leaves, (0,) * len(signs), signs, blocks)
 
 
+@checked
 def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialSymmetry:
     """A = Σᵣ cᵣ vᵣvᵣᵀ, of low rank, for directions that need not be orthogonal.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import checked_noise, drift
@@ -42,6 +43,7 @@ MAX_STEPS = 200
 _BROKEN = 1e-3
 
 
+@checked
 def noise_equilibrium(
     symmetry: Symmetries,
     example_loss: ExampleLoss,
@@ -99,6 +101,7 @@ def noise_equilibrium(
     )[0]
 
 
+@checked
 def noise_equilibrium_with_info(
     symmetry: Symmetries,
     example_loss: ExampleLoss,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Example, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._constructors import linear_rescaling
@@ -46,6 +47,7 @@ class Rescaling(eqx.Module):
         return f"{self.first} against {self.second}{which}, degree {self.degree:g}; {self.check}"
 
 
+@checked
 def find_rescalings(
     network: Point,
     example_loss: ExampleLoss,

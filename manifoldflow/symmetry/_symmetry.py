@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator, resolved
 
@@ -37,6 +38,7 @@ class ExponentialSymmetry(eqx.Module):
 
     generator: Any
 
+    @checked
     def __init__(self, generator: Any):
         # Numbers as arrays, so that other weights do not retrace.
         generator = jax.tree.map(_as_array, generator)
@@ -90,6 +92,7 @@ def like(symmetry: Symmetries, values: Float[Array, " k"]) -> Float[Array, "..."
     return values[0] if isinstance(symmetry, ExponentialSymmetry) else values
 
 
+@checked
 def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parameters: Any) -> Point:
     """e^{λ₁A₁ + … + λₖAₖ}θ for symmetries that commute.
 
@@ -103,6 +106,7 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
     return point
 
 
+@checked
 def noether_charge(symmetry: Symmetries, point: Point) -> Float[Array, "..."]:
     """C = ½θᵀAθ, which gradient flow conserves and SGD does not; (k,) for k symmetries.
 

@@ -3,6 +3,8 @@
 import numpy as np
 from jax.typing import ArrayLike
 
+from manifoldflow._errors import real_numbers
+
 
 def problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     z = matrix("inputs", inputs)
@@ -39,7 +41,7 @@ def number(name: str, value: float, *, least: float, strict: bool = False) -> fl
 
 
 def finite(name: str, value: ArrayLike) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float64)
+    array = np.asarray(real_numbers(name, value), dtype=np.float64)
     if not np.all(np.isfinite(array)):
         raise ValueError(
             f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first."

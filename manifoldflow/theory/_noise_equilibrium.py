@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key
 from manifoldflow.theory._arguments import finite, matrix, number
@@ -18,6 +19,7 @@ Weights = tuple[np.ndarray, ...]
 _ROUNDING = 1e-10
 
 
+@checked
 def deep_linear_noise_equilibrium(
     target_map: Num[ArrayLike, "..."],
     input_covariance: Num[ArrayLike, "..."],
@@ -73,6 +75,7 @@ def deep_linear_noise_equilibrium(
     return begin, *middle, c * np.sqrt(t_eps / trace) * last @ frames[-1].T
 
 
+@checked
 def two_layer_noise_equilibrium(
     product: Num[ArrayLike, "..."],
     input_noise: Num[ArrayLike, "..."],
@@ -106,6 +109,7 @@ def two_layer_noise_equilibrium(
     return frame @ first, last @ frame.T
 
 
+@checked
 def approximate_symmetry_displacement(
     point: Num[ArrayLike, "..."],
     generator: Num[ArrayLike, "..."],
