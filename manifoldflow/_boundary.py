@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
-from manifoldflow._errors import described, shapes_of
+from manifoldflow._errors import checked_point, described, numbers, shapes_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -69,7 +69,7 @@ def checked(fn: Function) -> Function:
             if argument in bound.arguments:
                 value = bound.arguments[argument]
                 value = _checked(name, argument, wanted[argument], value, sizes)
-                _check_role(name, argument, value)
+                _check_role(name, argument, wanted[argument], value)
                 bound.arguments[argument] = value
         return fn(*bound.args, **bound.kwargs)
 
@@ -97,11 +97,15 @@ def _checked(name: str, argument: str, wanted: Any, value: Any, sizes: dict[str,
 _COUNTS = {"batch_size", "chunk_size", "width", "size", "dimension", "count"}
 
 
-def _check_role(name: str, argument: str, value: Any) -> None:
+def _check_role(name: str, argument: str, wanted: Any, value: Any) -> None:
     """What an argument's name says of it: the names are the same all over the library."""
     if argument.startswith(("num_", "max_")) or argument in _COUNTS:
         if _is_integer(value) and value < 1:
             raise ValueError(f"{name}: {argument} must be a positive integer; got {value!r}.")
+    if argument in ("point", "network", "other") and _is_tree(wanted):
+        checked_point(value)
+    if argument == "data" and _is_tree(wanted):
+        _check_examples(name, value)
     if argument in ("coordinates", "params"):
         leaves = jax.tree.leaves(value)
         if not leaves or not all(_is_coordinate(leaf) for leaf in leaves):
@@ -109,6 +113,20 @@ def _check_role(name: str, argument: str, value: Any) -> None:
                 f"{name}: {argument} must be a PyTree of real floating-point arrays; got "
                 f"{shapes_of(value)}. manifoldflow.split(point)[0] is one."
             )
+
+
+def _is_tree(wanted: Any) -> bool:
+    return isinstance(wanted, type) and issubclass(wanted, PyTree)
+
+
+def _check_examples(name: str, data: Any) -> None:
+    arrays = [numbers(f"{name}: data", leaf) for leaf in jax.tree.leaves(data)]
+    lengths = {array.shape[0] if array.ndim else None for array in arrays}
+    if len(lengths) != 1 or lengths & {None, 0}:
+        raise ValueError(
+            f"{name}: data must be arrays with one common, non-empty leading axis of examples; "
+            f"got {shapes_of(data)}. Stack the examples along axis 0."
+        )
 
 
 def _is_coordinate(leaf: Any) -> bool:
@@ -245,8 +263,13 @@ def _check_sizes(dims: list[str], shape: tuple[int, ...], sizes: dict[str, int])
 
 def _tree_of(leaf_type: Any, value: Any, sizes: dict[str, int]) -> Any:
     if leaf_type is Any or leaf_type is None:
-        return value
+        return _kept(value, not any(_is_text(leaf) for leaf in jax.tree.leaves(value)))
     return jax.tree.map(lambda leaf: _fitted(leaf_type, leaf, sizes), value)
+
+
+def _is_text(leaf: Any) -> bool:
+    """An array of NumPy that is none for JAX."""
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "USOMm"
 
 
 def _class_names(wanted: Any) -> list[str]:

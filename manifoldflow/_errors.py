@@ -1,6 +1,7 @@
 """Checks of what a user hands in, and the sentences that say what is wrong."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +21,7 @@ def shapes_of(tree: PyTree[Any]) -> str:
     try:
         text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
     except (TypeError, ValueError):  # what is no array has no such form
-        text = ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))
+        text = described_leaves(tree)
     return text if len(text) < 600 else text[:600] + " …"
 
 
@@ -88,6 +89,25 @@ def _finite(name: str, array: Array) -> Array:
     return array
 
 
+def checked_point(point: PyTree[Any]) -> PyTree[Any]:
+    """The point, which has at least one array of floating-point numbers."""
+    if not any(_is_inexact(leaf) for leaf in jax.tree.leaves(point)):
+        raise ValueError(
+            "A point needs at least one floating-point array among its leaves; got "
+            f"{shapes_of(point)}. Python numbers and integer arrays are not coordinates."
+        )
+    return point
+
+
+def _is_inexact(leaf: Any) -> bool:
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_shape or eqx.is_inexact_array(leaf)
+
+
+def described_leaves(tree: PyTree[Any]) -> str:
+    return ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))[:600]
+
+
 def checked_count(name: str, value: Any) -> int:
     """A positive Python integer, from any integer type."""
     try:
@@ -99,18 +119,34 @@ def checked_count(name: str, value: Any) -> int:
     return count
 
 
-def checked_nonnegative(name: str, value: Any, mend: str) -> Array:
+def checked_nonnegative(name: str, value: Any, mend: str = "") -> Array:
     """A scalar array that is finite and at least zero."""
-    array = jnp.asarray(real_numbers(name, value))
+    return _checked_scalar(name, value, lambda x: x >= 0, "finite and not negative", mend)
+
+
+def checked_positive(name: str, value: Any, mend: str = "") -> Array:
+    """A scalar array that is finite and above zero."""
+    return _checked_scalar(name, value, lambda x: x > 0, "positive and finite", mend)
+
+
+def checked_number(name: str, value: Any, mend: str = "") -> Array:
+    """A finite scalar array."""
+    return _checked_scalar(name, value, lambda x: x == x, "one finite number", mend)
+
+
+def _checked_scalar(
+    name: str, value: Any, is_fine: Callable[[Any], Any], wanted: str, mend: str
+) -> Array:
+    array = real_numbers(name, value)
     if array.ndim or array.dtype == bool:
         raise ValueError(f"{name} must be a scalar; got {described(value)}.")
-    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating) and isinstance(array, jax.Array)
     # With a dtype of its own, so that 2 after 1.0 does not retrace.
-    array = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))
-    wrong = ~((array >= 0) & jnp.isfinite(array))
-    message = f"{name} must be finite and not negative. {mend}"
-    if isinstance(array, jax.core.Tracer):
-        return eqx.error_if(array, wrong, message)
-    if wrong:
+    converted = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))
+    message = " ".join(filter(None, [f"{name} must be {wanted}.", mend]))
+    if is_traced(array):
+        return eqx.error_if(converted, ~(is_fine(array) & jnp.isfinite(array)), message)
+    known = np.asarray(array, float)  # in NumPy: inside jit JAX makes tracers even of constants
+    if not (is_fine(known) and np.isfinite(known)):
         raise ValueError(f"{message} Got {value!r}.")
-    return array
+    return converted

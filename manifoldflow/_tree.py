@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._boundary import checked
-from manifoldflow._errors import shapes_of
+from manifoldflow._errors import checked_point, shapes_of
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 
 
@@ -54,7 +54,7 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
 @checked
 def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
     """Take a point apart: `(coordinates, remainder)`, joined again by `join`."""
-    coordinates, remainder = eqx.partition(point, eqx.is_inexact_array)
+    coordinates, remainder = eqx.partition(checked_point(point), eqx.is_inexact_array)
     if trainable is not None:
         try:
             spec = jax.tree.map(lambda leaf: leaf if callable(leaf) else bool(leaf), trainable.tree)

@@ -13,17 +13,21 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._errors import checked_count, checked_nonnegative, is_traced
 from manifoldflow._reports import Report
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, is_stochastic
 from manifoldflow.manifolds._forms import form_of
 
 
+def _tolerance(value: Any) -> Scalar:
+    return jnp.asarray(checked_nonnegative("Stationary: tolerance", value), float)
+
+
 class Stationary(eqx.Module):
     """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
 
-    tolerance: Scalar = eqx.field(converter=lambda value: jnp.asarray(value, float))
+    tolerance: Scalar = eqx.field(converter=_tolerance)
 
     def __check_init__(self):
         checked_fields(self)

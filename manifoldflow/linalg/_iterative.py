@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
+from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram
 from manifoldflow.linalg._memory import memory_budget
@@ -39,6 +40,10 @@ class IterativeGram(AbstractGram):
 
     def __check_init__(self):
         checked_fields(self)
+        checked_count("IterativeGram: max_steps", self.max_steps)
+        _check_sketch(self.preconditioner_rank)
+        if self.rtol is not None:
+            checked_positive("IterativeGram: rtol", self.rtol)
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         trace = jnp.sum(jacobian.row_norms_squared())
@@ -48,6 +53,11 @@ class IterativeGram(AbstractGram):
         return IterativeGramSolve(
             jacobian, jax.lax.stop_gradient(trace), sketch, self.inverse, self.rtol, self.max_steps
         )
+
+
+def _check_sketch(rank: int) -> None:
+    if rank < 0:
+        raise ValueError(f"preconditioner_rank must be 0, for none, or positive; got {rank}.")
 
 
 class Sketch(eqx.Module):
@@ -148,6 +158,9 @@ class AutoGram(AbstractGram):
 
     def __check_init__(self):
         checked_fields(self)
+        _check_sketch(self.preconditioner_rank)
+        if self.memory is not None:
+            checked_count("AutoGram: memory", self.memory)
 
     def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
         rows = jacobian.out_structure()

@@ -7,6 +7,7 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Example
 from manifoldflow.linalg._chunked import chunked_jacobian
 from manifoldflow.linalg._dense import dense_jacobian
@@ -53,7 +54,7 @@ def jacobian(
     # Printed, a program shows the operations of its inner programs as well.
     if num_examples == 1 or (is_small and "conv_general_dilated" not in str(program)):
         return dense_jacobian(fn, coordinates, data)
-    memory = memory_budget() if memory is None else memory
+    memory = memory_budget() if memory is None else checked_count("jacobian: memory", memory)
     itemsize = _tree.dtype_of(coordinates).itemsize
     if num_rows * _tree.size(coordinates) * itemsize <= memory:
         return structured_jacobian(fn, coordinates, data)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_number
 from manifoldflow._types import Tangent
 
 
@@ -86,6 +87,7 @@ def gram(jacobian: AbstractJacobian) -> lx.MatrixLinearOperator:
 @checked
 def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLinearOperator:
     """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix."""
+    scale = checked_number("gauss_newton: scale", scale)
 
     def mv(vector: Tangent) -> Tangent:
         return _tree.scale(scale, jacobian.transpose_mv(jacobian.mv(vector)))

@@ -31,6 +31,11 @@ def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
     """J†w = Jᵀ K⁻¹ w, refined."""
+    if vector.shape != jacobian.out_structure().shape:
+        raise ValueError(
+            f"pseudo_inverse_mv: vector must have the shape of the values of the Jacobian, "
+            f"{jacobian.out_structure().shape}; got {vector.shape}."
+        )
     lifted = jacobian.transpose_mv(gram.solve(vector))
     again = jacobian.transpose_mv(gram.solve(vector - jacobian.mv(lifted)))
     lifted = _tree.add(lifted, again)
@@ -44,6 +49,7 @@ def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
     """P⊥v = Jᵀ K⁻¹ J v, refined: I − P⊥ is applied again to what is left."""
+    vector = _tree.as_tangent(jacobian.in_structure(), vector)
     remainder = vector
     for _ in range(2):
         multipliers = gram.solve(jacobian.mv(remainder))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, shapes_of
+from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, numbers, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -52,12 +52,15 @@ class LeastSquares(AbstractExampleLoss):
         scale: Any = None,
         trainable: PyTree[Any] | None = None,
     ):
-        if len(jax.tree.leaves(targets)) != 1 or jnp.iscomplexobj(jax.tree.leaves(targets)[0]):
+        leaves = [numbers("LeastSquares: targets", leaf) for leaf in jax.tree.leaves(targets)]
+        if len(leaves) != 1 or jnp.iscomplexobj(leaves[0]):
             raise ValueError(
                 f"LeastSquares: targets must be one real array (examples, *output); got "
                 f"{shapes_of(targets)}. Concatenate several outputs in `predict`."
             )
         self.inputs, targets = checked_data("LeastSquares", (inputs, targets))
+        if not jax.tree.leaves(self.inputs):
+            raise ValueError("LeastSquares needs inputs, arrays (examples, …); got none.")
         (targets,) = jax.tree.leaves(targets)
         if not jnp.issubdtype(targets.dtype, jnp.inexact):
             targets = targets.astype(jnp.result_type(float))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
-from manifoldflow._errors import is_traced
+from manifoldflow._errors import checked_positive, is_traced, real_numbers
 from manifoldflow._solution import Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -51,6 +51,9 @@ class Walk(eqx.Module):
 
     def __check_init__(self):
         checked_fields(self)
+        for name in ("step_size", "rtol", "atol"):
+            if getattr(self, name) is not None:
+                checked_positive(f"Walk: {name}", getattr(self, name))
 
     def controller(self, dtype: Any, times: Array | None = None) -> dfx.AbstractStepSizeController:
         """Adaptive steps end on `times`: between its steps a solver interpolates less well."""
@@ -157,7 +160,7 @@ def _path(
     coordinates, _ = manifold.split(point)
     vectors = tuple(_tree.as_tangent(coordinates, vector) for vector in vectors)
     # In NumPy: inside jit JAX would make tracers even of constants.
-    known = None if is_traced(times) else np.asarray(times)
+    known = None if is_traced(times) else np.asarray(real_numbers("times", times))
     shape = jnp.shape(times) if known is None else known.shape
     if len(shape) != 1 or 0 in shape:
         raise ValueError(f"times must be a sequence of numbers; got shape {shape}.")

@@ -209,7 +209,7 @@ class FixedProduct(eqx.Module):
     def __init__(self, target: Any, rank: int):
         self.rank = checked_count("FixedProduct: rank", rank)
         array = checked_floats("FixedProduct: target", target)
-        if array.ndim != 2:
+        if array.ndim != 2 or array.size == 0:
             raise ValueError(f"FixedProduct: target must be a matrix; got shape {array.shape}.")
         self.target = array
         if not is_traced(self.target):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
+from manifoldflow._errors import checked_count, checked_nonnegative, checked_positive
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
@@ -52,6 +53,13 @@ class RiemannianTrustRegion(AbstractMethod):
 
     def __check_init__(self):
         checked_fields(self)
+        for name in ("initial_radius", "kappa", "theta"):
+            value = getattr(self, name)
+            if value is not None:
+                check = checked_nonnegative if name == "theta" else checked_positive
+                check(f"RiemannianTrustRegion: {name}", value)
+        if self.max_products is not None:
+            checked_count("RiemannianTrustRegion: max_products", self.max_products)
 
     @property
     def patience(self) -> int:
