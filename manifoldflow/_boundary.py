@@ -44,19 +44,30 @@ class _Unfit(Exception):
     """The value is not what the annotation says."""
 
 
+def checked_but(*arguments: str) -> Callable[[Function], Function]:
+    """`checked` for all arguments but these."""
+    return lambda fn: _checked_function(fn, arguments)
+
+
 def checked(fn: Function) -> Function:
     """Refuse arguments that are not what the annotations of `fn` say.
 
-    Arrays of NumPy and lists of numbers become JAX arrays where those are asked for.
+    Arrays of NumPy and lists of numbers become JAX arrays where those are asked for. Where a
+    function says better itself what it needs of an argument, `checked_but` leaves it to it.
 
     Raises:
         ValueError: on a call, for the first argument that does not fit.
     """
+    return _checked_function(fn, ())
+
+
+def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
     signature = inspect.signature(fn)
     wanted = {name: p.annotation for name, p in signature.parameters.items()}
     name = fn.__qualname__.removesuffix(".__init__")
     starred = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    plain = [n for n, p in signature.parameters.items() if p.kind not in starred and n != "self"]
+    plain = [n for n, p in signature.parameters.items() if p.kind not in starred]
+    plain = [n for n in plain if n != "self" and n not in left_out]
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -194,7 +194,7 @@ def is_own(error: Exception) -> bool:
     """Whether the library raised it on purpose: a `raise` in its source, or its RESULTS."""
     if isinstance(error, eqx.EquinoxRuntimeError):
         return any(mf.RESULTS[r] in str(error) for r in members()) or is_sentence(str(error))
-    if not isinstance(error, ValueError | RuntimeError | MemoryError):
+    if not isinstance(error, ValueError | TypeError | RuntimeError | MemoryError):
         return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return frame.lineno in raising_lines(frame.filename)
@@ -257,11 +257,9 @@ def sampled(seed: int, count: int | None) -> list[Case]:
 
 
 def main(seed: str, count: str, *only: str) -> None:
-    report: dict[str, str] = {}
     for case in sampled(int(seed), None if count == "all" else int(count)):
         if not only or case.name in only or case.name.split(".")[0] in only:
-            report[str(case)] = outcome(case)
-    print(json.dumps(report))
+            print(json.dumps([str(case), outcome(case)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._errors import checked_count, shapes_of
 from manifoldflow._reports import meter_of
 from manifoldflow._types import Key
@@ -41,7 +41,7 @@ def member_keys(key: Key, num_members: int) -> Array:
     return jax.vmap(lambda index: jr.fold_in(key, index))(jnp.arange(num_members))
 
 
-@checked
+@checked_but("fn", "keys")
 def ensemble(
     fn: Callable[..., PyTree[Any]],
     keys: Array,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._checkpoint import Checkpoint, flat_names
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import checked_observables, meter_of, row_reports
@@ -34,7 +34,7 @@ from manifoldflow.flows._walk import walk
 from manifoldflow.manifolds import Projected
 
 
-@checked
+@checked_but("flow", "solver", "observe")
 def solve(
     flow: AbstractFlow,
     point: Point,

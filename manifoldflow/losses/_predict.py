@@ -47,6 +47,16 @@ def model_output(
     return jnp.asarray(output)
 
 
+def _is_training(layer: Any) -> bool:
+    """Whether calling it is random or changes it; a dropout of nothing is neither."""
+    drops_nothing = isinstance(layer, eqx.nn.Dropout) and _is_zero(layer.p)
+    return not (getattr(layer, "inference", True) or drops_nothing)
+
+
+def _is_zero(number: Any) -> bool:
+    return isinstance(number, int | float) and number == 0
+
+
 def _refuse_randomness(point: Point) -> None:
     """Dropout and batch statistics make the loss something other than a function."""
 
@@ -54,8 +64,8 @@ def _refuse_randomness(point: Point) -> None:
         return isinstance(node, _STOCHASTIC_LAYERS)
 
     layers = [node for node in jax.tree.leaves(point, is_leaf=is_layer) if is_layer(node)]
-    if any(not getattr(layer, "inference", True) for layer in layers):
-        names = sorted({type(layer).__name__ for layer in layers})
+    names = sorted({type(layer).__name__ for layer in layers if _is_training(layer)})
+    if names:
         raise ValueError(
             f"The model has {', '.join(names)} in training mode, so its loss is random or "
             "stateful. Use `eqx.nn.inference_mode(model)`."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
@@ -35,7 +35,7 @@ class LevelSet(AbstractManifold):
     gram: linalg.AbstractGram
     trainable: _tree.Static | None = eqx.field(static=True)
 
-    @checked
+    @checked_but("fn")
     def __init__(
         self,
         fn: Callable[[Point], PyTree[Any]],
@@ -82,7 +82,7 @@ class ZeroLossManifold(AbstractManifold):
     loss: AbstractResidualLoss
     gram: linalg.AbstractGram
 
-    @checked
+    @checked_but("loss")
     def __init__(self, loss: AbstractResidualLoss, *, gram: linalg.AbstractGram | None = None):
         if not isinstance(loss, AbstractResidualLoss):
             raise ValueError(

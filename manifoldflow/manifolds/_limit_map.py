@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
@@ -32,7 +32,7 @@ from manifoldflow.manifolds._stiffness import (
 ORDER = 7
 
 
-@checked
+@checked_but("loss_or_manifold")
 def limit_map(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,
@@ -67,7 +67,7 @@ def limit_map(
     )[0]
 
 
-@checked
+@checked_but("loss_or_manifold")
 def limit_map_with_info(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import Observables, RESULTS, Solution
@@ -27,7 +27,7 @@ from manifoldflow.sgd._sam import SAMGradient
 from manifoldflow.sgd._store import Place
 
 
-@checked
+@checked_but("loss", "noise", "optimizer", "key")
 def simulate(
     loss: AbstractLoss,
     noise: AbstractNoise | SAMGradient,

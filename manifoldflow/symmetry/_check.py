@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator
@@ -54,7 +54,7 @@ class SymmetryCheck(eqx.Module):
         )
 
 
-@checked
+@checked_but("symmetry")
 def check_symmetry(
     symmetry: ExponentialSymmetry,
     example_loss: ExampleLoss,
