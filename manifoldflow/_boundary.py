@@ -82,9 +82,34 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 value = _checked(name, argument, wanted[argument], value, sizes)
                 _check_role(name, argument, wanted[argument], value)
                 bound.arguments[argument] = value
-        return fn(*bound.args, **bound.kwargs)
+        try:
+            return fn(*bound.args, **bound.kwargs)
+        except (TypeError, ValueError) as error:
+            sentence = _of_jax(str(error))
+            if sentence is None:
+                raise
+            raise ValueError(sentence) from error
 
     return typing.cast(Function, call)
+
+
+# What JAX says of functions that cannot be differentiated as is needed, and what helps.
+_REFUSALS = {
+    "Reverse-mode differentiation does not work for lax.while_loop": (
+        "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced "
+        "number of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed "
+        "number of steps, or equinox.internal.while_loop(…, kind='checkpointed')."
+    ),
+    "can't apply forward-mode differentiation (jvp) to a custom_vjp": (
+        "Second derivatives, such as products with a Hessian, are taken forwards over backwards, "
+        "and a function with a jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, "
+        "for a Diffrax solve in the model, adjoint=diffrax.DirectAdjoint()."
+    ),
+}
+
+
+def _of_jax(message: str) -> str | None:
+    return next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
 
 
 def checked_fields(module: Any) -> None:

@@ -108,6 +108,22 @@ def described_leaves(tree: PyTree[Any]) -> str:
     return ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))[:600]
 
 
+def checked_indices(indices: Any, length: int) -> Any:
+    """Indices of examples; JAX would take the nearest one for those out of range."""
+    if isinstance(indices, slice) or is_traced(indices):
+        return indices
+    known = np.asarray(numbers("indices", indices))
+    is_mask = known.dtype == bool and known.shape == (length,)
+    is_inside = np.issubdtype(known.dtype, np.integer) and known.size > 0
+    is_inside = is_inside and bool(np.all((known >= -length) & (known < length)))
+    if not (is_mask or is_inside):
+        raise ValueError(
+            f"select needs the numbers of some of the {length} examples, from 0 to {length - 1}, "
+            f"or a mask of that length; got {indices!r}."
+        )
+    return indices
+
+
 def checked_count(name: str, value: Any) -> int:
     """A positive Python integer, from any integer type."""
     try:

@@ -64,7 +64,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "flag": FOREIGN | {"None": None, "a number": 2, "an array": np.ones(2, bool)},
     "array": FOREIGN | {
         "None": None, "a number": 3.0, "NaN": np.full((2, 2), NAN), "infinity": np.full(2, INF),
-        "a cube": np.ones((2, 2, 2)), "empty": np.zeros((0, 3)), "complex": np.ones((2, 2), complex),
+        "a cube": np.ones((2, 2, 2)), "empty": np.zeros((0, 3)),
+        "complex": np.ones((2, 2), complex),
         "ragged": [[1.0], [1.0, 2.0]], "strings": np.array([["a", "b"]]), "longer": np.ones(7),
         "oblong": np.ones((2, 5)),
     },

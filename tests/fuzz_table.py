@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
-from manifoldflow import diagnostics, ensembles, linalg, losses, models, optimize, symmetry
+from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
 KEY = jr.key(0)
 X, V, W = jnp.array([1.0, 0, 0]), jnp.array([0, 0.1, 0]), jnp.array([0, 0, 0.2])

@@ -79,4 +79,7 @@ def dense_jacobian(
         return jax.jacrev(lambda x: fn(x, example).reshape(-1))(coordinates)
 
     rows = jax.vmap(rows_of_one)(data)
-    return DenseJacobian(jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows))
+    # The number of rows in full: of a leaf without numbers, -1 could be anything.
+    return DenseJacobian(
+        jax.tree.map(lambda r: r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]), rows)
+    )

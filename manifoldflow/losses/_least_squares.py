@@ -11,7 +11,14 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, numbers, shapes_of
+from manifoldflow._errors import (
+    checked_data,
+    checked_indices,
+    checked_nonnegative,
+    is_traced,
+    numbers,
+    shapes_of,
+)
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -114,6 +121,7 @@ class LeastSquares(AbstractExampleLoss):
         return weights.reshape(-1)
 
     def select(self, indices: Any) -> "LeastSquares":
+        indices = checked_indices(indices, self.num_examples)
         inputs, targets = jax.tree.map(lambda leaf: leaf[indices], self.data)
         factor = len(self.targets) / len(targets)
         return eqx.tree_at(

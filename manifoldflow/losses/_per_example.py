@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_data, is_traced, shapes_of
+from manifoldflow._errors import checked_data, checked_indices, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -152,6 +152,7 @@ class PerExampleLoss(AbstractExampleLoss):
         return jnp.linalg.solve(roots, weights[..., None])[..., 0].reshape(-1)
 
     def select(self, indices: Any) -> "PerExampleLoss":
+        indices = checked_indices(indices, self.num_examples)
         data = jax.tree.map(lambda leaf: leaf[indices], self.data)
         return eqx.tree_at(
             lambda loss: (loss.inputs, loss.targets, loss.minimizers, loss.roots), self, data

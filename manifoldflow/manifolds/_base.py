@@ -12,6 +12,7 @@ import equinox as eqx
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -45,16 +46,19 @@ class AbstractManifold(eqx.Module):
         """Number of coordinates less the codimension, a static count."""
         return _tree.size(self.split(point)[0]) - self.codimension(point)
 
+    @checked
     @eqx.filter_jit
     def rank(self, point: Point) -> Int[Array, ""]:
         """The numerical rank of the constraint's derivative, measured at the point."""
         return self.normal_space(point).rank()
 
+    @checked
     @eqx.filter_jit
     def condition_number(self, point: Point) -> Scalar:
         """λ_max/λ_min of J Jᵀ over the eigenvalues that make the rank."""
         return linalg.condition_number(self.normal_space(point).eigenvalues())
 
+    @checked
     @eqx.filter_jit
     def defect(self, point: Point) -> Scalar:
         """‖J†f‖, to first order the distance from the manifold.
@@ -63,18 +67,21 @@ class AbstractManifold(eqx.Module):
         """
         return _tree.norm(self.normal_space(point).pseudo_inverse(self.constraint(point)))
 
+    @checked
     @eqx.filter_jit
     def tangent_projection(self, point: Point, vector: Tangent) -> Tangent:
         """P v, the orthogonal projection on the tangent space at the point."""
         vector = _tree.as_tangent(self.split(point)[0], vector)
         return self.normal_space(point).tangent(vector)
 
+    @checked
     @eqx.filter_jit
     def normal_projection(self, point: Point, vector: Tangent) -> Tangent:
         """P⊥ v = v − P v."""
         vector = _tree.as_tangent(self.split(point)[0], vector)
         return self.normal_space(point).normal(vector)
 
+    @checked
     def project(self, point: Point, *, throw: bool = True) -> Point:
         """A point of the manifold near any ambient point, by damped Gauss-Newton.
 
@@ -91,6 +98,7 @@ class AbstractManifold(eqx.Module):
         """
         return self.project_with_info(point, throw=throw)[0]
 
+    @checked
     @eqx.filter_jit
     def project_with_info(self, point: Point, *, throw: bool = False) -> tuple[Point, Info]:
         """As `project`, with the `Info` of the search."""
@@ -109,6 +117,7 @@ class AbstractManifold(eqx.Module):
         landed, info = land(self, coordinates, remainder, is_near=True)
         return _tree.join(delivered(landed, info, False), remainder), info
 
+    @checked
     def retract(self, point: Point, vector: Tangent, *, throw: bool = True) -> Point:
         """The point of the manifold reached from `point` along `vector`.
 
@@ -122,6 +131,7 @@ class AbstractManifold(eqx.Module):
         """
         return self.retract_with_info(point, vector, throw=throw)[0]
 
+    @checked
     @eqx.filter_jit
     def retract_with_info(
         self, point: Point, vector: Tangent, *, throw: bool = False
@@ -132,12 +142,14 @@ class AbstractManifold(eqx.Module):
         landed, info = retreat(self, coordinates, vector, remainder)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
+    @checked
     @eqx.filter_jit
     def random_tangent(self, point: Point, key: Key) -> Tangent:
         """A standard normal vector of the tangent space."""
         coordinates, _ = self.split(point)
         return self.normal_space(point).tangent(_tree.random_normal_like(key, coordinates))
 
+    @checked
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
         """Whether the defect is at most `tol`·max(1, ‖point‖); by default eps^⅔.
@@ -149,6 +161,7 @@ class AbstractManifold(eqx.Module):
         defect = _tree.norm(space.pseudo_inverse(value))
         return reaches(space, value, defect, coordinates, tol)
 
+    @checked
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
         """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔."""
         coordinates, _ = self.split(point)

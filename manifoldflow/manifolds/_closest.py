@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -66,6 +66,7 @@ def closest_point_with_info(manifold: AbstractManifold, point: Point) -> tuple[P
     result = RESULTS.where(
         info.is_successful & ~(left <= bound), RESULTS.max_steps_reached, info.result
     )
+    result = without_step_limit(result)
     info = Info(result, info.defect, count, first.num_factorizations + 2 * count)
     y = jax.lax.stop_gradient(y)
     # Nothing is left to go; the derivative of this step is that of the closest point.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
-from manifoldflow._solution import Info, RESULTS
+from manifoldflow._solution import Info, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -261,7 +261,7 @@ def _result(result: dfx.RESULTS, path: Coordinates, start: RESULTS) -> RESULTS:
         (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
     ):
         ours = RESULTS.where(result == theirs, mine, ours)
-    return RESULTS.where(start == RESULTS.successful, ours, start)
+    return without_step_limit(RESULTS.where(start == RESULTS.successful, ours, start))
 
 
 class _TransportField(eqx.Module):

@@ -72,4 +72,4 @@ class OnlineBatch(AbstractNoise):
             "OnlineBatch has no covariance: it knows its data by samples only. For flows, draw a "
             "data set and use MinibatchNoise(batch_size, replacement=True), or give the factor to "
             "CustomNoise."
-        )@checked_but("sample_fn", "example_loss")
+        ) @ checked_but("sample_fn", "example_loss")

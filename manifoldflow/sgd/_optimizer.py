@@ -72,6 +72,14 @@ def _name(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _constant(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _zero(_: Any) -> Array:
+    return jnp.zeros(())
+
+
 def check_clock(
     optimizer: Callable[..., Any], one: Any, coordinates: Coordinates, expected_gain: float
 ) -> None:
@@ -139,8 +147,7 @@ def _answers(
         state = transform.init(point)
         for value in (gradient, 0.0, 0.0):
             slope = full(value)
-            update, state = updated(
-                transform, slope, state, point, lambda *_: slope, lambda _: jnp.zeros(())
-            )
+            grad_fn = functools.partial(_constant, slope)
+            update, state = updated(transform, slope, state, point, grad_fn, _zero)
             updates.append(_tree.ravel(update)[0])
         return jnp.stack(updates)

@@ -110,7 +110,7 @@ def simulate(
     beta = 0.0 if momentum is None else momentum
     has_end_time = _checked_ends(noise, num_steps, end_time)
     num_steps = (
-        num_steps_for(learning_rate, end_time, beta)
+        num_steps_for(learning_rate, end_time, beta, advice=_EARLIER)
         if has_end_time
         else checked_count("num_steps", num_steps)
     )
@@ -140,6 +140,9 @@ def simulate(
     else:
         solution = resumable_run(problem, coordinates, times, num_steps, checkpoint, resume)
     return _raised(solution) if throw else solution
+
+
+_EARLIER = "Raise the learning rate, ask for an earlier end, or give num_steps instead"
 
 
 def _check_kinds(loss: Any, noise: Any) -> None:

@@ -160,7 +160,7 @@ def _equilibrium(
     defect = jnp.maximum(
         _broken(generators, there, example_loss, data), _noncommuting(generators, frozen[0])
     )
-    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.max_steps_reached)
+    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.not_converged)
     result = RESULTS.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)
     is_finite = (is_finite > 0) & jnp.isfinite(defect)
     num_steps = num_steps.astype(int)

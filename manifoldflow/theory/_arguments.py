@@ -5,6 +5,8 @@ from jax.typing import ArrayLike
 
 from manifoldflow._errors import real_numbers
 
+_ROUNDING = 1e-10
+
 
 def problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     z = matrix("inputs", inputs)
@@ -28,6 +30,17 @@ def vector(name: str, value: ArrayLike, length: int) -> np.ndarray:
             f"{name}: got shape {array.shape}, expected ({length},) to match the inputs; "
             "flatten it."
         )
+    return array
+
+
+def semidefinite(name: str, array: np.ndarray) -> np.ndarray:
+    """A covariance: symmetric, without negative eigenvalues, to rounding."""
+    scale = np.max(np.abs(array))
+    if np.max(np.abs(array - array.T)) > _ROUNDING * scale:
+        raise ValueError(f"{name}: expected a symmetric matrix; got one that is not.")
+    least = np.linalg.eigvalsh(array)[0]
+    if least < -_ROUNDING * scale:
+        raise ValueError(f"{name}: got the eigenvalue {least:.3g}, expected none below 0.")
     return array
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Num
 
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow.theory._arguments import finite, matrix, number
+from manifoldflow.theory._arguments import finite, matrix, number, semidefinite
 
 
 @checked
@@ -130,7 +130,8 @@ def problem(
     v = matrix("target_map", target_map)
     rows, columns = v.shape
     inner = shaped(inner_name, matrix(inner_name, inner), (columns, columns))
-    return v, inner, shaped(outer_name, matrix(outer_name, outer), (rows, rows))
+    outer = shaped(outer_name, matrix(outer_name, outer), (rows, rows))
+    return v, semidefinite(inner_name, inner), semidefinite(outer_name, outer)
 
 
 def shaped(name: str, value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
