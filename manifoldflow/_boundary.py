@@ -201,6 +201,8 @@ def _kept(value: Any, is_fit: Any) -> Any:
 
 
 def _first_fit(members: tuple[Any, ...], value: Any, sizes: dict[str, int]) -> Any:
+    if Any in members:
+        return value
     # Where NumPy's arrays are welcome as well, they keep their precision.
     is_kept = any(getattr(member, "array_type", None) is np.ndarray for member in members)
     for member in members:

@@ -20,6 +20,9 @@ TREES = {
 # Options that a `raise` names which are not those of the function or class that it stands in:
 # whose they are.
 WHOSE = {
+    ("_timescale.py", "num_steps_for"): {"num_steps": "simulate"},
+    ("flows/_base.py", "terms"): {"end_time": "solve"},
+    ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
     ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
     ("ensembles/_ensemble.py", "_num_members"): {"num_members": "member_keys"},
@@ -38,7 +41,9 @@ WHOSE = {
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
     ),
-    ("sgd/_optimizer.py", "checked_optimizer"): {"learning_rate": "simulate"},
+    ("sgd/_optimizer.py", "checked_optimizer"): dict.fromkeys(
+        ("learning_rate", "momentum"), "simulate"
+    ),
     ("sgd/_simulate.py", "_check_kinds"): {"batch_size": "LabelNoise"},
 }
 # The same for members of RESULTS, by the files that give them.
@@ -61,7 +66,7 @@ MEMBERS = {
         "optimize/_trust_region.py": "minimize",
     },
     "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},
-    "bad_end_time": {},
+    "bad_end_time": {"flows/_solve.py": "solve"},
     "bad_learning_rate": {"sgd/_loop.py": "simulate"},
 }
 

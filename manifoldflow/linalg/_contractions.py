@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -139,6 +140,8 @@ def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree
     structure = operator.in_structure()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
     flat, unravel = ravel_pytree(zeros)
+    if not is_traced(index) and not -flat.size <= int(index) < flat.size:
+        raise ValueError(f"column: index must be one of {flat.size} columns; got {int(index)}.")
     with jax.default_matmul_precision("highest"):
         return operator.mv(unravel(flat.at[index].set(1)))
 
