@@ -101,9 +101,9 @@ _REFUSALS = {
         "number of steps, or equinox.internal.while_loop(…, kind='checkpointed')."
     ),
     "can't apply forward-mode differentiation (jvp) to a custom_vjp": (
-        "Second derivatives, such as products with a Hessian, are taken forwards over backwards, "
-        "and a function with a jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, "
-        "for a Diffrax solve in the model, adjoint=diffrax.DirectAdjoint()."
+        "Second derivatives along given directions are taken forwards, and a function with a "
+        "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
+        "the model, adjoint=diffrax.DirectAdjoint()."
     ),
 }
 

@@ -121,7 +121,7 @@ def checked_indices(indices: Any, length: int) -> Any:
             f"select needs the numbers of some of the {length} examples, from 0 to {length - 1}, "
             f"or a mask of that length; got {indices!r}."
         )
-    return indices
+    return known if isinstance(indices, list | tuple) else indices
 
 
 def checked_count(name: str, value: Any) -> int:

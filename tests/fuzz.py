@@ -127,6 +127,7 @@ EXCEPTIONS = {
 # Values that do fit: other numbers of examples or features, all levels of a spectrum, no noise.
 FITS = {
     ("models.TwoLayerNet", "second_layer"): "negative",
+    ("models.FixedProduct", "target"): "oblong",
     ("models.digits", "seed"): "huge",
     ("models.separable_data", "margin"): "zero",
     ("models.sparse_regression", "sparsity"): "zero",

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -143,8 +144,10 @@ def test_models_without_forward_mode():
     close("∇L", loss.gradient(POINT), tanh_loss().gradient(POINT), 1e-14)
     trace = jax.grad(lambda p: loss.trace_gauss_newton(p))(POINT)
     close("∇tr", trace, jax.grad(lambda p: tanh_loss().trace_gauss_newton(p))(POINT), 1e-12)
+    close("tr∇²L", loss.trace_hessian(POINT), tanh_loss().trace_hessian(POINT), 1e-12)
+    unit = lx.MatrixLinearOperator(jnp.eye(3))
     with refused(ValueError, "no forward mode", "custom_jvp", "diffrax.DirectAdjoint()"):
-        loss.trace_hessian(POINT)
+        linalg.second_derivative_sum(loss.residual, POINT, unit, unit)
 
 
 def test_examples_out_of_range():
@@ -166,7 +169,7 @@ def test_numbers_that_mean_nothing():
             linalg.pseudo_inverse(jnp.eye(2), rank)
     with refused(ValueError, "an array (n, n)", wrong_type=True):
         linalg.pseudo_inverse(jnp.ones((2, 3)))
-    with refused(ValueError, "input_covariance", "negative"):
+    with refused(ValueError, "input_covariance", "below 0"):
         theory.deep_linear_sharpness([np.eye(2), np.eye(2)], -np.eye(2))
     with refused(ValueError, "input_covariance"):
         models.LinearStream(np.eye(2), np.ones(3), np.eye(2))

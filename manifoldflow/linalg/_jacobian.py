@@ -46,6 +46,7 @@ def jacobian(
     Returns:
         An operator with n = N·k rows; row i·k + c is ∇ of output c on example i.
     """
+    memory = memory_budget() if memory is None else checked_count("jacobian: memory", memory)
     num_examples = jax.tree.leaves(data)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data)
     program, output = jax.make_jaxpr(fn, return_shape=True)(coordinates, one)
@@ -54,7 +55,6 @@ def jacobian(
     # Printed, a program shows the operations of its inner programs as well.
     if num_examples == 1 or (is_small and "conv_general_dilated" not in str(program)):
         return dense_jacobian(fn, coordinates, data)
-    memory = memory_budget() if memory is None else checked_count("jacobian: memory", memory)
     itemsize = _tree.dtype_of(coordinates).itemsize
     if num_rows * _tree.size(coordinates) * itemsize <= memory:
         return structured_jacobian(fn, coordinates, data)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers
 from manifoldflow.linalg import _taps
 from manifoldflow.linalg._assemble import block_of, label_of
@@ -146,7 +146,7 @@ class StructuredJacobian(AbstractJacobian):
         return jax.ShapeDtypeStruct((self._num_rows,), self._dtype)
 
 
-@checked
+@checked_but("params")
 def structured_jacobian(
     fn: Callable[[Any, Any], Array], params: PyTree[Any], inputs: PyTree[Any]
 ) -> StructuredJacobian:

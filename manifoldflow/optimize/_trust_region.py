@@ -55,7 +55,7 @@ class RiemannianTrustRegion(AbstractMethod):
         checked_fields(self)
         for name in ("initial_radius", "kappa", "theta"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "initial_radius":
                 check = checked_nonnegative if name == "theta" else checked_positive
                 check(f"RiemannianTrustRegion: {name}", value)
         if self.max_products is not None:
