@@ -84,7 +84,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 bound.arguments[argument] = value
         try:
             return fn(*bound.args, **bound.kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             sentence = _of_jax(str(error))
             if sentence is None:
                 raise
@@ -94,17 +94,20 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
 
 
 # What JAX says of functions that cannot be differentiated as is needed, and what helps.
+_NO_LOOPS = (
+    "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced number "
+    "of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed number of steps, "
+    "or equinox.internal.while_loop(…, kind='checkpointed')."
+)
+_NO_FORWARD = (
+    "Second derivatives along given directions are taken forwards, and a function with a "
+    "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
+    "the model, adjoint=diffrax.DirectAdjoint()."
+)
 _REFUSALS = {
-    "Reverse-mode differentiation does not work for lax.while_loop": (
-        "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced "
-        "number of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed "
-        "number of steps, or equinox.internal.while_loop(…, kind='checkpointed')."
-    ),
-    "can't apply forward-mode differentiation (jvp) to a custom_vjp": (
-        "Second derivatives along given directions are taken forwards, and a function with a "
-        "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
-        "the model, adjoint=diffrax.DirectAdjoint()."
-    ),
+    "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
+    "can't apply forward-mode differentiation (jvp) to a custom_vjp": _NO_FORWARD,
+    "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
 }
 
 

@@ -153,7 +153,7 @@ def test_models_without_forward_mode():
 def test_examples_out_of_range():
     loss = tanh_loss()
     assert loss.select([1, -2]).num_examples == 2
-    for indices in ([2], [-3], 1.5, "text", [], np.ones(3, bool)):
+    for indices in ([2], [-3], 1.5, [], np.ones(3, bool)):
         with refused(ValueError, "numbers of some of the 2 examples"):
             loss.select(indices)
 
