@@ -30,7 +30,7 @@ class RESULTS(eqx.Enumeration):
         "tolerance. The start may lie in another basin, the set may be empty, or the "
         "constraints may contradict each other (repeated inputs with different targets), or the "
         "model computes in less precision than its parameters have (bfloat16 inside). Try "
-        "another start; `limit_map`, which follows gradient flow, finds more than `project`."
+        "another start; `limit_map`, which follows gradient flow, finds what projections miss."
     )
     rank_zero = (
         "The constraint's Jacobian vanishes there, so that the set has no normal space. "
