@@ -1,6 +1,7 @@
 """Checks of what a user hands in, and the sentences that say what is wrong."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -17,13 +18,56 @@ def is_traced(tree: PyTree[Any]) -> bool:
 
 def shapes_of(tree: PyTree[Any]) -> str:
     """The shapes and dtypes of a PyTree, short enough for an error message."""
-    text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
+    try:
+        text = eqx.tree_pformat(tree, width=100, struct_as_array=True)
+    except (TypeError, ValueError):  # what is no array has no such form
+        text = described_leaves(tree)
     return text if len(text) < 600 else text[:600] + " …"
+
+
+def described(value: Any) -> str:
+    """What came instead of what was wanted, short enough for an error message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself, not one of its values"
+    if eqx.is_array(value) or isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, str | int | float | complex | None):
+        return repr(value)[:200]
+    return f"a {type(value).__name__}"
+
+
+def numbers(name: str, value: Any) -> Array | np.ndarray:
+    """An array: of JAX if it was one, or of NumPy's numbers, in their own precision."""
+    try:
+        # Lists may hold values inside jit, of which NumPy can make nothing.
+        is_jax = isinstance(value, jax.Array) or is_traced(value)
+        array = jnp.asarray(value) if is_jax else np.asarray(value)
+    except (TypeError, ValueError):  # ragged lists, lists of other things
+        array = np.asarray(None)
+    if not is_jax and not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"{name} must be numbers in one array; got {described(value)}.")
+    return array
+
+
+def real_numbers(name: str, value: Any) -> Array | np.ndarray:
+    """As `numbers`, but real ones."""
+    array = numbers(name, value)
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if not is_real and array.dtype != bool:
+        raise ValueError(f"{name} must be real numbers in one array; got {described(value)}.")
+    return array
+
+
+def checked_floats(name: str, value: Any) -> Array:
+    """A finite floating-point array."""
+    array = real_numbers(name, value)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return _finite(name, jnp.asarray(array, None if is_float else jnp.result_type(float)))
 
 
 def checked_data(name: str, tree: PyTree[Any]) -> PyTree[Array]:
     """Arrays with one common leading axis and without NaN or inf."""
-    arrays = jax.tree.map(jnp.asarray, tree)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(numbers(name, leaf)), tree)
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(arrays)}
     if len(lengths) != 1 or lengths & {None, 0}:
         raise ValueError(
@@ -36,16 +80,48 @@ def checked_data(name: str, tree: PyTree[Any]) -> PyTree[Array]:
 def _finite(name: str, array: Array) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array
-    message = (
-        f"{name} contains NaN or infinite entries. Remove or impute those examples "
-        "before building a loss from them."
-    )
+    message = f"{name} contains NaN or infinite entries. Remove or impute those examples first."
     if isinstance(array, jax.core.Tracer):
         return eqx.error_if(array, ~jnp.all(jnp.isfinite(array)), message)
     bad = np.argwhere(~np.isfinite(np.asarray(array)))
     if len(bad):
         raise ValueError(f"{message} First one at index {tuple(bad[0].tolist())}.")
     return array
+
+
+def checked_point(point: PyTree[Any]) -> PyTree[Any]:
+    """The point, which has at least one array of floating-point numbers."""
+    if not any(_is_inexact(leaf) for leaf in jax.tree.leaves(point)):
+        raise ValueError(
+            "A point needs at least one floating-point array among its leaves; got "
+            f"{shapes_of(point)}. Python numbers and integer arrays are not coordinates."
+        )
+    return point
+
+
+def _is_inexact(leaf: Any) -> bool:
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_shape or eqx.is_inexact_array(leaf)
+
+
+def described_leaves(tree: PyTree[Any]) -> str:
+    return ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))[:600]
+
+
+def checked_indices(indices: Any, length: int) -> Any:
+    """Indices of examples; JAX would take the nearest one for those out of range."""
+    if isinstance(indices, slice) or is_traced(indices):
+        return indices
+    known = np.asarray(numbers("indices", indices))
+    is_mask = known.dtype == bool and known.shape == (length,)
+    is_inside = np.issubdtype(known.dtype, np.integer) and known.size > 0
+    is_inside = is_inside and bool(np.all((known >= -length) & (known < length)))
+    if not (is_mask or is_inside):
+        raise ValueError(
+            f"select needs the numbers of some of the {length} examples, from 0 to {length - 1}, "
+            f"or a mask of that length; got {indices!r}."
+        )
+    return known if isinstance(indices, list | tuple) else indices
 
 
 def checked_count(name: str, value: Any) -> int:
@@ -59,18 +135,34 @@ def checked_count(name: str, value: Any) -> int:
     return count
 
 
-def checked_nonnegative(name: str, value: Any, mend: str) -> Array:
+def checked_nonnegative(name: str, value: Any, mend: str = "") -> Array:
     """A scalar array that is finite and at least zero."""
-    array = jnp.asarray(value)
-    if array.ndim:
-        raise ValueError(f"{name} must be a scalar; got shape {array.shape}.")
-    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return _checked_scalar(name, value, lambda x: x >= 0, "finite and not negative", mend)
+
+
+def checked_positive(name: str, value: Any, mend: str = "") -> Array:
+    """A scalar array that is finite and above zero."""
+    return _checked_scalar(name, value, lambda x: x > 0, "positive and finite", mend)
+
+
+def checked_number(name: str, value: Any, mend: str = "") -> Array:
+    """A finite scalar array."""
+    return _checked_scalar(name, value, lambda x: x == x, "one finite number", mend)
+
+
+def _checked_scalar(
+    name: str, value: Any, is_fine: Callable[[Any], Any], wanted: str, mend: str
+) -> Array:
+    array = real_numbers(name, value)
+    if array.ndim or array.dtype == bool:
+        raise ValueError(f"{name} must be a scalar; got {described(value)}.")
+    is_float = jnp.issubdtype(array.dtype, jnp.floating) and isinstance(array, jax.Array)
     # With a dtype of its own, so that 2 after 1.0 does not retrace.
-    array = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))
-    wrong = ~((array >= 0) & jnp.isfinite(array))
-    message = f"{name} must be finite and not negative. {mend}"
-    if isinstance(array, jax.core.Tracer):
-        return eqx.error_if(array, wrong, message)
-    if wrong:
+    converted = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))
+    message = " ".join(filter(None, [f"{name} must be {wanted}.", mend]))
+    if is_traced(array):
+        return eqx.error_if(converted, ~(is_fine(array) & jnp.isfinite(array)), message)
+    known = np.asarray(array, float)  # in NumPy: inside jit JAX makes tracers even of constants
+    if not (is_fine(known) and np.isfinite(known)):
         raise ValueError(f"{message} Got {value!r}.")
-    return array
+    return converted

@@ -19,14 +19,19 @@ class RESULTS(eqx.Enumeration):
     successful = ""
     stopped_early = "The solve was ended by `until` before `end_time`."
     max_steps_reached = (
-        "The step limit was reached first. Raise `max_steps`, loosen the tolerances, or "
-        "start nearer to the manifold."
+        "The step limit was reached first. Raise `max_steps`. If more steps do not help, they are "
+        "refused all along: look at the model where it stopped, or use float64."
+    )
+    out_of_steps = (
+        "It did not end within its fixed number of steps. Look at the model there, use "
+        "float64, or start nearer to the result."
     )
     not_on_manifold = (
         "No point of the manifold was found: the constraint could not be lowered to "
         "tolerance. The start may lie in another basin, the set may be empty, or the "
-        "constraints may contradict each other (repeated inputs with different targets). "
-        "Try `limit_map`, which follows gradient flow, or another start."
+        "constraints may contradict each other (repeated inputs with different targets), or the "
+        "model computes in less precision than its parameters have (bfloat16 inside). Try "
+        "another start; `limit_map`, which follows gradient flow, finds what projections miss."
     )
     rank_zero = (
         "The constraint's Jacobian vanishes there, so that the set has no normal space. "
@@ -35,7 +40,7 @@ class RESULTS(eqx.Enumeration):
     )
     not_a_minimum = (
         "A stationary point was found whose Hessian is not positive on the normal space: "
-        "a saddle. Check `rank`, or start elsewhere."
+        "a saddle. Check the rank that the manifold was given, or start elsewhere."
     )
     no_geodesic = (
         "Shooting found no geodesic between the two points. Both must lie on one piece of the "
@@ -69,12 +74,13 @@ class RESULTS(eqx.Enumeration):
     )
     bad_learning_rate = "learning_rate must be positive and finite, momentum in [0, 1)."
     nonfinite = (
-        "NaN or infinity appeared. Check the model at the start, lower the step size or "
-        "tighten the tolerances."
+        "NaN or infinity appeared. Look at the model and its derivatives at the start: the root "
+        "or the norm of 0 has no derivative. If all is finite there, it came on the way: start "
+        "elsewhere, and follow flows in smaller steps."
     )
     step_too_small = (
-        "The adaptive step size fell below what the precision can resolve. The flow may "
-        "leave the region where the manifold is one, or float64 may be needed."
+        "The adaptive step size fell below what the precision can resolve: the path runs into a "
+        "kink, a pole or a loss of rank, or float64 is needed."
     )
     not_converged = (
         "The eigenvalues were not found to tolerance: `residuals` says how far from an "
@@ -84,6 +90,12 @@ class RESULTS(eqx.Enumeration):
         "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "
         "are a smaller set. Count them with `manifold.rank(point)`, and build the manifold anew."
     )
+
+
+def without_step_limit(result: RESULTS) -> RESULTS:
+    """For callers that cannot choose how many steps a search inside them may take."""
+    is_limit = result == RESULTS.max_steps_reached
+    return RESULTS.where(is_limit, RESULTS.out_of_steps, result)
 
 
 class Info(eqx.Module):
@@ -120,7 +132,7 @@ def or_nan(value: PyTree[Array], is_there: Flag) -> PyTree[Array]:
     return jax.tree.map(masked, value)
 
 
-def checked(value: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
+def answered(value: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
     """The value if the result is successful; else an error (`throw`) or NaN leaves.
 
     For what is cheap and called often: where the result is known it is looked at in Python,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._errors import checked_count, is_traced, real_numbers
 
 _BLOCK = 2**14
 
@@ -58,6 +58,7 @@ def num_steps_for(
     max_steps: int = 10**8,
     *,
     clock: Callable[..., Any] = limit_times,
+    advice: str = "Raise the learning rate or max_steps, or ask for an earlier end",
 ) -> int:
     """The smallest number of steps after which the clock shows at least `end_time`.
 
@@ -70,6 +71,7 @@ def num_steps_for(
         momentum: β in [0, 1).
         max_steps: more steps than these are an error.
         clock: `limit_times` or `gradient_flow_times`.
+        advice: what to do where the end is too far, for callers with other options.
 
     Raises:
         ValueError: values that are traced or out of range; an end time that is not reached
@@ -78,7 +80,8 @@ def num_steps_for(
     max_steps, power = checked_count("max_steps", max_steps), 1 + (clock is limit_times)
     if is_traced((learning_rate, end_time, momentum)):
         raise ValueError(_TRACED)
-    if jnp.ndim(end_time) or not 0 < float(end_time) < math.inf:
+    known = np.asarray(real_numbers("end_time", end_time), float)
+    if known.ndim or not 0 < known < math.inf:
         raise ValueError(f"end_time must be one positive, finite number; got {end_time!r}.")
     end = float(end_time) * (1 - _checked_momentum(momentum)) ** power
     rounding = 8 * max(_eps(value) for value in (learning_rate, end_time, momentum))
@@ -98,11 +101,11 @@ def num_steps_for(
             if len(reached):
                 return done + int(reached[0]) + 1
             shown, done = shows[-1], done + len(rates)
+    steps = f"max_steps={max_steps}" if "max_steps" in advice else max_steps
     reached_time = float(shown) * float(end_time) / end
     raise ValueError(
-        f"The clock shows only {reached_time:.6g} after max_steps={max_steps} steps, short of "
-        f"end_time={end_time}. Raise the learning rate or max_steps, or ask for an earlier end; "
-        "a schedule that decays fast never gets there."
+        f"The clock shows only {reached_time:.6g} after {steps} steps, short of "
+        f"end_time={end_time}. {advice}; a schedule that decays fast never gets there."
     )
 
 

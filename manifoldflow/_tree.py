@@ -4,6 +4,7 @@ A point is any PyTree. `split` takes its coordinates out; tangents are PyTrees l
 coordinates; nothing here flattens a point into one long vector unless it says so.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow._errors import shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_point, shapes_of
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 
 
@@ -50,9 +52,11 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.tree_util.Partial(fn) if is_bare else fn
 
 
+@checked
 def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
     """Take a point apart: `(coordinates, remainder)`, joined again by `join`."""
-    coordinates, remainder = eqx.partition(point, eqx.is_inexact_array)
+    coordinates, remainder = eqx.partition(checked_point(point), eqx.is_inexact_array)
+    _mention_numbers(remainder)
     if trainable is not None:
         try:
             spec = jax.tree.map(lambda leaf: leaf if callable(leaf) else bool(leaf), trainable.tree)
@@ -75,6 +79,30 @@ def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, P
             "model with real and imaginary parts as two real leaves."
         )
     return jax.tree.map(jnp.asarray, coordinates), remainder
+
+
+_mentioned: list[str] = []
+
+
+def _mention_numbers(remainder: Point) -> None:
+    """Say once that a Python float does not move, where it can be no hyperparameter.
+
+    Modules hold floats of the latter kind, as a LayerNorm its ε; dicts and lists of arrays
+    hardly do.
+    """
+    if _mentioned:
+        return
+    containers = jax.tree_util.DictKey, jax.tree_util.SequenceKey
+    for path, leaf in jax.tree_util.tree_leaves_with_path(remainder):
+        if type(leaf) is float and path and all(isinstance(key, containers) for key in path):
+            _mentioned.append(jax.tree_util.keystr(path))
+            warnings.warn(
+                f"The point{_mentioned[0]} is a Python float, {leaf}, and so stays as it is: only "
+                "arrays are coordinates. Make it one, jnp.asarray(…), to let it move. This is "
+                "said once.",
+                stacklevel=2,
+            )
+            return
 
 
 def join(coordinates: Coordinates, remainder: Point) -> Point:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from manifoldflow import _tree, theory
+from manifoldflow._boundary import checked
 from manifoldflow._solution import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.diagnostics._checks import counted_constraints
@@ -105,6 +106,7 @@ class TwoLayer(Protocol):
     def features(self, point: Any) -> Array: ...
 
 
+@checked
 def certify(
     manifold: AbstractManifold,
     path: Solution | Point,

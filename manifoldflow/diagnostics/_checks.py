@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.manifolds import (
     AbstractManifold,
@@ -62,6 +63,7 @@ class SlopeCheck(eqx.Module):
         )
 
 
+@checked
 def check_gradient(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -88,6 +90,7 @@ def check_gradient(
     return _check("gradient", errors, 2, point, start)
 
 
+@checked
 def check_hessian(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -118,6 +121,7 @@ def check_hessian(
     return _check("Hessian", errors, 3, point, start)
 
 
+@checked
 def check_retraction(
     manifold: AbstractManifold,
     retraction: AbstractRetraction,
@@ -166,6 +170,7 @@ class GeodesicCheck(eqx.Module):
         return self.holds
 
 
+@checked
 def check_geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -239,6 +244,7 @@ def counted_constraints(manifold: AbstractManifold, point: Point) -> int:
     return found[0]
 
 
+@checked
 def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
     """Are all constraints independent at this point?
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._types import Point
 from manifoldflow.flows import AbstractFlow
 from manifoldflow.losses import AbstractResidualLoss
@@ -34,6 +35,7 @@ class Explanation(tuple[LeafCost, ...]):
         return "\n".join(lines)
 
 
+@checked
 def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
     """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
 
@@ -89,6 +91,7 @@ class Plan(NamedTuple):
         return "\n".join(f"{name:<16}{number / 2**20:>12.4g} MB" for name, number in named)
 
 
+@checked
 def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
     """The memory that one evaluation of a flow's drift will take, before it is spent.
 

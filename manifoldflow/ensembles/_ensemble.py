@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._errors import checked_count, shapes_of
 from manifoldflow._reports import meter_of
 from manifoldflow._types import Key
@@ -22,6 +23,7 @@ from manifoldflow.ensembles._placement import mesh_of, placed
 Progress = bool | dfx.AbstractProgressMeter | Callable[[dict[str, int]], None]
 
 
+@checked
 def member_keys(key: Key, num_members: int) -> Array:
     """Keys for the members of an ensemble: `fold_in(key, 0)`, `fold_in(key, 1)`, ….
 
@@ -39,6 +41,7 @@ def member_keys(key: Key, num_members: int) -> Array:
     return jax.vmap(lambda index: jr.fold_in(key, index))(jnp.arange(num_members))
 
 
+@checked_but("fn", "keys")
 def ensemble(
     fn: Callable[..., PyTree[Any]],
     keys: Array,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from manifoldflow._errors import shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import real_numbers, shapes_of
 
 
 class Statistics(eqx.Module):
@@ -37,6 +38,7 @@ class Statistics(eqx.Module):
     num_failed: Int[Array, ""]
 
 
+@checked
 def statistics(
     values: PyTree[Any], axis: int = 0, *, levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> Statistics:
@@ -54,9 +56,10 @@ def statistics(
         ValueError: arrays without a common axis of members, complex numbers, levels out of
             range.
     """
-    arrays = jax.tree.map(jnp.asarray, values)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(real_numbers("values", leaf)), values)
+    levels = np.asarray(real_numbers("levels", levels))
     num_members = _num_members(arrays, axis)
-    if not all(0 <= level <= 1 for level in np.ravel(levels)) or np.ndim(levels) != 1:
+    if not all(0 <= level <= 1 for level in levels.reshape(-1)) or levels.ndim != 1:
         raise ValueError(f"levels must be a sequence of numbers in [0, 1]; got {levels}.")
     arrays = jax.tree.map(lambda leaf: _members_first(leaf, axis), arrays)
     is_fine = _finite_members(arrays)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from manifoldflow._errors import checked_count, is_traced, shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_positive, is_traced, real_numbers, shapes_of
 from manifoldflow._types import Flag, Scalar
 from manifoldflow.ensembles._statistics import statistics
 
@@ -43,6 +44,10 @@ class WeakError(eqx.Module):
         return jnp.all(jnp.stack(jax.tree.leaves(agree)))
 
 
+_ERROR = "reference_standard_error"
+
+
+@checked
 def weak_error(
     values: PyTree[Any], reference: PyTree[Any], reference_standard_error: Any = 0.0, axis: int = 0
 ) -> WeakError:
@@ -61,6 +66,9 @@ def weak_error(
     """
     found = statistics(values, axis, levels=())
     reference = _like(found.mean, reference, "reference")
+    for leaf in jax.tree.leaves(reference_standard_error):
+        if not is_traced(leaf) and not np.all(real_numbers(_ERROR, leaf) >= 0):
+            raise ValueError(f"{_ERROR} must not be negative or NaN; got {leaf}.")
     if isinstance(reference_standard_error, float | int):
         number = reference_standard_error
         reference_standard_error = jax.tree.map(
@@ -77,7 +85,7 @@ def weak_error(
 
 def _like(mean: PyTree[Array], tree: PyTree[Any], name: str) -> PyTree[Array]:
     """The tree as arrays of the shapes of the mean, and never broadcast."""
-    arrays = jax.tree.map(jnp.asarray, tree)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(real_numbers(name, leaf)), tree)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(both)] for both in (mean, arrays)]
     if jax.tree.structure(arrays) != jax.tree.structure(mean) or shapes[0] != shapes[1]:
         raise ValueError(
@@ -106,6 +114,7 @@ class Estimate(eqx.Module):
     num_excess: int = eqx.field(static=True)
 
 
+@checked
 def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Estimate:
     """The order p of errors that fall like hᵖ: the slope of log|error| against log h.
 
@@ -137,6 +146,7 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
     return _fitted(design, jnp.log(magnitudes), None if sigmas is None else sigmas / magnitudes)
 
 
+@checked
 def extrapolate(
     step_sizes: Any, values: Any, standard_errors: Any = None, *, order: Any = 1, num_terms: int = 1
 ) -> Estimate:
@@ -157,19 +167,23 @@ def extrapolate(
         ValueError: shapes that differ, too few levels, values out of range.
     """
     num_terms = checked_count("num_terms", num_terms)
-    if not is_traced(order) and not order > 0:
-        raise ValueError(f"order must be positive; got {order}.")
+    order = checked_positive("order", order)
     steps, values, sigmas = _levels(step_sizes, values, standard_errors, num_terms + 1)
     powers = [(steps / jnp.max(steps)) ** (order + j) for j in range(num_terms)]
     return _fitted(jnp.stack([jnp.ones_like(steps), *powers], axis=1), values, sigmas)
+
+
+def _vector(name: str, value: Any) -> Array:
+    return jnp.asarray(real_numbers(name, value), float)
 
 
 def _levels(
     step_sizes: Any, values: Any, standard_errors: Any, at_least: int
 ) -> tuple[Array, Array, Array | None]:
     """Step sizes, values and standard errors as float vectors of one length."""
-    steps, values = jnp.asarray(step_sizes, float), jnp.asarray(values, float)
-    sigmas = None if standard_errors is None else jnp.asarray(standard_errors, float)
+    steps = _vector("step_sizes", step_sizes)
+    values = _vector("values and errors", values)
+    sigmas = None if standard_errors is None else _vector("standard_errors", standard_errors)
     shapes = [a.shape for a in (steps, values, sigmas) if a is not None]
     if len(set(shapes)) != 1 or steps.ndim != 1 or len(steps) < at_least:
         raise ValueError(

@@ -4,6 +4,7 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.manifolds import AbstractManifold, limit_map_second_derivative_parts
@@ -20,6 +21,9 @@ class BrownianMotion(AbstractDiffusion):
     """
 
     manifold: AbstractManifold
+
+    def __check_init__(self):
+        checked_fields(self)
 
     @property
     def is_stochastic(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.losses import AbstractLoss
@@ -22,6 +23,9 @@ class GradientFlow(AbstractFlow):
     """
 
     loss: AbstractLoss
+
+    def __check_init__(self):
+        checked_fields(self)
 
     @property
     def manifold(self) -> None:
@@ -46,6 +50,7 @@ class RiemannianGradientFlow(AbstractFlow):
     manifold: AbstractManifold
     fn: Callable[..., Any]
 
+    @checked
     def __init__(self, manifold: AbstractManifold, fn: Callable[[Point], Any]):
         self.manifold = manifold
         self.fn = _tree.as_pytree_callable(fn)

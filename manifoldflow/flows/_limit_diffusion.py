@@ -6,6 +6,7 @@ import lineax as lx
 from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked_but
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.losses import AbstractResidualLoss
@@ -65,6 +66,7 @@ class LimitDiffusion(AbstractDiffusion):
     manifold: AbstractManifold
     noise: AbstractNoise
 
+    @checked_but("manifold")
     def __init__(self, manifold: AbstractManifold, noise: AbstractNoise):
         if not isinstance(manifold, AbstractManifold) or isinstance(manifold, LevelSet):
             raise ValueError(

@@ -12,17 +12,31 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._boundary import checked_fields
+from manifoldflow._errors import (
+    checked_count,
+    checked_nonnegative,
+    checked_positive,
+    is_traced,
+    real_numbers,
+)
 from manifoldflow._reports import Report
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, is_stochastic
 from manifoldflow.manifolds._forms import form_of
 
 
+def _tolerance(value: Any) -> Scalar:
+    return jnp.asarray(checked_nonnegative("Stationary: tolerance", value), float)
+
+
 class Stationary(eqx.Module):
     """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
 
-    tolerance: Scalar = eqx.field(converter=lambda value: jnp.asarray(value, float))
+    tolerance: Scalar = eqx.field(converter=_tolerance)
+
+    def __check_init__(self):
+        checked_fields(self)
 
 
 class NoiseOptions(eqx.Module):
@@ -84,16 +98,16 @@ class Options(eqx.Module):
 
 
 def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:
-    if jnp.ndim(end_time) or isinstance(end_time, str):
+    if not is_traced(end_time):
+        checked_positive("end_time", end_time)
+    elif jnp.ndim(end_time):
         raise ValueError(f"end_time must be one number; got {end_time!r}.")
-    if not is_traced(end_time) and not 0 < float(end_time) < math.inf:
-        raise ValueError(f"end_time must be positive and finite; got {end_time}.")
     if save_times is None:
         num_saves = checked_count("num_saves", num_saves)
         fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
         end = jnp.asarray(end_time, dtype)
         return jnp.minimum(fractions * end, end)  # also where XLA rounds the product up
-    wanted = jnp.asarray(save_times, dtype)
+    wanted = jnp.asarray(real_numbers("save_times", save_times), dtype)
     if wanted.ndim != 1 or wanted.size == 0:
         raise ValueError(f"save_times must be a sequence of times; got shape {wanted.shape}.")
     times = jnp.concatenate([jnp.zeros(1, dtype), wanted])
@@ -110,8 +124,8 @@ def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) ->
 def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> Scalar:
     if value is None:
         value = wide if jnp.finfo(dtype).eps < 1e-10 else narrow
-    elif not is_traced(value) and not float(value) > 0:
-        raise ValueError(f"{name} must be positive; got {value}.")
+    elif not is_traced(value):
+        checked_positive(name, value)
     return jnp.asarray(value, dtype)
 
 
@@ -132,6 +146,8 @@ def noise_options(
     if key is None:
         raise ValueError(f"{name} is stochastic: solve needs key=jax.random.key(…).")
     is_adaptive = any(value is not None for value in tolerances)
+    if step_size is not None and not is_traced(step_size):
+        checked_positive("step_size", step_size)
     if is_adaptive and (solver is None or step_size is not None):
         raise ValueError(
             f"rtol and atol ask for adaptive steps of {name}: name a Diffrax solver that can "
@@ -168,11 +184,8 @@ def solver_of(
     solver = dfx.Tsit5() if solver is None else solver
     if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
         raise ValueError(f"solver must be a Diffrax solver, as diffrax.Tsit5(); got {solver!r}.")
-    if not is_traced(step_size) and step_size is not None and not 0 < float(step_size) < math.inf:
-        raise ValueError(
-            f"step_size must be positive and finite; got {step_size}. Leave it out for "
-            "adaptive steps."
-        )
+    if step_size is not None and not is_traced(step_size):
+        checked_positive("step_size", step_size, "Leave it out for adaptive steps.")
     if is_stochastic(flow):
         form_of(solver)  # raises for solvers of ordinary differential equations
     elif step_size is None and not isinstance(solver, dfx.AbstractAdaptiveSolver):

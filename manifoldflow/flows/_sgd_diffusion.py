@@ -6,6 +6,7 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
@@ -32,6 +33,7 @@ class SGDDiffusion(AbstractDiffusion):
     noise: AbstractNoise
     learning_rate: Scalar
 
+    @checked
     def __init__(self, loss: AbstractLoss, noise: AbstractNoise, learning_rate: Any):
         if isinstance(noise, AbstractDataNoise):
             noise.checked(loss)

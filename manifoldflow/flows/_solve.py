@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
@@ -33,6 +34,7 @@ from manifoldflow.flows._walk import walk
 from manifoldflow.manifolds import Projected
 
 
+@checked_but("flow", "solver", "observe")
 def solve(
     flow: AbstractFlow,
     point: Point,

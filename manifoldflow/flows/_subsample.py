@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.flows._limit_diffusion import LimitDiffusion
@@ -27,6 +28,7 @@ class DriftEstimate(NamedTuple):
     standard_error: Scalar
 
 
+@checked
 @eqx.filter_jit
 def subsampled_drift(
     flow: LimitDiffusion,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 from manifoldflow.linalg._structured import structured_jacobian, StructuredJacobian
@@ -107,6 +108,7 @@ class ChunkedJacobian(AbstractJacobian):
         return jax.ShapeDtypeStruct((size,), _tree.dtype_of(self.coordinates))
 
 
+@checked
 def chunked_jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,

@@ -16,6 +16,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -24,6 +26,7 @@ from manifoldflow.linalg._operator import AbstractJacobian
 _TOGETHER = 2**19
 
 
+@checked
 def contract_hessians(
     jacobian_fn: Callable[[Coordinates], AbstractJacobian],
     coordinates: Coordinates,
@@ -50,6 +53,7 @@ def contract_hessians(
     return jax.grad(weighted)(coordinates)
 
 
+@checked
 def hessian_product_sum(
     fn: Callable[[Coordinates], Float[Array, " n"]],
     coordinates: Coordinates,
@@ -89,6 +93,7 @@ def hessian_product_sum(
     return sum_terms(term, count, _chunk(chunk_size, coordinates))
 
 
+@checked
 def second_derivative_sum(
     fn: Callable[[Coordinates], PyTree[Array]],
     coordinates: Coordinates,
@@ -129,15 +134,19 @@ def second_derivative_sum(
     return sum_terms(term, count, _chunk(chunk_size, coordinates))
 
 
+@checked
 def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree[Array]:
     """One column of an operator between PyTrees, in the order of its raveled input."""
     structure = operator.in_structure()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
     flat, unravel = ravel_pytree(zeros)
+    if not is_traced(index) and not -flat.size <= int(index) < flat.size:
+        raise ValueError(f"column: index must be one of {flat.size} columns; got {int(index)}.")
     with jax.default_matmul_precision("highest"):
         return operator.mv(unravel(flat.at[index].set(1)))
 
 
+@checked
 def columns(
     operator: lx.AbstractLinearOperator, *, chunk_size: int | None = None
 ) -> Float[Array, "m r"]:
@@ -150,6 +159,7 @@ def columns(
     return rows.T
 
 
+@checked
 def sum_terms(
     term: Callable[[Int[Array, ""]], PyTree[Array]], count: int, chunk_size: int
 ) -> PyTree[Array]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian
 
@@ -66,6 +67,7 @@ class DenseJacobian(AbstractJacobian):
         return jax.ShapeDtypeStruct((self._num_rows,), _tree.dtype_of(self.leaf_rows))
 
 
+@checked
 def dense_jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,
@@ -77,4 +79,7 @@ def dense_jacobian(
         return jax.jacrev(lambda x: fn(x, example).reshape(-1))(coordinates)
 
     rows = jax.vmap(rows_of_one)(data)
-    return DenseJacobian(jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:]), rows))
+    # The number of rows in full: of a leaf without numbers, -1 could be anything.
+    return DenseJacobian(
+        jax.tree.map(lambda r: r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]), rows)
+    )

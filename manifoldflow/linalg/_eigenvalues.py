@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Scalar
@@ -41,6 +42,7 @@ class Eigenvalues(eqx.Module):
         return self.result == RESULTS.successful
 
 
+@checked
 def largest_eigenvalues(
     operator: lx.AbstractLinearOperator,
     num: int = 1,
@@ -85,6 +87,7 @@ def largest_eigenvalues(
     return _largest(operator, num, within, codimension, max_steps)
 
 
+@checked
 def smallest_eigenvalues(
     operator: lx.AbstractLinearOperator,
     num: int = 1,
@@ -169,6 +172,7 @@ def _dense(
     return eigh(shifted)[1][:, ::-1][:, :num].T, size, like.size
 
 
+@checked
 def effective_rank(eigenvalues: Float[Array, " n"]) -> Scalar:
     """exp of the entropy of λᵢ/Σλ: between 1 and the number of eigenvalues that are not zero.
 

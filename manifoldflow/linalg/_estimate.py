@@ -11,6 +11,7 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key
 
@@ -27,6 +28,7 @@ class Estimate(eqx.Module):
     standard_error: PyTree[Any]
 
 
+@checked
 def estimate(term: Callable[[Key], PyTree[Any]], key: Key, num_samples: int) -> Estimate:
     """The mean of term(key) over independent keys, one after the other.
 
@@ -45,6 +47,7 @@ def estimate(term: Callable[[Key], PyTree[Any]], key: Key, num_samples: int) -> 
     )
 
 
+@checked
 def estimate_trace(
     operator: lx.AbstractLinearOperator, key: Key, *, num_samples: int = 64
 ) -> Estimate:

@@ -9,11 +9,13 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Tangent
 from manifoldflow.linalg._operator import AbstractJacobian, register_with_lineax
 
 
+@checked
 def factor_operator(coordinates: Coordinates, columns: PyTree[Any]) -> lx.AbstractLinearOperator:
     """Columns of a factor, arrays like the coordinates with one more axis, as an operator.
 

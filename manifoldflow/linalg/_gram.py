@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from manifoldflow._boundary import checked
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import cho_solve, cholesky
 from manifoldflow.linalg._operator import AbstractJacobian, mirrored
@@ -142,6 +143,7 @@ def _cholesky(triangle: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n
     return jax.lax.while_loop(failed, again, start)[1]
 
 
+@checked
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
     """How many eigenvalues of a Gram matrix stand above its rounding errors."""
     eps = jnp.finfo(eigenvalues.dtype).eps
@@ -149,6 +151,7 @@ def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
     return jnp.sum(eigenvalues > threshold)
 
 
+@checked
 def condition_number(eigenvalues: Float[Array, " n"]) -> Scalar:
     """λ_max/λ_min of a Gram matrix over the eigenvalues above its rounding errors."""
     eps = jnp.finfo(eigenvalues.dtype).eps

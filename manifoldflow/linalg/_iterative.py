@@ -11,6 +11,8 @@ import lineax as lx
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked, checked_fields
+from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import memory_budget
@@ -39,6 +41,13 @@ class IterativeGram(AbstractGram):
     preconditioner_rank: int = eqx.field(static=True, default=0)
     inverse: Float[Array, "n n"] | None = None
 
+    def __check_init__(self):
+        checked_fields(self)
+        checked_count("IterativeGram: max_steps", self.max_steps)
+        _check_sketch(self.preconditioner_rank)
+        if self.rtol is not None:
+            checked_positive("IterativeGram: rtol", self.rtol)
+
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
         frozen = jax.lax.stop_gradient(jacobian)
@@ -57,6 +66,11 @@ def _equilibrated_mv(
 ) -> Float[Array, " n"]:
     """J Jᵀw for rows of length one."""
     return scale * jacobian.mv(jacobian.transpose_mv(scale * vector))
+
+
+def _check_sketch(rank: int) -> None:
+    if rank < 0:
+        raise ValueError(f"preconditioner_rank must be 0, for none, or positive; got {rank}.")
 
 
 class Sketch(eqx.Module):
@@ -89,6 +103,7 @@ def nystroem_sketch(
     return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
 
 
+@checked
 def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
     """K⁻¹ as a matrix, to precondition solves at points nearby with."""
     prepared = DenseGram()(jacobian)
@@ -159,6 +174,12 @@ class AutoGram(AbstractGram):
 
     memory: int | None = eqx.field(static=True, default=None)
     preconditioner_rank: int = eqx.field(static=True, default=256)
+
+    def __check_init__(self):
+        checked_fields(self)
+        _check_sketch(self.preconditioner_rank)
+        if self.memory is not None:
+            checked_count("AutoGram: memory", self.memory)
 
     def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
         rows = jacobian.out_structure()

@@ -6,6 +6,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Example
 from manifoldflow.linalg._chunked import chunked_jacobian
 from manifoldflow.linalg._dense import dense_jacobian
@@ -19,6 +21,7 @@ from manifoldflow.linalg._structured import structured_jacobian
 _SMALL = 2**16
 
 
+@checked
 def jacobian(
     fn: Callable[[Coordinates, Example], Array],
     coordinates: Coordinates,
@@ -43,6 +46,7 @@ def jacobian(
     Returns:
         An operator with n = N·k rows; row i·k + c is ∇ of output c on example i.
     """
+    memory = memory_budget() if memory is None else checked_count("jacobian: memory", memory)
     num_examples = jax.tree.leaves(data)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data)
     program, output = jax.make_jaxpr(fn, return_shape=True)(coordinates, one)
@@ -51,7 +55,6 @@ def jacobian(
     # Printed, a program shows the operations of its inner programs as well.
     if num_examples == 1 or (is_small and "conv_general_dilated" not in str(program)):
         return dense_jacobian(fn, coordinates, data)
-    memory = memory_budget() if memory is None else memory
     itemsize = _tree.dtype_of(coordinates).itemsize
     if num_rows * _tree.size(coordinates) * itemsize <= memory:
         return structured_jacobian(fn, coordinates, data)

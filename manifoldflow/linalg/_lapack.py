@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from manifoldflow._errors import described
+
 
 def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function, mapped over the members of a batch on CPUs. It has no reverse mode."""
+    if not callable(fn):
+        raise ValueError(f"one_by_one: fn must be a function of arrays; got {described(fn)}.")
     call = jax.custom_batching.custom_vmap(fn)
 
     @call.def_vmap

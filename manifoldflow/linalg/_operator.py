@@ -10,6 +10,8 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_number
 from manifoldflow._types import Tangent
 
 
@@ -76,13 +78,16 @@ class TransposedJacobian(lx.AbstractLinearOperator):
         return self.jacobian.in_structure()
 
 
+@checked
 def gram(jacobian: AbstractJacobian) -> lx.MatrixLinearOperator:
     """The Gram matrix K = J Jᵀ as a positive semidefinite lineax operator."""
     return lx.MatrixLinearOperator(jacobian.gram(), lx.positive_semidefinite_tag)
 
 
+@checked
 def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLinearOperator:
     """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix."""
+    scale = checked_number("gauss_newton: scale", scale)
 
     def mv(vector: Tangent) -> Tangent:
         return _tree.scale(scale, jacobian.transpose_mv(jacobian.mv(vector)))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve, row_scale
 from manifoldflow.linalg._operator import AbstractJacobian
@@ -22,17 +24,25 @@ _NUM_PLAIN = 3
 _LONGEST = 30
 
 
+@checked
 def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
     """J†w = Jᵀ K⁻¹ w, refined."""
+    if vector.shape != jacobian.out_structure().shape:
+        raise ValueError(
+            f"pseudo_inverse_mv: vector must have the shape of the values of the Jacobian, "
+            f"{jacobian.out_structure().shape}; got {vector.shape}."
+        )
     return jacobian.transpose_mv(refined_solve(jacobian, gram, vector))
 
 
+@checked
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
     """P⊥v = Jᵀ K⁻¹ J v, refined."""
+    vector = _tree.as_tangent(jacobian.in_structure(), vector)
     return pseudo_inverse_mv(jacobian, gram, jacobian.mv(vector))
 
 

@@ -11,8 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from manifoldflow._boundary import checked
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import eigh
 
@@ -22,6 +24,20 @@ Matrix = Float[Array, "n n"]
 Rank = int | float | None
 
 
+def checked_rank(rank: Rank, size: int) -> Rank:
+    """A count from 0 to n, or a relative size below 1."""
+    if rank is None:
+        return None
+    is_count = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    if not (0 <= rank <= size if is_count else isinstance(rank, float) and 0 <= rank < 1):
+        raise ValueError(
+            f"rank must be an integer from 0 to {size}, the size of the matrix, which counts "
+            f"eigenvalues, or a float in [0, 1), a share of the largest; got {rank!r}."
+        )
+    return int(rank) if is_count else rank
+
+
+@checked
 def range_spectrum(
     matrix: Matrix, rank: Rank = None
 ) -> tuple[Float[Array, " n"], Matrix, Bool[Array, " n"]]:
@@ -32,6 +48,7 @@ def range_spectrum(
         rank: an integer counts the largest eigenvalues; a float below 1 takes those with
             |λ| > rank·max|λ|; None takes those with |λ| > n·eps·max|λ|.
     """
+    rank = checked_rank(rank, len(matrix))
     values, vectors = eigh(matrix)
     if isinstance(rank, int):
         return values, vectors, jnp.arange(len(values)) >= len(values) - rank
@@ -55,7 +72,7 @@ def _difference_quotients(
     return jnp.where(across, between, jnp.where(within, both, 0))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
+@checked
 def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
     """H†, the Moore-Penrose inverse of a symmetric matrix, on its range.
 
@@ -63,11 +80,16 @@ def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
         matrix: symmetric, (n, n).
         rank: which eigenvalues make the range, see `range_spectrum`.
     """
+    return _pseudo_inverse(matrix, checked_rank(rank, len(matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pseudo_inverse(matrix: Matrix, rank: Rank) -> Matrix:
     values, vectors, inside = range_spectrum(matrix, rank)
     return _rotate(vectors, jnp.diag(jnp.where(inside, 1 / jnp.where(inside, values, 1), 0)))
 
 
-@pseudo_inverse.defjvp
+@_pseudo_inverse.defjvp
 def _pseudo_inverse_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     values, vectors, inside = range_spectrum(matrix, rank)
@@ -78,14 +100,19 @@ def _pseudo_inverse_jvp(rank, primals, tangents):
     return _rotate(vectors, jnp.diag(inverse)), _rotate(vectors, quotients * rotated)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
+@checked
 def range_projection(matrix: Matrix, rank: Rank = None) -> Matrix:
     """The orthogonal projector on the range of a symmetric matrix."""
+    return _range_projection(matrix, checked_rank(rank, len(matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _range_projection(matrix: Matrix, rank: Rank) -> Matrix:
     _, vectors, inside = range_spectrum(matrix, rank)
     return _rotate(vectors, jnp.diag(inside.astype(matrix.dtype)))
 
 
-@range_projection.defjvp
+@_range_projection.defjvp
 def _range_projection_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     values, vectors, inside = range_spectrum(matrix, rank)
@@ -95,23 +122,29 @@ def _range_projection_jvp(rank, primals, tangents):
     return _rotate(vectors, jnp.diag(ones)), _rotate(vectors, quotients * rotated)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
+@checked
 def log_pseudo_determinant(matrix: Matrix, rank: Rank = None) -> Scalar:
     """ln|H|₊, the logarithm of the product of the eigenvalues on the range.
 
     The derivative at constant rank is tr(H†·dH).
     """
+    return _log_pseudo_determinant(matrix, checked_rank(rank, len(matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_pseudo_determinant(matrix: Matrix, rank: Rank) -> Scalar:
     values, _, inside = range_spectrum(matrix, rank)
     return jnp.sum(jnp.where(inside, jnp.log(jnp.where(inside, values, 1)), 0))
 
 
-@log_pseudo_determinant.defjvp
+@_log_pseudo_determinant.defjvp
 def _log_pseudo_determinant_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     change = jnp.sum(pseudo_inverse(matrix, rank) * matrix_dot)
     return log_pseudo_determinant(matrix, rank), change
 
 
+@checked
 def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
     """S ↦ HS + SH on matrices, a self-adjoint lineax operator."""
 
@@ -123,12 +156,17 @@ def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
     return lx.FunctionLinearOperator(mv, structure, lx.symmetric_tag)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
+@checked
 def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
     """The S with HS + SH = rhs whose rows and columns lie in the range of H.
 
     What of `rhs` lies outside the range is ignored [LiWangArora2022, Lemma 4.5].
     """
+    return _lyapunov_solve(matrix, rhs, checked_rank(rank, len(matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank) -> Matrix:
     values, vectors, inside = range_spectrum(matrix, rank)
     within = inside[:, None] & inside[None, :]
     sums = jnp.where(within, values[:, None] + values[None, :], 1)
@@ -136,7 +174,7 @@ def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
     return _rotate(vectors, jnp.where(within, rotated / sums, 0))
 
 
-@lyapunov_solve.defjvp
+@_lyapunov_solve.defjvp
 def _lyapunov_solve_jvp(rank, primals, tangents):
     (matrix, rhs), (matrix_dot, rhs_dot) = primals, tangents
 

@@ -13,6 +13,7 @@ import lineax as lx
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Scalar, Tangent
 from manifoldflow.linalg._eigenvalues import Eigenvalues, judged
 from manifoldflow.linalg._lanczos import lanczos
@@ -26,6 +27,7 @@ _DENSE = 20
 _MAX_STEPS = 10_000
 
 
+@checked
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
     """ln det(J Jᵀ), with derivative tr(K⁻¹·dK).
 

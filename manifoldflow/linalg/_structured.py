@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from manifoldflow._boundary import checked_but
+from manifoldflow._errors import numbers
 from manifoldflow.linalg import _taps
 from manifoldflow.linalg._assemble import block_of, label_of
 from manifoldflow.linalg._blocks import AbstractBlock, RowBlock
@@ -144,6 +146,7 @@ class StructuredJacobian(AbstractJacobian):
         return jax.ShapeDtypeStruct((self._num_rows,), self._dtype)
 
 
+@checked_but("params")
 def structured_jacobian(
     fn: Callable[[Any, Any], Array], params: PyTree[Any], inputs: PyTree[Any]
 ) -> StructuredJacobian:
@@ -237,8 +240,8 @@ def _checked_leaves(params: PyTree[Any]) -> tuple[list[Array], Any]:
 
 
 def _num_examples(inputs: PyTree[Any]) -> int:
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    shapes = [numbers("inputs", leaf).shape for leaf in jax.tree.leaves(inputs)]
     sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
+    if len(sizes) != 1 or sizes & {None, 0}:
         raise ValueError(f"All inputs need one common leading axis of examples, got {shapes}.")
     return shapes[0][0]

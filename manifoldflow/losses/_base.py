@@ -11,6 +11,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 
 
@@ -27,11 +28,13 @@ class AbstractLoss(eqx.Module):
         """`(coordinates, remainder)` of a point; frozen leaves are in the remainder."""
         return _tree.split(point, self.trainable)
 
+    @checked
     def gradient(self, point: Point) -> Tangent:
         """∇L(point), with the structure of the point's coordinates."""
         coordinates, remainder = self.split(point)
         return jax.grad(lambda x: self(_tree.join(x, remainder)))(coordinates)
 
+    @checked
     def hessian(self, point: Point) -> lx.AbstractLinearOperator:
         """∇²L(point), a self-adjoint lineax operator on tangents, never a matrix."""
         coordinates, remainder = self.split(point)
@@ -42,6 +45,7 @@ class AbstractLoss(eqx.Module):
 
         return lx.JacobianLinearOperator(gradient, coordinates, tags=lx.symmetric_tag)
 
+    @checked
     def trace_hessian(self, point: Point) -> Scalar:
         """tr ∇²L(point), exactly, by one Hessian-vector product for each coordinate.
 
@@ -79,6 +83,7 @@ class AbstractResidualLoss(AbstractLoss):
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
         """A with AᵀA = the Gauss-Newton matrix of L at this point (anywhere, not only on Γ)."""
 
+    @checked
     def residual(self, point: Point) -> Float[Array, " n"]:
         """All residuals r, in the order of the examples."""
         coordinates, remainder = self.split(point)
@@ -86,6 +91,7 @@ class AbstractResidualLoss(AbstractLoss):
         point = _tree.join(coordinates, remainder)
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
+    @checked
     def jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """J = ∂r, a lineax operator from tangents to n residuals."""
         return self._jacobian_of(self.example_residual, point, self.data)
@@ -98,11 +104,13 @@ class AbstractResidualLoss(AbstractLoss):
         data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
         return linalg.jacobian(of_coordinates, coordinates, data)
 
+    @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
         """scale·JᵀJ on tangents, equal to ∇²L on the zero-loss manifold."""
         jacobian = self.jacobian(point)
         return linalg.gauss_newton(jacobian, self.scale.astype(jacobian.out_structure().dtype))
 
+    @checked
     def trace_gauss_newton(self, point: Point) -> Scalar:
         """scale·‖J‖²_F, equal to tr ∇²L on the zero-loss manifold.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractLoss, AbstractResidualLoss
 
@@ -24,6 +25,7 @@ class FunctionLoss(AbstractLoss):
     fn: Callable[..., Any]
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(self, fn: Callable[[Point], Any], *, trainable: PyTree[Any] | None = None):
         self.fn = _tree.as_pytree_callable(fn)
         self.trainable = None if trainable is None else _tree.Static(trainable)
@@ -49,6 +51,7 @@ class SquaredNorm(AbstractResidualLoss):
     fn: Callable[..., Any]
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         fn: Callable[[Point], Any],

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._errors import checked_data, checked_nonnegative, is_traced, shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import (
+    checked_data,
+    checked_indices,
+    checked_nonnegative,
+    is_traced,
+    numbers,
+    shapes_of,
+)
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -41,6 +49,7 @@ class LeastSquares(AbstractExampleLoss):
     scale: Scalar
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         inputs: PyTree[Any],
@@ -50,12 +59,15 @@ class LeastSquares(AbstractExampleLoss):
         scale: Any = None,
         trainable: PyTree[Any] | None = None,
     ):
-        if len(jax.tree.leaves(targets)) != 1 or jnp.iscomplexobj(jax.tree.leaves(targets)[0]):
+        leaves = [numbers("LeastSquares: targets", leaf) for leaf in jax.tree.leaves(targets)]
+        if len(leaves) != 1 or jnp.iscomplexobj(leaves[0]):
             raise ValueError(
                 f"LeastSquares: targets must be one real array (examples, *output); got "
                 f"{shapes_of(targets)}. Concatenate several outputs in `predict`."
             )
         self.inputs, targets = checked_data("LeastSquares", (inputs, targets))
+        if not jax.tree.leaves(self.inputs):
+            raise ValueError("LeastSquares needs inputs, arrays (examples, …); got none.")
         (targets,) = jax.tree.leaves(targets)
         if not jnp.issubdtype(targets.dtype, jnp.inexact):
             targets = targets.astype(jnp.result_type(float))
@@ -109,6 +121,7 @@ class LeastSquares(AbstractExampleLoss):
         return weights.reshape(-1)
 
     def select(self, indices: Any) -> "LeastSquares":
+        indices = checked_indices(indices, self.num_examples)
         inputs, targets = jax.tree.map(lambda leaf: leaf[indices], self.data)
         factor = len(self.targets) / len(targets)
         return eqx.tree_at(

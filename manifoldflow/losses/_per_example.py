@@ -12,7 +12,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._errors import checked_data, is_traced, shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_data, checked_indices, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
@@ -52,6 +53,7 @@ class PerExampleLoss(AbstractExampleLoss):
     roots: Float[Array, "N outputs rank"]
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         inputs: PyTree[Any],
@@ -63,6 +65,8 @@ class PerExampleLoss(AbstractExampleLoss):
         trainable: PyTree[Any] | None = None,
     ):
         self.inputs, self.targets = checked_data("PerExampleLoss", (inputs, targets))
+        if not jax.tree.leaves(inputs) or not jax.tree.leaves(targets):
+            raise ValueError("PerExampleLoss needs inputs and targets; got none of one of them.")
         if is_traced((self.inputs, self.targets)):
             raise ValueError(
                 "PerExampleLoss counts the rank of its output Hessians when it is built, so "
@@ -71,7 +75,7 @@ class PerExampleLoss(AbstractExampleLoss):
         self.loss_fn = _tree.as_pytree_callable(loss_fn)
         self.predict = _tree.as_pytree_callable(call_point if predict is None else predict)
         self.trainable = None if trainable is None else _tree.Static(trainable)
-        self.minimizers = _minimizers(loss_fn, minimizer_fn, self.targets)
+        self.minimizers = _minimizers(_scalar(loss_fn), minimizer_fn, self.targets)
         hessians = jax.vmap(lambda f, y: _output_hessian(loss_fn, f, y))(
             self.minimizers, self.targets
         )
@@ -148,10 +152,27 @@ class PerExampleLoss(AbstractExampleLoss):
         return jnp.linalg.solve(roots, weights[..., None])[..., 0].reshape(-1)
 
     def select(self, indices: Any) -> "PerExampleLoss":
+        indices = checked_indices(indices, self.num_examples)
         data = jax.tree.map(lambda leaf: leaf[indices], self.data)
         return eqx.tree_at(
             lambda loss: (loss.inputs, loss.targets, loss.minimizers, loss.roots), self, data
         )
+
+
+def _scalar(loss_fn: LossFn) -> LossFn:
+    """The loss of one example, or an error that says what it must be."""
+
+    def checked_loss(output: Array, target: PyTree[Array]) -> Scalar:
+        value = jnp.asarray(loss_fn(output, target))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                "PerExampleLoss: loss_fn(output, target) must be one real number for one example; "
+                f"got shape {value.shape} of {value.dtype} for an output of shape {output.shape} "
+                f"and the target {shapes_of(target)}."
+            )
+        return value
+
+    return checked_loss
 
 
 def _output_hessian(loss_fn: Callable[..., Any], output: Array, target: PyTree[Array]) -> Array:

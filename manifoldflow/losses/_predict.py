@@ -47,15 +47,53 @@ def model_output(
     return jnp.asarray(output)
 
 
+def _is_training(layer: Any) -> bool:
+    """Whether calling it is random or changes it; a dropout of nothing is neither."""
+    drops_nothing = isinstance(layer, eqx.nn.Dropout) and _is_zero(layer.p)
+    return not (getattr(layer, "inference", True) or drops_nothing)
+
+
+def _is_nnx(node: Any) -> bool:
+    """A module of Flax NNX, which is known by its bases alone: Flax need not be there."""
+    return any(base.__module__.startswith("flax.nnx") for base in type(node).__mro__)
+
+
+def _refuse_training_in_nnx(point: Point) -> None:
+    modules = [node for node in jax.tree.leaves(point, is_leaf=_is_nnx) if _is_nnx(node)]
+    names: set[str] = set()
+    seen: set[int] = set()
+    while modules:
+        module = modules.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        parts = getattr(module, "__dict__", {})
+        drops = parts.get("deterministic") is False and parts.get("rate", 1) != 0
+        if drops or parts.get("use_running_average") is False:
+            names.add(type(module).__name__)
+        inner = jax.tree.leaves(list(parts.values()), is_leaf=_is_nnx)
+        modules += [node for node in inner if _is_nnx(node)]
+    if names:
+        raise ValueError(
+            f"The model has {', '.join(sorted(names))} in training mode, so its loss is random or "
+            "stateful. Call `model.eval()` first."
+        )
+
+
+def _is_zero(number: Any) -> bool:
+    return isinstance(number, int | float) and number == 0
+
+
 def _refuse_randomness(point: Point) -> None:
     """Dropout and batch statistics make the loss something other than a function."""
 
     def is_layer(node: Any) -> bool:
         return isinstance(node, _STOCHASTIC_LAYERS)
 
+    _refuse_training_in_nnx(point)
     layers = [node for node in jax.tree.leaves(point, is_leaf=is_layer) if is_layer(node)]
-    if any(not getattr(layer, "inference", True) for layer in layers):
-        names = sorted({type(layer).__name__ for layer in layers})
+    names = sorted({type(layer).__name__ for layer in layers if _is_training(layer)})
+    if names:
         raise ValueError(
             f"The model has {', '.join(names)} in training mode, so its loss is random or "
             "stateful. Use `eqx.nn.inference_mode(model)`."

@@ -6,11 +6,13 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from manifoldflow._boundary import checked
 from manifoldflow.losses._base import AbstractResidualLoss
 
 Loss = TypeVar("Loss", bound=AbstractResidualLoss)
 
 
+@checked
 def shard_examples(loss: Loss, mesh: Mesh) -> Loss:
     """The same loss with its examples spread over the devices of a mesh.
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import checked, delivered, Info, RESULTS
+from manifoldflow._solution import answered, delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._land import land
@@ -50,16 +51,19 @@ class AbstractManifold(eqx.Module):
         """Number of coordinates less the codimension, a Python integer."""
         return _tree.size(self.split(point)[0]) - self.codimension(point)
 
+    @checked
     @eqx.filter_jit
     def rank(self, point: Point) -> Int[Array, ""]:
         """The numerical rank of the constraint's derivative, measured at the point."""
         return self.normal_space(point).rank()
 
+    @checked
     @eqx.filter_jit
     def condition_number(self, point: Point) -> Scalar:
         """λ_max/λ_min of J Jᵀ over the eigenvalues that make the rank."""
         return linalg.condition_number(self.normal_space(point).eigenvalues())
 
+    @checked
     @eqx.filter_jit
     def defect(self, point: Point) -> Scalar:
         """‖J†f‖, to first order the distance from the manifold.
@@ -68,6 +72,7 @@ class AbstractManifold(eqx.Module):
         """
         return _tree.norm(self.normal_space(point).pseudo_inverse(self.constraint(point)))
 
+    @checked
     def tangent_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
         """P v, the orthogonal projection on the tangent space at the point.
 
@@ -80,12 +85,14 @@ class AbstractManifold(eqx.Module):
         Raises:
             EquinoxRuntimeError: with the message of the `RESULTS` member.
         """
-        return checked(*self._projected(point, vector, True), throw)
+        return answered(*self._projected(point, vector, True), throw)
 
+    @checked
     def normal_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
         """P⊥ v = v − P v; `throw` as for `tangent_projection`."""
-        return checked(*self._projected(point, vector, False), throw)
+        return answered(*self._projected(point, vector, False), throw)
 
+    @checked
     @eqx.filter_jit
     def _projected(
         self, point: Point, vector: Tangent, is_tangent: bool
@@ -95,6 +102,7 @@ class AbstractManifold(eqx.Module):
         projected = space.tangent(vector) if is_tangent else space.normal(vector)
         return projected, space.existence()
 
+    @checked
     def project(self, point: Point, *, throw: bool = True, max_steps: int = MAX_STEPS) -> Point:
         """A point of the manifold near any ambient point, by damped Gauss-Newton.
 
@@ -114,6 +122,7 @@ class AbstractManifold(eqx.Module):
         """
         return self.project_with_info(point, throw=throw, max_steps=max_steps)[0]
 
+    @checked
     @eqx.filter_jit
     def project_with_info(
         self, point: Point, *, throw: bool = False, max_steps: int = MAX_STEPS
@@ -146,6 +155,7 @@ class AbstractManifold(eqx.Module):
         missing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), landed)
         return _tree.join(_tree.where(info.is_successful, landed, missing), remainder), info
 
+    @checked
     def retract(
         self, point: Point, vector: Tangent, *, throw: bool = True, max_steps: int = MAX_STEPS
     ) -> Point:
@@ -162,6 +172,7 @@ class AbstractManifold(eqx.Module):
         """
         return self.retract_with_info(point, vector, throw=throw, max_steps=max_steps)[0]
 
+    @checked
     @eqx.filter_jit
     def retract_with_info(
         self, point: Point, vector: Tangent, *, throw: bool = False, max_steps: int = MAX_STEPS
@@ -174,11 +185,13 @@ class AbstractManifold(eqx.Module):
         info = self.judged(landed, remainder, info)
         return _tree.join(delivered(landed, info, throw), remainder), info
 
+    @checked
     def random_tangent(self, point: Point, key: Key, *, throw: bool = True) -> Tangent:
         """A standard normal vector of the tangent space; `throw` as for `tangent_projection`."""
         drawn = _tree.random_normal_like(key, self.split(point)[0])
         return self.tangent_projection(point, drawn, throw=throw)
 
+    @checked
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
         """Whether the defect is at most `tol`·‖point‖; by default eps^⅔.
@@ -199,6 +212,7 @@ class AbstractManifold(eqx.Module):
         # without being zero; it must be small against ‖J‖ as well.
         return (defect <= reach) & (space.shortfall(value) <= reach) & is_minimum
 
+    @checked
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
         """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔. No vector is where there is no normal."""
         coordinates, _ = self.split(point)

@@ -9,12 +9,14 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
 from manifoldflow.manifolds._normal_space import Constraint
 
 
+@checked
 def riemannian_gradient(
     manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point, *, throw: bool = True
 ) -> Tangent:
@@ -60,6 +62,7 @@ class CovariantHessian(eqx.Module):
         return bend.space.tangent(_tree.subtract(along, bend.turn(self.multipliers, tangent)))
 
 
+@checked
 def covariant_hessian(
     manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point
 ) -> lx.AbstractLinearOperator:
@@ -96,6 +99,7 @@ def _covariant_hessian(
     return CovariantHessian(fn, bend, bend.space.multipliers(gradient))
 
 
+@checked
 def covariant_derivative(
     manifold: AbstractManifold,
     field: Callable[[Point], PyTree[Any]],
@@ -115,6 +119,7 @@ def covariant_derivative(
     return space.tangent(_along(manifold, field, point, vector))
 
 
+@checked
 def divergence(
     manifold: AbstractManifold,
     field: Callable[[Point], PyTree[Any]],
@@ -143,6 +148,7 @@ def divergence(
     return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
 
 
+@checked
 def laplace_beltrami(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
@@ -16,6 +17,7 @@ from manifoldflow.manifolds._tangent_solve import tangent_solve
 _MAX_STEPS = 100
 
 
+@checked
 def closest_point(
     manifold: AbstractManifold, point: Point, *, throw: bool = True, max_steps: int = _MAX_STEPS
 ) -> Point:
@@ -40,6 +42,7 @@ def closest_point(
     return _tree.join(delivered(coordinates, info, throw), remainder)
 
 
+@checked
 @eqx.filter_jit
 def closest_point_with_info(
     manifold: AbstractManifold, point: Point, *, max_steps: int = _MAX_STEPS

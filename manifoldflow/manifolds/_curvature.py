@@ -13,12 +13,14 @@ import lineax as lx
 from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
 from manifoldflow.manifolds._normal_space import Constraint
 
 
+@checked
 @eqx.filter_jit
 def second_fundamental_form(
     manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent
@@ -54,6 +56,7 @@ class ShapeOperator(eqx.Module):
         return _tree.scale(-1, self.bending.space.tangent(turned))
 
 
+@checked
 def shape_operator(
     manifold: AbstractManifold, point: Point, normal: Tangent
 ) -> lx.AbstractLinearOperator:
@@ -79,6 +82,7 @@ def _shape_operator(manifold: AbstractManifold, point: Point, normal: Tangent) -
     return ShapeOperator(bend, bend.space.multipliers(normal))
 
 
+@checked
 @eqx.filter_jit
 def mean_curvature(
     manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64
@@ -108,6 +112,7 @@ def mean_curvature(
     return _tree.scale(-1, bend.space.pseudo_inverse(total))
 
 
+@checked
 @eqx.filter_jit
 def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent) -> Scalar:
     """The Gauss curvature of the surface of geodesics in the plane of two tangents.
@@ -138,6 +143,7 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
     return _gauss(bend, u, across) / area**2
 
 
+@checked
 @eqx.filter_jit
 def ricci_curvature(
     manifold: AbstractManifold,
@@ -167,6 +173,7 @@ def ricci_curvature(
     )
 
 
+@checked
 @eqx.filter_jit
 def scalar_curvature(
     manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
-from manifoldflow._errors import is_traced
-from manifoldflow._solution import Info, or_nan, RESULTS
+from manifoldflow._boundary import checked, checked_fields
+from manifoldflow._errors import checked_positive, is_traced, real_numbers
+from manifoldflow._solution import Info, or_nan, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -48,6 +49,12 @@ class Walk(eqx.Module):
     atol: float | None = None
     adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
+    def __check_init__(self):
+        checked_fields(self)
+        for name in ("step_size", "rtol", "atol"):
+            if getattr(self, name) is not None:
+                checked_positive(f"Walk: {name}", getattr(self, name))
+
     def controller(
         self, size: Scalar, times: Array | None = None
     ) -> dfx.AbstractStepSizeController:
@@ -64,6 +71,7 @@ class Walk(eqx.Module):
         return controller if times is None else dfx.ClipStepSizeController(controller, times)
 
 
+@checked
 def geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -94,6 +102,7 @@ def geodesic(
     return path
 
 
+@checked
 def exponential_map(
     manifold: AbstractManifold,
     point: Point,
@@ -115,6 +124,7 @@ def exponential_map(
     return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
 
 
+@checked
 def transport_along_geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -155,7 +165,7 @@ def _path(
     coordinates, _ = manifold.split(point)
     vectors = tuple(_tree.as_tangent(coordinates, vector) for vector in vectors)
     # In NumPy: inside jit JAX would make tracers even of constants.
-    known = None if is_traced(times) else np.asarray(times)
+    known = None if is_traced(times) else np.asarray(real_numbers("times", times))
     shape = jnp.shape(times) if known is None else known.shape
     if len(shape) != 1 or 0 in shape:
         raise ValueError(f"times must be a sequence of numbers; got shape {shape}.")
@@ -262,7 +272,7 @@ def _result(result: dfx.RESULTS, path: Coordinates, start: RESULTS) -> RESULTS:
         (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
     ):
         ours = RESULTS.where(result == theirs, mine, ours)
-    return RESULTS.where(start == RESULTS.successful, ours, start)
+    return without_step_limit(RESULTS.where(start == RESULTS.successful, ours, start))
 
 
 class _TransportField(eqx.Module):
@@ -280,6 +290,7 @@ class _TransportField(eqx.Module):
         return Bending(self.manifold, x, remainder, space).form(velocity, y)
 
 
+@checked
 def parallel_transport(
     manifold: AbstractManifold,
     path: Callable[[Scalar], Point],

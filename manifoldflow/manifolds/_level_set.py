@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import is_traced, shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
@@ -36,6 +37,7 @@ class LevelSet(AbstractManifold):
     gram: linalg.AbstractGram
     trainable: _tree.Static | None = eqx.field(static=True)
 
+    @checked_but("fn")
     def __init__(
         self,
         fn: Callable[[Point], PyTree[Any]],
@@ -82,6 +84,7 @@ class ZeroLossManifold(AbstractManifold):
     loss: AbstractResidualLoss
     gram: linalg.AbstractGram
 
+    @checked_but("loss")
     def __init__(self, loss: AbstractResidualLoss, *, gram: linalg.AbstractGram | None = None):
         if not isinstance(loss, AbstractResidualLoss):
             raise ValueError(

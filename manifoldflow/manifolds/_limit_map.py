@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_but
+from manifoldflow._errors import checked_positive, is_traced
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
@@ -29,6 +31,7 @@ from manifoldflow.manifolds._stiffness import AbstractStiffness, stiffness
 ORDER = 7
 
 
+@checked_but("loss_or_manifold")
 def limit_map(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,
@@ -63,6 +66,7 @@ def limit_map(
     )[0]
 
 
+@checked_but("loss_or_manifold")
 def limit_map_with_info(
     loss_or_manifold: AbstractLoss | AbstractManifold,
     point: Point,
@@ -72,7 +76,8 @@ def limit_map_with_info(
     throw: bool = False,
 ) -> tuple[Point, Info]:
     """As `limit_map`, with the `Info` of the solve."""
-    rtol = None if rtol is None else jnp.asarray(rtol)  # an argument, not a constant
+    if rtol is not None:  # as an array, an argument and not a constant
+        rtol = jnp.asarray(rtol) if is_traced(rtol) else checked_positive("limit_map: rtol", rtol)
     return _limit_map(loss_or_manifold, point, rtol, max_steps, throw)
 
 

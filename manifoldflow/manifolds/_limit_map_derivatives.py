@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -23,6 +24,7 @@ from manifoldflow.manifolds._second_derivative import (
 )
 
 
+@checked
 def limit_map_derivative(manifold: AbstractManifold, point: Point, vector: Tangent) -> Tangent:
     """∂Φ(point)[v] = P v on the manifold.
 
@@ -37,6 +39,7 @@ def limit_map_derivative(manifold: AbstractManifold, point: Point, vector: Tange
     return manifold.tangent_projection(point, vector)
 
 
+@checked
 @eqx.filter_jit
 def limit_map_second_derivative(
     manifold: AbstractManifold,
@@ -79,6 +82,7 @@ def limit_map_second_derivative(
     return parts.total()
 
 
+@checked
 def limit_map_second_derivative_parts(
     manifold: AbstractManifold,
     point: Point,
@@ -91,6 +95,7 @@ def limit_map_second_derivative_parts(
     return second_derivative_of(manifold, point, _as_sigma(coordinates, covariance, is_factor))
 
 
+@checked
 def normal_second_derivative_parts(
     manifold: LevelSet | ZeroLossManifold, point: Point, residual_factor: lx.AbstractLinearOperator
 ) -> AbstractSecondDerivative:

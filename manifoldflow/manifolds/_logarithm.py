@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -19,6 +20,7 @@ from manifoldflow.manifolds._geodesics import Walk, walk_along
 _MAX_SHOTS = 64
 
 
+@checked
 def logarithm_map(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
 ) -> Tangent:
@@ -41,6 +43,7 @@ def logarithm_map(
     return logarithm_map_with_info(manifold, point, other, throw=throw)[0]
 
 
+@checked
 def distance(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
 ) -> Scalar:
@@ -57,6 +60,7 @@ def distance(
     return _tree.norm(logarithm_map(manifold, point, other, throw=throw))
 
 
+@checked
 @eqx.filter_jit
 def logarithm_map_with_info(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = False

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractLoss
@@ -30,6 +31,7 @@ class MinimizerManifold(AbstractStationaryManifold):
     loss: AbstractLoss
     rank_rule: int | float = eqx.field(static=True)
 
+    @checked_but("rank")
     def __init__(self, loss: AbstractLoss, rank: int | float):
         is_cutoff = isinstance(rank, float) and 0 < rank < 1
         self.loss = loss

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import Info
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.manifolds._forms import check_form
@@ -52,6 +53,12 @@ class Projected(dfx.AbstractWrappedSolver):
     solver: dfx.AbstractSolver
     manifold: Reachable
     like: Point = None
+
+    @checked
+    def __init__(self, solver: dfx.AbstractSolver, manifold: Reachable, like: Point = None):
+        self.solver = solver
+        self.manifold = manifold
+        self.like = like
 
     @property
     def term_structure(self):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -107,6 +108,7 @@ class LimitMapRetraction(AbstractLandingRetraction):
         return limit_map_with_info(manifold, point)
 
 
+@checked
 def inverse_retract(
     retraction: AbstractRetraction,
     manifold: AbstractManifold,

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from manifoldflow._boundary import checked
+
 NUM_TRAIN = 1000
 
 
+@checked
 def digits(
     num_examples: int | None = None, *, test: bool = False, seed: int = 0
 ) -> tuple[Float[Array, "N 64"], Float[Array, "N 10"]]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from manifoldflow._errors import is_traced
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_floats, is_traced
 from manifoldflow._types import Key
 
 Batch = tuple[Float[Array, "N d_x"], Float[Array, "N d_y"]]
@@ -56,8 +57,9 @@ class LinearStream(AbstractLinearData):
     input_root: Matrix
     noise_root: Matrix
 
+    @checked
     def __init__(self, target_map: Any, input_covariance: Any, noise_covariance: Any):
-        self.target_map = jnp.asarray(target_map, float)
+        self.target_map = checked_floats("LinearStream: target_map", target_map)
         if self.target_map.ndim != 2:
             raise ValueError(f"target_map must be (d_y, d_x); got {self.target_map.shape}.")
         outputs, inputs = self.target_map.shape
@@ -101,8 +103,10 @@ class FiniteData(AbstractLinearData):
     inputs: Float[Array, "N d_x"]
     targets: Float[Array, "N d_y"]
 
+    @checked
     def __init__(self, inputs: Any, targets: Any):
-        self.inputs, self.targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
+        self.inputs = checked_floats("FiniteData: inputs", inputs)
+        self.targets = checked_floats("FiniteData: targets", targets)
         if self.inputs.ndim != 2 or self.targets.ndim != 2 or len(self.inputs) != len(self.targets):
             raise ValueError(
                 f"The inputs must be (N, d_x) and the targets (N, d_y); got {self.inputs.shape} "
@@ -138,7 +142,7 @@ class FiniteData(AbstractLinearData):
 
 def _root(name: str, covariance: Any, size: int) -> Matrix:
     """The symmetric root of a covariance, or of one that is given by its diagonal."""
-    array = jnp.asarray(covariance, float)
+    array = checked_floats(f"LinearStream: {name}", covariance)
     array = jnp.diag(array) if array.ndim == 1 else array
     if array.shape != (size, size):
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import theory
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
@@ -179,6 +180,7 @@ class DeepLinear(AbstractLinearNetwork):
     data: AbstractLinearData
     widths: tuple[int, ...] = eqx.field(static=True)
 
+    @checked
     def __init__(self, data: AbstractLinearData, widths: Sequence[int]):
         self.data = data
         self.widths = tuple(checked_count("DeepLinear: widths", width) for width in widths)
@@ -209,6 +211,7 @@ class MatrixFactorization(AbstractLinearNetwork):
     data: AbstractLinearData
     widths: tuple[int, ...] = eqx.field(static=True)
 
+    @checked
     def __init__(self, data: AbstractLinearData, width: int):
         self.data = data
         self.widths = (checked_count("MatrixFactorization: width", width),)

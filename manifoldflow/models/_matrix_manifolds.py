@@ -14,7 +14,8 @@ import jax.random as jr
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from manifoldflow._errors import checked_count, checked_data, is_traced
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_floats, is_traced
 from manifoldflow._types import Key, Scalar
 from manifoldflow.manifolds import LevelSet
 
@@ -44,6 +45,7 @@ class Stiefel(eqx.Module):
     num_rows: int = eqx.field(static=True)
     num_columns: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, num_rows: int, num_columns: int):
         self.num_rows = checked_count("Stiefel: num_rows", num_rows)
         self.num_columns = checked_count("Stiefel: num_columns", num_columns)
@@ -127,6 +129,7 @@ class SpecialOrthogonal(eqx.Module):
 
     size: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, size: int):
         self.size = checked_count("SpecialOrthogonal: size", size)
         if self.size < 2:
@@ -202,12 +205,13 @@ class FixedProduct(eqx.Module):
     target: Float[Array, "m n"]
     rank: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, target: Any, rank: int):
         self.rank = checked_count("FixedProduct: rank", rank)
-        array = jnp.asarray(target, jnp.result_type(float))
-        if array.ndim != 2:
+        array = checked_floats("FixedProduct: target", target)
+        if array.ndim != 2 or array.size == 0:
             raise ValueError(f"FixedProduct: target must be a matrix; got shape {array.shape}.")
-        self.target = checked_data("FixedProduct: target", array)
+        self.target = array
         if not is_traced(self.target):
             found = int(jnp.linalg.matrix_rank(self.target))
             if found != self.rank:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Scalar
 from manifoldflow.losses import FunctionLoss
@@ -39,6 +40,7 @@ class KPhaseMotor(eqx.Module):
 
     num_phases: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, num_phases: int = 3):
         self.num_phases = checked_count("KPhaseMotor: num_phases", num_phases)
         if self.num_phases < 3:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import theory
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
@@ -36,6 +37,7 @@ class OverparametrizedLinear(AbstractRegression):
 
     loss: LeastSquares
 
+    @checked
     def __init__(self, inputs: Any, targets: Any):
         self.loss = mean_squares(inputs, targets, _Difference())
 
@@ -95,6 +97,7 @@ class QuadraticallyParametrized(AbstractRegression):
 
     loss: LeastSquares
 
+    @checked
     def __init__(self, inputs: Any, targets: Any):
         self.loss = mean_squares(inputs, targets, _Square(), divisor=2)
 
@@ -130,6 +133,7 @@ class _Square(eqx.Module):
         return jnp.vdot(x, point**2)
 
 
+@checked
 def sparse_regression(
     key: Key,
     num_examples: int,

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import theory
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_floats
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
 from manifoldflow.manifolds import ZeroLossManifold
@@ -39,7 +41,7 @@ def mean_squares(
     inputs: Any, targets: Any, predict: Callable[..., Any], *, divisor: int = 1
 ) -> LeastSquares:
     """(1/(2·divisor·n))Σ(f_i − y_i)² for inputs (n, d) and targets (n,)."""
-    inputs, targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
+    inputs, targets = checked_floats("inputs", inputs), checked_floats("targets", targets)
     if inputs.ndim != 2 or targets.shape != inputs.shape[:1]:
         raise ValueError(
             f"The inputs must be (n, d) and the targets (n,); got shapes {inputs.shape} and "
@@ -65,6 +67,7 @@ class LinearRegression(AbstractRegression):
 
     loss: LeastSquares
 
+    @checked
     def __init__(self, inputs: Any, targets: Any):
         self.loss = mean_squares(inputs, targets, _Linear())
 

@@ -11,7 +11,8 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from manifoldflow import theory
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_floats, checked_nonnegative, is_traced
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import FunctionLoss
 
@@ -48,8 +49,10 @@ class SeparableClassification(eqx.Module):
     labels: Float[Array, " n"]
     kind: str = eqx.field(static=True)
 
+    @checked
     def __init__(self, inputs: Any, labels: Any, kind: str = "logistic"):
-        self.inputs, self.labels = jnp.asarray(inputs, float), jnp.asarray(labels, float)
+        self.inputs = checked_floats("SeparableClassification: inputs", inputs)
+        self.labels = checked_floats("SeparableClassification: labels", labels)
         self.kind = kind
         if self.inputs.ndim != 2 or self.labels.shape != self.inputs.shape[:1]:
             raise ValueError(
@@ -148,6 +151,7 @@ def _per_length(value: Scalar, point: Float[Array, " d"]) -> Scalar:
     return jnp.where(length > 0, value / jnp.where(length > 0, length, 1), -jnp.inf)
 
 
+@checked
 def separable_data(
     key: Key, num_examples: int, num_features: int, *, margin: float = 0.1
 ) -> tuple[Float[Array, "n d"], Float[Array, " n"], Float[Array, " d"]]:
@@ -164,6 +168,7 @@ def separable_data(
         at least `margin`, the largest margin of the data larger.
     """
     n, d = checked_count("num_examples", num_examples), checked_count("num_features", num_features)
+    margin = checked_nonnegative("margin", margin, "It is a distance.")
     of_inputs, of_plane = jr.split(key)
     inputs = jr.normal(of_inputs, (n, d), jnp.result_type(float))
     normal = jr.normal(of_plane, (d,), inputs.dtype)

@@ -11,10 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
-from manifoldflow._errors import checked_count, is_traced
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, is_traced, real_numbers
 from manifoldflow._types import Key, Scalar
 from manifoldflow.manifolds import LevelSet
 
@@ -38,6 +40,7 @@ class Sphere(eqx.Module):
     dimension: int = eqx.field(static=True)
     radius: Scalar
 
+    @checked
     def __init__(self, dimension: int, radius: Any = 1.0):
         self.dimension = checked_count("Sphere: dimension", dimension)
         self.radius = _lengths("Sphere: radius", radius, 0)
@@ -163,6 +166,7 @@ class Ellipsoid(AbstractQuadric):
 
     axes: Vector
 
+    @checked
     def __init__(self, axes: Any):
         self.axes = _lengths("Ellipsoid: axes", axes, 1)
         if self.axes.size < 2:
@@ -202,6 +206,7 @@ class Hyperboloid(AbstractQuadric):
 
     num_flat: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, dimension: int):
         self.num_flat = checked_count("Hyperboloid: dimension", dimension)
 
@@ -238,6 +243,7 @@ class Torus(eqx.Module):
     major: Scalar
     minor: Scalar
 
+    @checked
     def __init__(self, major: Any = 2.0, minor: Any = 1.0):
         self.major = _lengths("Torus: major", major, 0)
         self.minor = _lengths("Torus: minor", minor, 0)
@@ -303,6 +309,7 @@ class FlatTorus(eqx.Module):
 
     radii: Float[Array, " k"]
 
+    @checked
     def __init__(self, radii: Any):
         self.radii = _lengths("FlatTorus: radii", radii, 1)
 
@@ -371,10 +378,10 @@ def _direction(key: Key, size: int) -> Vector:
 
 def _lengths(name: str, values: Any, ndim: int) -> Array:
     """A number (ndim 0) or a list of numbers, positive and finite where they are known."""
-    array = jnp.asarray(values, jnp.result_type(float))
+    array = real_numbers(name, values)
     if array.ndim != ndim or array.size == 0:
         kind = "a list of numbers" if ndim else "a number"
         raise ValueError(f"{name} must be {kind}; got {values!r}.")
-    if not is_traced(array) and not bool(jnp.all((array > 0) & jnp.isfinite(array))):
+    if not is_traced(array) and not np.all((array > 0) & np.isfinite(array)):
         raise ValueError(f"{name} must be positive and finite; got {values!r}.")
-    return array
+    return jnp.asarray(array, jnp.result_type(float))

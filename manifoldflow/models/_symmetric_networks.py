@@ -11,6 +11,7 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
@@ -74,6 +75,7 @@ class NonlinearFactorization(AbstractTwoLayers):
     width: int = eqx.field(static=True)
     activation: Callable[..., Any]
 
+    @checked
     def __init__(self, data: AbstractLinearData, width: int, activation: Callable[[Any], Any]):
         self.data = data
         self.width = checked_count("NonlinearFactorization: width", width)
@@ -115,6 +117,7 @@ class ScaleInvariantNet(AbstractTwoLayers):
     width: int = eqx.field(static=True)
     kind: str = eqx.field(static=True)
 
+    @checked
     def __init__(self, data: AbstractLinearData, width: int, kind: str):
         self.data = data
         self.width = checked_count("ScaleInvariantNet: width", width)

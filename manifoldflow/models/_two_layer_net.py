@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree, theory
-from manifoldflow._errors import checked_count
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_floats
 from manifoldflow._types import Key, Scalar
 from manifoldflow.losses import LeastSquares
 from manifoldflow.manifolds import ZeroLossManifold
@@ -42,6 +43,7 @@ class TwoLayerNet(eqx.Module):
     activation: Callable[..., Any]
     second_layer: Float[Array, " m"]
 
+    @checked
     def __init__(
         self,
         inputs: Any,
@@ -50,11 +52,12 @@ class TwoLayerNet(eqx.Module):
         activation: Callable[[Any], Any] | None = None,
         second_layer: Any = None,
     ):
-        self.inputs, self.targets = jnp.asarray(inputs, float), jnp.asarray(targets, float)
+        self.inputs = checked_floats("TwoLayerNet: inputs", inputs)
+        self.targets = checked_floats("TwoLayerNet: targets", targets)
         self.width = checked_count("TwoLayerNet: width", width)
         self.activation = _tree.as_pytree_callable(_cubic if activation is None else activation)
         layer = jnp.ones(self.width) if second_layer is None else second_layer
-        self.second_layer = jnp.asarray(layer, float)
+        self.second_layer = checked_floats("TwoLayerNet: second_layer", layer)
         if self.inputs.ndim != 2 or self.targets.shape != self.inputs.shape[:1]:
             raise ValueError(
                 f"The inputs must be (n, d) and the targets (n,); got shapes "

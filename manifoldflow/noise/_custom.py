@@ -7,6 +7,7 @@ import jax
 import lineax as lx
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -28,6 +29,7 @@ class CustomNoise(AbstractNoise):
 
     factor_fn: Callable[..., Any]
 
+    @checked_but("factor_fn")
     def __init__(self, factor_fn: Callable[[Point], Any]):
         if not callable(factor_fn):
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 import lineax as lx
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -23,6 +24,7 @@ class IsotropicNoise(AbstractNoise):
 
     std: Scalar
 
+    @checked
     def __init__(self, std: Any = 1.0):
         self.std = checked_nonnegative("IsotropicNoise: std", std, "It is a standard deviation.")
 

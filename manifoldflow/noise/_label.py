@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, LeastSquares
@@ -49,6 +50,7 @@ class LabelNoise(AbstractDataNoise):
     std: Scalar
     batch_size: int | None = eqx.field(static=True)
 
+    @checked
     def __init__(self, std: Any, batch_size: int | None = None):
         self.std = checked_nonnegative("LabelNoise: std", std, "It is a standard deviation.")
         if batch_size is not None:

@@ -7,6 +7,7 @@ import jax
 import lineax as lx
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
@@ -36,6 +37,7 @@ class MinibatchNoise(AbstractDataNoise):
     batch_size: int = eqx.field(static=True)
     replacement: bool = eqx.field(static=True)
 
+    @checked
     def __init__(self, batch_size: Any, replacement: bool = False):
         self.batch_size = checked_count("MinibatchNoise: batch_size", batch_size)
         self.replacement = bool(replacement)

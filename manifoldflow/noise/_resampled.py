@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, is_traced, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, PerExampleLoss
@@ -48,6 +49,7 @@ class ResampledLabels(AbstractDataNoise):
     batch_size: int | None = eqx.field(static=True)
     is_likelihood: bool = eqx.field(static=True)
 
+    @checked
     def __init__(self, batch_size: int | None = None, *, is_likelihood: bool = True):
         name = "ResampledLabels: batch_size (None for all examples)"
         self.batch_size = None if batch_size is None else checked_count(name, batch_size)

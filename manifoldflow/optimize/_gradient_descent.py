@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
@@ -46,6 +47,9 @@ class RiemannianGradientDescent(AbstractMethod):
     """
 
     retraction: AbstractRetraction = eqx.field(default_factory=NewtonRetraction)
+
+    def __check_init__(self):
+        checked_fields(self)
 
     @property
     def patience(self) -> int:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Flag, Tangent
 from manifoldflow.manifolds import AbstractNormalSpace, AbstractRetraction, NewtonRetraction
 from manifoldflow.optimize._base import AbstractMethod, Attempt, Iterate, Problem, Work
@@ -44,6 +45,7 @@ class RiemannianOptax(AbstractMethod):
     optimizer: optax.GradientTransformationExtraArgs
     retraction: AbstractRetraction
 
+    @checked
     def __init__(self, optimizer: Any, retraction: AbstractRetraction | None = None):
         if not isinstance(optimizer, optax.GradientTransformation):
             raise ValueError(

@@ -6,6 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_fields
+from manifoldflow._errors import checked_count, checked_nonnegative, checked_positive
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
@@ -53,6 +55,16 @@ class RiemannianTrustRegion(AbstractMethod):
     kappa: Any = 0.1
     theta: Any = 1.0
     max_products: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        checked_fields(self)
+        for name in ("initial_radius", "kappa", "theta"):
+            value = getattr(self, name)
+            if value is not None or name != "initial_radius":
+                check = checked_nonnegative if name == "theta" else checked_positive
+                check(f"RiemannianTrustRegion: {name}", value)
+        if self.max_products is not None:
+            checked_count("RiemannianTrustRegion: max_products", self.max_products)
 
     @property
     def patience(self) -> int:

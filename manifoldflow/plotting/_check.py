@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from manifoldflow._boundary import checked
 from manifoldflow.diagnostics import SlopeCheck
 
 
+@checked
 def plot_check(check: SlopeCheck, axes: Any = None) -> Any:
     """Draw the error of a check in log-log scale, with the slope that theory says.
 

@@ -7,11 +7,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from manifoldflow._boundary import checked
 from manifoldflow._solution import Solution
 
 SHARPNESS_COLOUR, TEST_COLOUR, BEFORE_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
 
 
+@checked
 def plot_walk(
     walk: Solution,
     *,

@@ -18,7 +18,7 @@ from manifoldflow._solution import RESULTS, Solution
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractNoise
-from manifoldflow.sgd._optimizer import check_clock, transform_of
+from manifoldflow.sgd._optimizer import check_clock, transform_of, updated
 from manifoldflow.sgd._sam import SAMGradient
 
 _DIVERGED = 1e8
@@ -115,13 +115,7 @@ class Stepper:
             return self.problem.loss(_tree.join(coordinates, self.problem.remainder))
 
         slope = self.gradient(here, step)
-        try:
-            return self.transform.update(slope, opt_state, here, grad_fn=grad_fn)
-        except TypeError:
-            # Some ask for more, but SAM refuses to be told more than grad_fn.
-            self.num_gradients = 1
-            extras = {"value": value_fn(here), "value_fn": value_fn, "grad": slope}
-            return self.transform.update(slope, opt_state, here, grad_fn=grad_fn, **extras)
+        return updated(self.transform, slope, opt_state, here, grad_fn, value_fn)
 
     def row(self, state: State, time: Scalar) -> Row:
         """What is saved of a state, and told to whoever follows the run."""

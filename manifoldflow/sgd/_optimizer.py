@@ -1,5 +1,6 @@
 """Optax transforms: made from a learning rate, and asked which clock they run on."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
-from manifoldflow._types import Coordinates
+from manifoldflow._types import Coordinates, Tangent
 
 
 def checked_optimizer(optimizer: Any) -> Callable[..., Any]:
@@ -40,8 +41,43 @@ def transform_of(
     return optax.with_extra_args_support(transform)
 
 
+def updated(
+    transform: optax.GradientTransformationExtraArgs,
+    gradient: Tangent,
+    state: PyTree[Any],
+    here: Coordinates,
+    grad_fn: Callable[..., Any],
+    value_fn: Callable[..., Any],
+) -> tuple[Any, Any]:
+    """The update and the new state, from a transform that gets what it asks for.
+
+    Optax refuses what nobody asks for, and nothing says beforehand what is: SAM wants
+    `grad_fn` alone, line searches `value`, `grad` and `value_fn` without it.
+    """
+    slopes = {"grad_fn": grad_fn}
+
+    def values() -> dict[str, Any]:
+        return {"value": value_fn(here), "value_fn": value_fn, "grad": gradient}
+
+    try:
+        return transform.update(gradient, state, here, **slopes)
+    except TypeError as error:
+        for extras in (values, lambda: slopes | values()):
+            with contextlib.suppress(TypeError):
+                return transform.update(gradient, state, here, **extras())
+        raise error  # of the user's own transform, as it is
+
+
 def _name(value: Any) -> str:
     return f"a {type(value).__name__}"
+
+
+def _constant(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _zero(_: Any) -> Array:
+    return jnp.zeros(())
 
 
 def check_clock(
@@ -65,7 +101,7 @@ def check_clock(
     """
     try:
         rest, answers, doubled = (_answers(optimizer, one, coordinates, g) for g in (0, 1e-3, 2e-3))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(_NO_CLOCK) from error
     if is_traced((rest, answers, doubled)):
         return  # The user's transform holds traced values: not known before it runs.
@@ -110,6 +146,8 @@ def _answers(
         point, updates = full(1.0), []
         state = transform.init(point)
         for value in (gradient, 0.0, 0.0):
-            update, state = transform.update(full(value), state, point)
+            slope = full(value)
+            grad_fn = functools.partial(_constant, slope)
+            update, state = updated(transform, slope, state, point, grad_fn, _zero)
             updates.append(_tree.ravel(update)[0])
         return jnp.stack(updates)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -38,6 +39,7 @@ class SAMGradient(eqx.Module):
     radius: Scalar
     num_draws: int = eqx.field(static=True)
 
+    @checked
     def __init__(self, noise: AbstractNoise, radius: Any, num_draws: int = 1):
         self.noise = noise
         self.radius = checked_nonnegative("SAMGradient: radius", radius, "It is a length.")

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
@@ -26,6 +27,7 @@ from manifoldflow.sgd._resume import resumable_run
 from manifoldflow.sgd._sam import SAMGradient
 
 
+@checked_but("loss", "noise", "optimizer", "key")
 def simulate(
     loss: AbstractLoss,
     noise: AbstractNoise | SAMGradient,
@@ -108,7 +110,7 @@ def simulate(
     beta = 0.0 if momentum is None else momentum
     has_end_time = _checked_ends(noise, num_steps, end_time)
     num_steps = (
-        num_steps_for(learning_rate, end_time, beta)
+        num_steps_for(learning_rate, end_time, beta, advice=_EARLIER)
         if has_end_time
         else checked_count("num_steps", num_steps)
     )
@@ -138,6 +140,9 @@ def simulate(
     else:
         solution = resumable_run(problem, coordinates, times, num_steps, beta, checkpoint, resume)
     return _raised(solution) if throw else solution
+
+
+_EARLIER = "Raise the learning rate, ask for an earlier end, or give num_steps instead"
 
 
 def _check_kinds(loss: Any, noise: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import is_traced
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Point
@@ -43,6 +44,7 @@ class Balance(eqx.Module):
         return "\n".join(lines)
 
 
+@checked
 def balance(
     network: Point,
     loss: LossOrExamples,
@@ -101,6 +103,7 @@ def balance(
     )[0]
 
 
+@checked
 def balance_with_info(
     network: Point,
     loss: LossOrExamples,

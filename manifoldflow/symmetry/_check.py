@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked_but
+from manifoldflow._errors import checked_positive
 from manifoldflow._types import Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator
 from manifoldflow.symmetry._gradients import (
@@ -52,6 +54,7 @@ class SymmetryCheck(eqx.Module):
         )
 
 
+@checked_but("symmetry")
 def check_symmetry(
     symmetry: ExponentialSymmetry,
     example_loss: ExampleLoss,
@@ -78,7 +81,9 @@ def check_symmetry(
     """
     if not isinstance(symmetry, ExponentialSymmetry):
         raise ValueError(f"Expected an ExponentialSymmetry; got {type(symmetry).__name__}.")
-    bound = default_tolerance(point) if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = default_tolerance(point)
+    bound = float(checked_positive("check_symmetry: tolerance", tolerance))
     example_loss = _tree.as_pytree_callable(example_loss)
     left, terms, losses, changes, asymmetry = _measured(
         symmetry, example_loss, point, checked_examples(data)

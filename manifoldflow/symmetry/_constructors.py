@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._errors import shapes_of
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_number, described, real_numbers, shapes_of
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.symmetry._generators import checked_symmetric, LowRank, Rotation
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
@@ -18,6 +19,7 @@ Where = Callable[[Any], Any]
 """Picks a leaf, or a tuple of leaves, out of a point."""
 
 
+@checked
 def rescaling(
     point: Point, first: Where, second: Where, *, degree: float = 1.0
 ) -> ExponentialSymmetry:
@@ -33,10 +35,12 @@ def rescaling(
     References:
         [Ziyin2024, §4.2].
     """
+    checked_number("rescaling: degree", degree)
     weights = _weighted(_zeros(point), first, lambda leaf: 1.0)
     return ExponentialSymmetry(_weighted(weights, second, lambda leaf: -degree))
 
 
+@checked
 def mlp_rescaling(
     mlp: eqx.nn.MLP, layer: int = 0, *, neuron: int | None = None, degree: float = 1.0
 ) -> ExponentialSymmetry:
@@ -100,6 +104,7 @@ def linear_rescaling(
     return ExponentialSymmetry(weights)
 
 
+@checked
 def scaling(point: Point, where: Where = lambda point: point) -> ExponentialSymmetry:
     """θ ↦ cθ, A = I: weights that only enter normalised.
 
@@ -112,6 +117,7 @@ def scaling(point: Point, where: Where = lambda point: point) -> ExponentialSymm
     return ExponentialSymmetry(_weighted(_zeros(point), where, lambda leaf: 1.0))
 
 
+@checked
 def double_rotation(
     point: Point,
     first: Where,
@@ -141,6 +147,7 @@ def double_rotation(
     return _rotation(point, where, axes, (1, -1), checked_symmetric(matrix)[None])
 
 
+@checked
 def query_key_rotation(
     point: Point,
     where: Callable[[Any], eqx.nn.MultiheadAttention],
@@ -160,6 +167,11 @@ def query_key_rotation(
         ValueError: B is not symmetric, the shapes do not fit, or there is no such head.
     """
     layer = where(point)
+    if not isinstance(layer, eqx.nn.MultiheadAttention):
+        raise ValueError(
+            "query_key_rotation: `where` must pick an equinox.nn.MultiheadAttention out of the "
+            f"point; it picks {described(layer)}."
+        )
     if not 0 <= head < layer.num_heads:
         raise ValueError(f"The layer has {layer.num_heads} heads; got head={head}.")
     matrix = checked_symmetric(matrix)
@@ -175,6 +187,7 @@ def query_key_rotation(
     return _rotation(point, leaves, (0,) * len(signs), signs, blocks)
 
 
+@checked
 def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialSymmetry:
     """A = Σᵣ cᵣ vᵣvᵣᵀ, of low rank, for directions that need not be orthogonal.
 
@@ -187,8 +200,9 @@ def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialS
         ValueError: the shapes do not fit.
     """
     coordinates, _ = _tree.split(point)
-    directions, values = jax.tree.map(jnp.asarray, directions), jnp.asarray(values)
-    leading = jax.tree.map(lambda leaf: leaf[..., 0], directions)
+    values = jnp.asarray(real_numbers("values", values))
+    directions = jax.tree.map(lambda x: jnp.asarray(real_numbers("directions", x)), directions)
+    leading = jax.tree.map(lambda leaf: leaf[..., 0] if leaf.ndim else leaf, directions)
     _tree.as_tangent(coordinates, leading, "directions, but for their trailing axis,")
     if any(leaf.shape[-1:] != values.shape for leaf in jax.tree.leaves(directions)):
         raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import is_leafwise
@@ -29,6 +30,7 @@ def checked_noise(name: str, noise_scale: Any, weight_decay: Any) -> tuple[Array
     )
 
 
+@checked
 def charge_drift(
     charge: Callable[[Point], Any],
     example_loss: ExampleLoss,
@@ -90,6 +92,7 @@ def _charge_drift(
     return (noise_scale * trace - steady).astype(trace.dtype)
 
 
+@checked
 def noether_drift(
     symmetry: Symmetries,
     example_loss: ExampleLoss,
@@ -167,6 +170,7 @@ def quadratic_forms(
     return lambda v: jnp.stack([_tree.inner(v, generator.mv(v)) for generator in generators])
 
 
+@checked
 def discrete_noether_drift(
     symmetry: Symmetries,
     example_loss: ExampleLoss,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import checked_noise, drift
@@ -42,6 +43,7 @@ MAX_STEPS = 200
 _BROKEN = 1e-3
 
 
+@checked
 def noise_equilibrium(
     symmetry: Symmetries,
     example_loss: ExampleLoss,
@@ -99,6 +101,7 @@ def noise_equilibrium(
     )[0]
 
 
+@checked
 def noise_equilibrium_with_info(
     symmetry: Symmetries,
     example_loss: ExampleLoss,
@@ -157,7 +160,7 @@ def _equilibrium(
     defect = jnp.maximum(
         _broken(generators, there, example_loss, data), _noncommuting(generators, frozen[0])
     )
-    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.max_steps_reached)
+    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.out_of_steps)
     result = RESULTS.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)
     is_finite = (is_finite > 0) & jnp.isfinite(defect)
     num_steps = num_steps.astype(int)

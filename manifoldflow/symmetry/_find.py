@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_positive
 from manifoldflow._types import Example, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._constructors import linear_rescaling
@@ -46,6 +48,7 @@ class Rescaling(eqx.Module):
         return f"{self.first} against {self.second}{which}, degree {self.degree:g}; {self.check}"
 
 
+@checked
 def find_rescalings(
     network: Point,
     example_loss: ExampleLoss,
@@ -75,7 +78,9 @@ def find_rescalings(
     """
     data, example_loss = checked_examples(data), _tree.as_pytree_callable(example_loss)
     coordinates, remainder = _tree.split(network)
-    bound = default_tolerance(network) if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = default_tolerance(network)
+    bound = float(checked_positive("find_rescalings: tolerance", tolerance))
     elsewhere = _tree.join(_shaken(coordinates), remainder)
     # One layer behind another one of them: their shares for every example and neuron.
     shares = [[np.asarray(s) for s in _shares(example_loss, p, data)] for p in (network, elsewhere)]

@@ -15,7 +15,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._errors import is_traced, shapes_of
+from manifoldflow._errors import is_traced, real_numbers, shapes_of
 from manifoldflow._types import Coordinates, Scalar, Tangent
 
 
@@ -247,7 +247,8 @@ def spectral_of(matrix: Float[Array, "D D"]) -> LowRank:
 
 
 def checked_symmetric(matrix: Any) -> Float[Array, "d d"]:
-    matrix = jnp.asarray(matrix, jnp.result_type(float, matrix))
+    matrix = jnp.asarray(real_numbers("The generator", matrix))
+    matrix = matrix.astype(jnp.result_type(float, matrix))
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"The generator must be a square matrix; got shape {matrix.shape}.")
     if not is_traced(matrix):

@@ -6,10 +6,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import described, is_traced, real_numbers
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator, resolved
 
@@ -37,9 +40,16 @@ class ExponentialSymmetry(eqx.Module):
 
     generator: Any
 
+    @checked
     def __init__(self, generator: Any):
         # Numbers as arrays, so that other weights do not retrace.
         generator = jax.tree.map(_as_array, generator)
+        if not _is_generator(generator):
+            raise ValueError(
+                "ExponentialSymmetry: generator must be finite weights like the point, a linear "
+                f"function, a symmetric matrix, or what `rescaling` and its kin build; got "
+                f"{described(generator)}."
+            )
         self.generator = _tree.as_pytree_callable(generator) if callable(generator) else generator
 
     def at(self, point: Point) -> AbstractGenerator:
@@ -68,7 +78,16 @@ class ExponentialSymmetry(eqx.Module):
 
 def _as_array(leaf: Any) -> Any:
     is_number = isinstance(leaf, np.ndarray | int | float) and not isinstance(leaf, bool)
-    return jnp.asarray(leaf, float) if is_number else leaf
+    return jnp.asarray(real_numbers("The generator", leaf), float) if is_number else leaf
+
+
+def _is_generator(generator: Any) -> bool:
+    """A function, or numbers in a PyTree, of which all that are known are finite."""
+    if callable(generator) or isinstance(generator, AbstractGenerator | lx.AbstractLinearOperator):
+        return True
+    leaves = [leaf for leaf in jax.tree.leaves(generator) if eqx.is_array(leaf)]
+    known = [np.asarray(leaf) for leaf in leaves if not is_traced(leaf)]
+    return bool(leaves) and all(leaf.size and np.all(np.isfinite(leaf)) for leaf in known)
 
 
 Symmetries = ExponentialSymmetry | Sequence[ExponentialSymmetry]
@@ -90,6 +109,7 @@ def like(symmetry: Symmetries, values: Float[Array, " k"]) -> Float[Array, "..."
     return values[0] if isinstance(symmetry, ExponentialSymmetry) else values
 
 
+@checked
 def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parameters: Any) -> Point:
     """e^{λ₁A₁ + … + λₖAₖ}θ for symmetries that commute.
 
@@ -98,11 +118,19 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
         point: θ.
         parameters: λ, (k,), as `noise_equilibrium` finds them.
     """
-    for symmetry, parameter in zip(as_tuple(symmetries), parameters, strict=True):
+    symmetries = as_tuple(symmetries)
+    values = jnp.asarray(real_numbers("act_together: parameters", parameters))
+    if values.shape != (len(symmetries),):
+        raise ValueError(
+            f"act_together: parameters must be one number for each of the {len(symmetries)} "
+            f"symmetries; got shape {values.shape}."
+        )
+    for symmetry, parameter in zip(symmetries, values):
         point = symmetry.act(point, parameter)
     return point
 
 
+@checked
 def noether_charge(symmetry: Symmetries, point: Point) -> Float[Array, "..."]:
     """C = ½θᵀAθ, which gradient flow conserves and SGD does not; (k,) for k symmetries.
 

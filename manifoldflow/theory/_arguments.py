@@ -3,6 +3,10 @@
 import numpy as np
 from jax.typing import ArrayLike
 
+from manifoldflow._errors import real_numbers
+
+_ROUNDING = 1e-10
+
 
 def problem(inputs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     z = matrix("inputs", inputs)
@@ -29,6 +33,17 @@ def vector(name: str, value: ArrayLike, length: int) -> np.ndarray:
     return array
 
 
+def semidefinite(name: str, array: np.ndarray) -> np.ndarray:
+    """A covariance: symmetric, without negative eigenvalues, to rounding."""
+    scale = np.max(np.abs(array))
+    if np.max(np.abs(array - array.T)) > _ROUNDING * scale:
+        raise ValueError(f"{name}: expected a symmetric matrix; got one that is not.")
+    least = np.linalg.eigvalsh(array)[0]
+    if least < -_ROUNDING * scale:
+        raise ValueError(f"{name}: got the eigenvalue {least:.3g}, expected none below 0.")
+    return array
+
+
 def number(name: str, value: float, *, least: float, strict: bool = False) -> float:
     array = finite(name, value)
     if array.ndim != 0 or array < least or (strict and array == least):
@@ -39,7 +54,7 @@ def number(name: str, value: float, *, least: float, strict: bool = False) -> fl
 
 
 def finite(name: str, value: ArrayLike) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float64)
+    array = np.asarray(real_numbers(name, value), dtype=np.float64)
     if not np.all(np.isfinite(array)):
         raise ValueError(
             f"{name}: got NaN or infinity, expected finite numbers; remove or mask them first."

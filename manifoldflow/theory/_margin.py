@@ -4,9 +4,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
+from manifoldflow._boundary import checked
 from manifoldflow.theory._arguments import finite, problem
 
 
+@checked
 def max_margin_direction(
     inputs: Num[ArrayLike, "..."], labels: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, " d"]:

@@ -6,10 +6,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow.theory._arguments import finite, matrix, number
+from manifoldflow.theory._arguments import finite, matrix, number, semidefinite
 
 
+@checked
 def two_layer_noise_matrices(
     inputs: Num[ArrayLike, "..."],
     residuals: Num[ArrayLike, "..."],
@@ -41,6 +43,7 @@ def two_layer_noise_matrices(
     return of_inputs + decay * np.eye(x.shape[1]), of_outputs + decay * np.eye(r.shape[1])
 
 
+@checked
 def deep_linear_noise_sides(
     weights: Sequence[Num[ArrayLike, "..."]],
     input_covariance: Num[ArrayLike, "..."],
@@ -70,6 +73,7 @@ def deep_linear_noise_sides(
     ]
 
 
+@checked
 def deep_linear_sharpness(
     weights: Sequence[Num[ArrayLike, "..."]], input_covariance: Num[ArrayLike, "..."]
 ) -> float:
@@ -90,6 +94,7 @@ def deep_linear_sharpness(
     return float(2 * sum(np.trace(m) * np.trace(r) for m, r in zip(moments, returns)))
 
 
+@checked
 def deep_linear_initial_sharpness(
     sizes: Sequence[int], variances: Sequence[float], input_trace: float
 ) -> float:
@@ -125,7 +130,8 @@ def problem(
     v = matrix("target_map", target_map)
     rows, columns = v.shape
     inner = shaped(inner_name, matrix(inner_name, inner), (columns, columns))
-    return v, inner, shaped(outer_name, matrix(outer_name, outer), (rows, rows))
+    outer = shaped(outer_name, matrix(outer_name, outer), (rows, rows))
+    return v, semidefinite(inner_name, inner), semidefinite(outer_name, outer)
 
 
 def shaped(name: str, value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

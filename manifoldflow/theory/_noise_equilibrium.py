@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key
 from manifoldflow.theory._arguments import finite, matrix, number
@@ -18,6 +19,7 @@ Weights = tuple[np.ndarray, ...]
 _ROUNDING = 1e-10
 
 
+@checked
 def deep_linear_noise_equilibrium(
     target_map: Num[ArrayLike, "..."],
     input_covariance: Num[ArrayLike, "..."],
@@ -61,8 +63,8 @@ def deep_linear_noise_equilibrium(
     sizes = [checked_count("widths", width) for width in widths]
     if not sizes:
         raise ValueError("widths: got none, expected the width of at least one hidden layer.")
-    inner, outer = _root("input_covariance", sigma_x), _root("noise_covariance", sigma_eps)
-    last, values, first = _aligned(v, inner, outer)
+    inner, outer = _root(sigma_x), _root(sigma_eps)
+    last, values, first = _aligned("target_map", v, inner, outer)
     frames = _frames(sizes, len(values), key)
     # last @ first = V with sqrt(S) in each, so that the factors below multiply to 1.
     trace, depth = np.sum(values), len(sizes) + 1
@@ -73,6 +75,7 @@ def deep_linear_noise_equilibrium(
     return begin, *middle, c * np.sqrt(t_eps / trace) * last @ frames[-1].T
 
 
+@checked
 def two_layer_noise_equilibrium(
     product: Num[ArrayLike, "..."],
     input_noise: Num[ArrayLike, "..."],
@@ -101,11 +104,12 @@ def two_layer_noise_equilibrium(
         [Ziyin2024, Theorem 5.2].
     """
     v, g_w, g_u = problem(product, input_noise, output_noise, "input_noise", "output_noise")
-    last, values, first = _aligned(v, _root("input_noise", g_w), _root("output_noise", g_u))
+    last, values, first = _aligned("product", v, _root(g_w), _root(g_u))
     (frame,) = _frames([checked_count("width", width)], len(values), key)
     return frame @ first, last @ frame.T
 
 
+@checked
 def approximate_symmetry_displacement(
     point: Num[ArrayLike, "..."],
     generator: Num[ArrayLike, "..."],
@@ -154,19 +158,14 @@ def approximate_symmetry_displacement(
     return float(number("noise_scale", noise_scale, least=0.0) * np.trace(sigma @ a) / pull)
 
 
-def _root(name: str, covariance: np.ndarray) -> np.ndarray:
+def _root(covariance: np.ndarray) -> np.ndarray:
     """The symmetric square root of a positive semidefinite matrix."""
-    scale = np.max(np.abs(covariance))
-    if np.max(np.abs(covariance - covariance.T)) > _ROUNDING * scale:
-        raise ValueError(f"{name}: expected a symmetric matrix; got one that is not.")
     values, vectors = np.linalg.eigh(covariance)
-    if values[0] < -_ROUNDING * scale:
-        raise ValueError(f"{name}: got the eigenvalue {values[0]:.3g}, expected none below 0.")
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def _aligned(
-    product: np.ndarray, inner: np.ndarray, outer: np.ndarray
+    name: str, product: np.ndarray, inner: np.ndarray, outer: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """last (d_y, r) and first (r, d_x) with last @ first = V and their S.
 
@@ -176,13 +175,13 @@ def _aligned(
     left, values, right = np.linalg.svd(product, full_matrices=False)
     rank = int(np.sum(values > _ROUNDING * values[0])) if values[0] > 0 else 0
     if rank == 0:
-        raise ValueError("target_map: got 0, expected a map that is not; 0 needs no weights.")
+        raise ValueError(f"{name}: got 0, expected a map that is not; 0 needs no weights.")
     left, right = left[:, :rank], values[:rank, None] * right[:rank]
     a, b = outer @ left, right @ inner
     l, s, r = np.linalg.svd(a @ b, full_matrices=False)
     if s[rank - 1] <= _ROUNDING * s[0] or s[0] == 0:
         raise ValueError(
-            f"covariances: the noise reaches less than the rank {rank} of target_map, so that no "
+            f"covariances: the noise reaches less than the rank {rank} of {name}, so that no "
             "finite equilibrium exists. Restrict the problem to the directions that have noise."
         )
     l, s, r = l[:, :rank], s[:rank], r[:rank]
@@ -195,7 +194,7 @@ def _frames(widths: Sequence[int], rank: int, key: Key) -> list[np.ndarray]:
     """Uniform matrices with orthonormal columns, (width, rank) each."""
     small = [width for width in widths if width < rank]
     if small:
-        raise ValueError(f"widths: got {small[0]}, expected at least {rank}, the rank of the map.")
+        raise ValueError(f"width: got {small[0]}, expected at least {rank}, the rank of the map.")
     rng = np.random.default_rng(np.asarray(jr.key_data(key)).ravel())
     found = [np.linalg.qr(rng.normal(size=(width, rank))) for width in widths]
     return [q * np.sign(np.diag(triangle)) for q, triangle in found]

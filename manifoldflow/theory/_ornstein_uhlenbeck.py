@@ -4,9 +4,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
+from manifoldflow._boundary import checked
 from manifoldflow.theory._arguments import matrix, number
 
 
+@checked
 def ornstein_uhlenbeck_covariance(
     hessian: Num[ArrayLike, "..."],
     covariance: Num[ArrayLike, "..."],

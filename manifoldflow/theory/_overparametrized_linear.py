@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
+from manifoldflow._boundary import checked
 from manifoldflow.theory._arguments import finite, matrix, number, problem, vector
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -21,6 +22,7 @@ _STAGE = 20.0  # nats by which the logarithms p, q may move between two Newton s
 _MAX_NEWTON_STEPS = 500
 
 
+@checked
 def overparametrized_linear_flow(
     inputs: Num[ArrayLike, "..."],
     targets: Num[ArrayLike, "..."],
@@ -78,6 +80,7 @@ def overparametrized_linear_flow(
     return answer.reshape(times.shape + (z.shape[1],))
 
 
+@checked
 def overparametrized_linear_charges(
     inputs: Num[ArrayLike, "..."],
     u: Num[ArrayLike, "..."],
@@ -112,6 +115,7 @@ def overparametrized_linear_charges(
     return u * v * np.exp(-_decay_rates(z, noise_constant) * _times(time)[..., None])
 
 
+@checked
 def weighted_l1_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, " d"]:
@@ -155,6 +159,7 @@ def weighted_l1_interpolant(
     return np.where(cost > 0.0, plus - minus, 0.0)
 
 
+@checked
 def kernel_rich_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."], *, scale: float
 ) -> Float[np.ndarray, " d"]:
@@ -185,6 +190,7 @@ def kernel_rich_interpolant(
     return _Dual(x, y, log_scale, log_scale).move_to(log_scale, log_scale)
 
 
+@checked
 def min_norm_interpolant(
     inputs: Num[ArrayLike, "..."],
     targets: Num[ArrayLike, "..."],

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Num
 
+from manifoldflow._boundary import checked
 from manifoldflow.theory._arguments import matrix
 
 _ENUMERATED = 20_000
@@ -31,6 +32,7 @@ class RestrictedIsometry(NamedTuple):
     is_exact: bool
 
 
+@checked
 def restricted_isometry(
     inputs: Num[ArrayLike, "..."], sparsity: int, *, num_starts: int = 32, seed: int = 0
 ) -> RestrictedIsometry:

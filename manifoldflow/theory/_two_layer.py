@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
+from manifoldflow._boundary import checked
 from manifoldflow.theory._arguments import finite, matrix, number
 
 _FARTHEST = 2.0**60
@@ -38,6 +39,7 @@ class ActivationConstants(NamedTuple):
     normality_at: float
 
 
+@checked
 def activation_constants(
     activation: Callable[[Any], Any], low: float = -10.0, high: float = 10.0
 ) -> ActivationConstants:
@@ -73,6 +75,7 @@ def activation_constants(
     return ActivationConstants(slope, bend, beta, slope_at, bend_at, beta_at)
 
 
+@checked
 def two_layer_minimizer(
     targets: Num[ArrayLike, "..."],
     width: int,
@@ -132,6 +135,7 @@ def two_layer_minimizer(
     return np.stack([at(level) for level in levels], axis=1)
 
 
+@checked
 def coherence(inputs: Num[ArrayLike, "..."]) -> float:
     """mu, the least eigenvalue of the Gram matrix of the inputs: ``X X' >= mu I``.
 
@@ -147,6 +151,7 @@ def coherence(inputs: Num[ArrayLike, "..."]) -> float:
     return float(max(0.0, np.linalg.eigvalsh(x @ x.T)[0]))
 
 
+@checked
 def simplicity_time_bound(
     flatness: float,
     accuracy: float,
