@@ -278,7 +278,7 @@ def _array(wanted: Any, value: Any, sizes: dict[str, int]) -> Any:
 
 def _dtypes(wanted: Any) -> tuple[str, ...]:
     every = ("bool", "int32", "float32", "complex64")
-    return wanted.dtypes if isinstance(wanted.dtypes, tuple | list) else every
+    return tuple(wanted.dtypes) if isinstance(wanted.dtypes, tuple | list) else every
 
 
 def _is_kept_array(value: Any) -> bool:

@@ -171,8 +171,17 @@ def test_numbers_that_mean_nothing():
         linalg.pseudo_inverse(jnp.ones((2, 3)))
     with refused(ValueError, "input_covariance", "below 0"):
         theory.deep_linear_sharpness([np.eye(2), np.eye(2)], -np.eye(2))
-    with refused(ValueError, "input_covariance"):
-        models.LinearStream(np.eye(2), np.ones(3), np.eye(2))
+    with refused(ValueError, "covariance", "below 0"):
+        theory.ornstein_uhlenbeck_covariance(np.eye(2), -np.eye(2), learning_rate=0.1)
+    with refused(ValueError, "covariance", "below 0"):
+        theory.approximate_symmetry_displacement(
+            *(np.ones(2), np.eye(2), -np.eye(2), np.eye(2), np.ones(2)),
+            noise_scale=1.0,
+            strength=1.0,
+        )
+    for covariance in (np.ones(3), np.asarray([1.0, -1.0])):
+        with refused(ValueError, "input_covariance"):
+            models.LinearStream(np.eye(2), covariance, np.eye(2))
 
 
 FLOAT = """

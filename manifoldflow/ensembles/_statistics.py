@@ -57,9 +57,9 @@ def statistics(
             range.
     """
     arrays = jax.tree.map(lambda leaf: jnp.asarray(real_numbers("values", leaf)), values)
-    levels = np.asarray(real_numbers("levels", levels))
+    asked = np.asarray(real_numbers("levels", levels))
     num_members = _num_members(arrays, axis)
-    if not all(0 <= level <= 1 for level in levels.reshape(-1)) or levels.ndim != 1:
+    if not all(0 <= level <= 1 for level in asked.reshape(-1)) or asked.ndim != 1:
         raise ValueError(f"levels must be a sequence of numbers in [0, 1]; got {levels}.")
     arrays = jax.tree.map(lambda leaf: _members_first(leaf, axis), arrays)
     is_fine = _finite_members(arrays)

@@ -168,10 +168,10 @@ def separable_data(
         at least `margin`, the largest margin of the data larger.
     """
     n, d = checked_count("num_examples", num_examples), checked_count("num_features", num_features)
-    margin = checked_nonnegative("margin", margin, "It is a distance.")
+    least = checked_nonnegative("margin", margin, "It is a distance.")
     of_inputs, of_plane = jr.split(key)
     inputs = jr.normal(of_inputs, (n, d), jnp.result_type(float))
     normal = jr.normal(of_plane, (d,), inputs.dtype)
     normal = normal / jnp.linalg.norm(normal)
     labels = jnp.where(inputs @ normal < 0, -1.0, 1.0)
-    return inputs + margin * labels[:, None] * normal, labels, normal
+    return inputs + least * labels[:, None] * normal, labels, normal

@@ -10,7 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked, checked_but
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -38,7 +38,7 @@ class OnlineBatch(AbstractNoise):
     example_loss: Callable[..., Any]
     batch_size: int = eqx.field(static=True)
 
-    @checked
+    @checked_but("sample_fn", "example_loss")
     def __init__(
         self,
         sample_fn: Callable[[Key, int], PyTree[Array]],
@@ -72,4 +72,4 @@ class OnlineBatch(AbstractNoise):
             "OnlineBatch has no covariance: it knows its data by samples only. For flows, draw a "
             "data set and use MinibatchNoise(batch_size, replacement=True), or give the factor to "
             "CustomNoise."
-        ) @ checked_but("sample_fn", "example_loss")
+        )

@@ -10,7 +10,7 @@ from jaxtyping import Num
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key
-from manifoldflow.theory._arguments import finite, matrix, number
+from manifoldflow.theory._arguments import finite, matrix, number, semidefinite
 from manifoldflow.theory._noise_balance import problem, shaped
 
 Weights = tuple[np.ndarray, ...]
@@ -137,7 +137,7 @@ def approximate_symmetry_displacement(
         strength: z > 0.
 
     Raises:
-        ValueError: wrong shapes; a direction with n' H A t = 0, along which nothing pulls back.
+        ValueError: wrong shapes; a covariance with a negative eigenvalue; a direction with n' H A t = 0, along which nothing pulls back.
 
     References:
         [Ziyin2024, eqs. (20) to (23)]; (23) prints twice the change of the charge.
@@ -146,6 +146,7 @@ def approximate_symmetry_displacement(
     given = {"generator": generator, "covariance": covariance, "hessian": hessian}
     shape = (theta.size, theta.size)
     a, sigma, h = (shaped(name, matrix(name, value), shape) for name, value in given.items())
+    sigma = semidefinite("covariance", sigma)
     if theta.ndim != 1 or n.shape != theta.shape:
         raise ValueError(
             f"point and direction: got shapes {theta.shape} and {n.shape}, expected (D,) both."

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from manifoldflow._boundary import checked
-from manifoldflow.theory._arguments import matrix, number
+from manifoldflow.theory._arguments import matrix, number, semidefinite
 
 
 @checked
@@ -42,7 +42,8 @@ def ornstein_uhlenbeck_covariance(
     References:
         [Ma2022, chapter 9]; S. Mandt, M. Hoffman, D. Blei, JMLR 18 (2017).
     """
-    h, sigma = _symmetric("hessian", hessian), _symmetric("covariance", covariance)
+    h = _symmetric("hessian", hessian)
+    sigma = semidefinite("covariance", _symmetric("covariance", covariance))
     if h.shape != sigma.shape:
         raise ValueError(f"hessian and covariance need one shape; got {h.shape} and {sigma.shape}.")
     eta = number("learning_rate", learning_rate, least=0.0, strict=True)
