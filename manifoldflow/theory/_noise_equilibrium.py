@@ -137,7 +137,8 @@ def approximate_symmetry_displacement(
         strength: z > 0.
 
     Raises:
-        ValueError: wrong shapes; a covariance with a negative eigenvalue; a direction with n' H A t = 0, along which nothing pulls back.
+        ValueError: wrong shapes; a covariance with a negative eigenvalue; a direction with
+            n' H A t = 0, along which nothing pulls back.
 
     References:
         [Ziyin2024, eqs. (20) to (23)]; (23) prints twice the change of the charge.
