@@ -82,7 +82,7 @@ def logarithm_map_with_info(
         return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
 
     # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
-    default = jnp.result_type(flat.dtype, float)
+    default = jnp.promote_types(flat.dtype, jnp.result_type(float))
 
     def shot(v: Array, args: None) -> Array:
         del args
