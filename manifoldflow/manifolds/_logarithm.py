@@ -89,7 +89,7 @@ def logarithm_map_with_info(
     _, unit = _tree.in_own_units((fixed[1], fixed[2]))
     unit = unit.astype(flat.dtype)
     # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
-    default = jnp.result_type(flat.dtype, float)
+    default = jnp.promote_types(flat.dtype, jnp.result_type(float))
 
     def shot(v: Array, args: None) -> Array:
         del args
