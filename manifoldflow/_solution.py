@@ -83,8 +83,8 @@ class RESULTS(eqx.Enumeration):
         "kink, a pole or a loss of rank, or float64 is needed."
     )
     not_converged = (
-        "The eigenvalues were not found to tolerance: `residuals` says how far from an "
-        "eigenvalue each of them may be. Raise `max_steps`, or use float64."
+        "The eigenvalues were not found to tolerance: their residuals say how far from an "
+        "eigenvalue each of them may be. Allow more products, ask for fewer, or use float64."
     )
     rank_too_small = (
         "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "

@@ -37,7 +37,7 @@ WHOSE = {
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
         ("batch_size", "is_likelihood"), "ResampledLabels"
     ),
-    ("sgd/_journal.py", "read"): {"num_saves": "simulate"},
+    ("_journal/_journal.py", "read"): {"num_saves": "solve simulate"},
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
     ),
@@ -49,17 +49,20 @@ WHOSE = {
 # The same for members of RESULTS, by the files that give them.
 MEMBERS = {
     "stopped_early": {
+        "flows/_legs.py": "solve",
         "flows/_solve.py": "solve",
         "flows/_walk.py": "solve",
     },
     "max_steps_reached": {
+        "flows/_legs.py": "solve",
         "flows/_solve.py": "solve",
-        "manifolds/_closest.py": "",  # translated there by `without_step_limit`
-        "manifolds/_geodesics.py": "",
+        "manifolds/_closest.py": "closest_point",
+        "manifolds/_geodesics.py": "",  # translated there by `without_step_limit`
         "manifolds/_limit_map.py": "limit_map limit_map_with_info",
         "manifolds/_search.py": "AbstractManifold.project AbstractManifold.retract",
         "optimize/_minimize.py": "minimize",
     },
+    "rank_too_small": {"manifolds/_normal_space.py": "MinimizerManifold"},
     "stalled": {
         "optimize/_gradient_descent.py": "minimize",
         "optimize/_minimize.py": "minimize",
@@ -189,4 +192,4 @@ def test_a_missing_option_is_recognised():
     assert named("Raise `max_steps`, or give num_saves and rtol=1") == {
         "max_steps", "num_saves", "rtol"
     }  # fmt: skip
-    assert "max_steps" not in parameters("closest_point")
+    assert "max_steps" not in parameters("exponential_map")

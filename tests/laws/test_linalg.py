@@ -111,6 +111,22 @@ def test_gram_under_vmap():
         )
 
 
+def test_rows_in_other_units():
+    """Solves, ranks and scales do not know what a row is measured in."""
+    matrix, units = JACOBIANS["full rank"][0], jnp.asarray([1e6, 1.0, 1e-8, 1.0, 1e4])
+    w = jr.normal(jr.key(12), (5,))
+    jacobian, gram = prepared(units[:, None] * matrix)
+    norms = jnp.linalg.norm(matrix, axis=1)
+    close("scales", linalg.row_scale(gram.row_norms_squared()), 1 / (units * norms), 1e-12)
+    found = linalg.refined_solve(jacobian, gram, units * w)
+    close("K⁻¹w", units * found, jnp.linalg.solve(matrix @ matrix.T, w), 1e-10)
+    damping = jnp.asarray(0.3)
+    damped = linalg.refined_solve(jacobian, gram.damped(damping), units * w, damping)
+    marquardt = matrix @ matrix.T + 0.3 * jnp.diag(norms**2)
+    close("(K + 0.3 diag K)⁻¹w", units * damped, jnp.linalg.solve(marquardt, w), 1e-10)
+    equal("rank", int(linalg.numerical_rank(linalg.equilibrated_eigenvalues(jacobian))), 5)
+
+
 def test_a_jacobian_of_zeros_has_no_normal_space():
     v = jr.normal(jr.key(8), (9,))
     at_most("P⊥v", jnp.max(jnp.abs(normal_component(jnp.zeros((5, 9)), v))), 0.0)
