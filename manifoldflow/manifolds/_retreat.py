@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
-from manifoldflow._solution import Info
+from manifoldflow._solution import Info, or_nan
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 from manifoldflow.manifolds._search import (
@@ -101,7 +101,8 @@ def _retreat_jvp(primals: tuple, tangents: tuple, *, max_steps: int = MAX_STEPS)
     if drift is not None:
         normal_dot = _tree.scale(-1, there.pseudo_inverse(drift))
         wanted = _tree.subtract(wanted, here.tangent(normal_dot))
-    tangent_dot = _oblique_lift(here, there, wanted)
+    # In reverse mode conjugate gradients make 0 of NaN: on the way back it passes here after them.
+    tangent_dot = _oblique_lift(here, there, or_nan(wanted, info.is_successful))
     return (landed, info), (_tree.add(tangent_dot, normal_dot), no_tangent(info))
 
 
