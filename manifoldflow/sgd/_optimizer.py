@@ -72,8 +72,9 @@ def _name(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _constant(value: Any, *_: Any) -> Any:
-    return value
+def _elsewhere(*_: Any) -> Any:
+    """The gradient anywhere but here: whoever asks for it, as SAM does, is no plain SGD."""
+    raise ValueError(_NO_CLOCK)
 
 
 def _zero(_: Any) -> Array:
@@ -147,7 +148,6 @@ def _answers(
         state = transform.init(point)
         for value in (gradient, 0.0, 0.0):
             slope = full(value)
-            grad_fn = functools.partial(_constant, slope)
-            update, state = updated(transform, slope, state, point, grad_fn, _zero)
+            update, state = updated(transform, slope, state, point, _elsewhere, _zero)
             updates.append(_tree.ravel(update)[0])
         return jnp.stack(updates)
