@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow._boundary import checked
-from manifoldflow._errors import real_numbers, shapes_of
+from manifoldflow._errors import numbers, real_numbers, shapes_of
 
 
 class Statistics(eqx.Module):
@@ -56,7 +56,7 @@ def statistics(
         ValueError: arrays without a common axis of members, complex numbers, levels out of
             range.
     """
-    arrays = jax.tree.map(lambda leaf: jnp.asarray(real_numbers("values", leaf)), values)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(numbers("values", leaf)), values)
     asked = np.asarray(real_numbers("levels", levels))
     num_members = _num_members(arrays, axis)
     if not all(0 <= level <= 1 for level in asked.reshape(-1)) or asked.ndim != 1:
