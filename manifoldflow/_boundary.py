@@ -163,7 +163,7 @@ def _check_examples(name: str, data: Any) -> None:
     lengths = {array.shape[0] if array.ndim else None for array in arrays}
     if len(lengths) != 1 or lengths & {None, 0}:
         raise ValueError(
-            f"{name}: data must be arrays with one common, non-empty leading axis of examples; "
+            f"{name}: data must be arrays with one common, non-empty leading example axis; "
             f"got {shapes_of(data)}. Stack the examples along axis 0."
         )
 

@@ -17,7 +17,7 @@ NOISY = mf.SGDDiffusion(LOSS, mf.IsotropicNoise(0.3), 1.0)
 START = jnp.array([1.0, 0.5])
 CASES = {
     "adaptive": (GRADIENT, {"num_saves": 4}),
-    "stops early": (GRADIENT, {"num_saves": 4, "step_size": 0.04, "until": lambda p: p[0] < 0.265}),
+    "stops early": (GRADIENT, {"num_saves": 4, "step_size": 0.04, "until": lambda p: p[0] < 0.24}),
     "Brownian path": (NOISY, {"num_saves": 4, "solver": dfx.Euler(), "step_size": 0.02}),
     "walk with a way to go": (NOISY, {"save_times": [0.1, 0.15, 0.3], "step_size": 0.02}),
 }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers, real_numbers, shapes_of
 
 
@@ -38,7 +38,7 @@ class Statistics(eqx.Module):
     num_failed: Int[Array, ""]
 
 
-@checked
+@checked_but("levels")
 def statistics(
     values: PyTree[Any], axis: int = 0, *, levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> Statistics:

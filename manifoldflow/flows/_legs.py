@@ -64,12 +64,16 @@ def solve_by_legs(
                 _for_leg(options, times, end_time, step),
             )
             stats, result = _added(stats, solution.stats), solution.result
+            left = _steps_left(options, stats)
+            if left < 0:
+                result, solution = RESULTS.max_steps_reached, _nothing(solution)
+                break
             _take_in(journal, store, solution, times, number, options.reports)
             if result != RESULTS.successful:
                 break
             share = jnp.asarray((number + 1) / (len(legs) - 1))
             meter_state = options.meter.step(meter_state, share)
-            if number < len(legs) - 2 and _gives_up(options, stats):
+            if left == 0 and number < len(legs) - 2:
                 result, solution = RESULTS.max_steps_reached, _nothing(solution)
                 break
     options.meter.close(meter_state)
@@ -130,9 +134,11 @@ def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
             raise
 
 
-def _gives_up(options: Options, stats: dict[str, Array]) -> bool:
+def _steps_left(options: Options, stats: dict[str, Array]) -> int:
+    """Of those that may be attempted; steps whose number was asked for are not counted."""
     is_counted = options.noise is None or options.noise.is_adaptive
-    return is_counted and int(stats["num_steps"] + stats["num_rejected"]) >= options.max_steps
+    attempted = int(stats["num_steps"] + stats["num_rejected"])
+    return options.max_steps - attempted if is_counted else options.max_steps
 
 
 def _added(before: dict[str, Array], stats: Any) -> dict[str, Array]:
