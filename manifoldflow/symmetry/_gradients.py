@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_data, is_traced
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss
@@ -32,7 +32,7 @@ class _OfLoss(eqx.Module):
         return self.loss.select(index[None])(point)
 
 
-@checked
+@checked_but("loss")
 def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"]]:
     """`(example_loss, data)` of a loss such as `LeastSquares`, as the functions here take them.
 
