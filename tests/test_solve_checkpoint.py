@@ -11,13 +11,13 @@ import manifoldflow as mf
 from checks import close, equal, refused
 from sgd_runs import same_bits
 
-LOSS = mf.FunctionLoss(lambda p: jnp.sum(p**2 * jnp.array([1.0, 2.0])) + jnp.sum(p) ** 4)
+LOSS = mf.FunctionLoss(lambda p: 0.5 * p[0] ** 2 + p[1] ** 2)
 GRADIENT = mf.GradientFlow(LOSS)
-NOISY = mf.SGDDiffusion(LOSS, mf.IsotropicNoise(0.3), 1.0)
+NOISY = mf.SGDDiffusion(LOSS, mf.IsotropicNoise(0.3), 0.1)
 START = jnp.array([1.0, 0.5])
 CASES = {
     "adaptive": (GRADIENT, {"num_saves": 4}),
-    "stops early": (GRADIENT, {"num_saves": 4, "step_size": 0.04, "until": lambda p: p[0] < 0.24}),
+    "stops early": (GRADIENT, {"num_saves": 4, "step_size": 0.04, "until": lambda p: p[0] < 0.7}),
     "Brownian path": (NOISY, {"num_saves": 4, "solver": dfx.Euler(), "step_size": 0.02}),
     "walk with a way to go": (NOISY, {"save_times": [0.1, 0.15, 0.3], "step_size": 0.02}),
 }
@@ -55,9 +55,9 @@ def same_solve(value, expected):
 def test_a_solve_that_was_cut_off_goes_on_to_the_last_bit(tmp_path, case):
     whole = solved(case, tmp_path / "whole")
     file = tmp_path / "run"
-    for number in (3, 2):
+    for _ in range(2):
         with pytest.raises(Cut):
-            solved(case, file, progress=cut_at(number))
+            solved(case, file, progress=cut_at(2))
     rest = solved(case, file)
     same_solve(rest, whole)
     same_solve(solved(case, file), whole)
@@ -72,7 +72,7 @@ def test_a_solve_that_was_cut_off_goes_on_to_the_last_bit(tmp_path, case):
 
 def test_what_fails_is_told_and_can_go_on(tmp_path):
     whole = solved("adaptive", tmp_path / "whole", progress=True)
-    file, most = tmp_path / "run", int(whole.stats["num_steps"]) - 2
+    file, most = tmp_path / "run", int(whole.stats["num_steps"]) // 2
     with pytest.raises(eqx.EquinoxRuntimeError, match="max_steps"):
         solved("adaptive", file, max_steps=most)
     lost = solved("adaptive", tmp_path / "lost", max_steps=most, throw=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -129,7 +130,8 @@ def independent_constraints(manifold: LevelSet | ZeroLossManifold, point: Point)
     num_constraints = eqx.filter_eval_shape(manifold.constraint, point).size
     if is_traced((manifold, point)):
         return min(num_constraints, _tree.size(coordinates))
-    return int(manifold.rank(point))
+    with jax.ensure_compile_time_eval():  # inside jit as well, of a point that is known
+        return int(manifold.rank(point))
 
 
 def check_not_overdetermined(manifold: ZeroLossManifold, point: Point) -> None:
