@@ -41,7 +41,7 @@ def member_keys(key: Key, num_members: int) -> Array:
     return jax.vmap(lambda index: jr.fold_in(key, index))(jnp.arange(num_members))
 
 
-@checked_but("fn", "keys")
+@checked_but("fn", "keys", "chunk_size", "mesh", "progress")
 def ensemble(
     fn: Callable[..., PyTree[Any]],
     keys: Array,

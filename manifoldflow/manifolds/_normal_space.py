@@ -179,9 +179,11 @@ class HessianNormalSpace(AbstractNormalSpace):
     def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
         flat = self._flat(constraint)
         values, vectors, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
-        # Steps follow −∇L also where the Hessian still curves downwards.
-        curvatures = jnp.where(inside, jnp.abs(values) / self._size, 1)
+        # Damped steps follow −∇L also where the Hessian still curves downwards; full ones are
+        # Newton's, which find saddles as well, and then say so.
         damping = 0 if self.damping is None else self.damping
+        curvatures = jnp.where(damping > 0, jnp.abs(values), values) / self._size
+        curvatures = jnp.where(inside, curvatures, 1)
         weights = jnp.where(inside, curvatures / (curvatures**2 + damping), 0)
         lift = _matmul(vectors, weights * _matmul(vectors.T, flat)) / self._size
         return self._tangent(lift), self._tangent(flat - _matmul(self.hessian, lift))
