@@ -155,7 +155,7 @@ def _checked_scalar(
 ) -> Array:
     array = real_numbers(name, value)
     if array.ndim or array.dtype == bool:
-        raise ValueError(f"{name} must be a scalar; got {described(value)}.")
+        raise ValueError(f"{name} must be one number, a scalar; got {described(value)}.")
     is_float = jnp.issubdtype(array.dtype, jnp.floating) and isinstance(array, jax.Array)
     # With a dtype of its own, so that 2 after 1.0 does not retrace.
     converted = jnp.asarray(array, dtype=array.dtype if is_float else jnp.result_type(float))

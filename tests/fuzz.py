@@ -99,9 +99,9 @@ ARGUMENTS = {
     " reference_standard_error noise_constant",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron",
-    "array": "inputs targets data matrix rhs values errors reference eigenvalues input_covariance"
-    " noise_covariance target_map target residuals product input_noise output_noise weights"
-    " labels generator direction start coefficients",
+    "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
+    " input_covariance noise_covariance target_map target residuals product input_noise"
+    " output_noise weights labels generator direction start coefficients",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
@@ -150,6 +150,7 @@ FITS = {
     ("linalg.structured_jacobian", "inputs"): "longer|infinity",
     ("linalg.factor_operator", "columns"): "a matrix",
     ("linalg.numerical_rank", "eigenvalues"): "infinity",
+    ("linalg.row_scale", "norms_squared"): "infinity|NaN|longer",
     ("linalg.contract_hessians", "coefficients"): "NaN",  # times the Hessian 0
     ("geodesic", "times"): "negative",
     ("symmetry.low_rank", "values"): "negative",

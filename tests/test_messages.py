@@ -41,6 +41,7 @@ WHOSE = {
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
     ),
+    ("sgd/_optimizer.py", "_elsewhere"): dict.fromkeys(("end_time", "num_steps"), "simulate"),
     ("sgd/_optimizer.py", "checked_optimizer"): dict.fromkeys(
         ("learning_rate", "momentum"), "simulate"
     ),

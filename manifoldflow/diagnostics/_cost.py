@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 
 from manifoldflow import _tree, linalg
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._types import Point
 from manifoldflow.flows import AbstractFlow
 from manifoldflow.losses import AbstractResidualLoss
@@ -35,7 +35,7 @@ class Explanation(tuple[LeafCost, ...]):
         return "\n".join(lines)
 
 
-@checked
+@checked_but("loss")
 def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
     """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
 

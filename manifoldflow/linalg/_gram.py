@@ -92,6 +92,7 @@ class DenseGramSolve(AbstractGramSolve):
         return jnp.linalg.eigvalsh(mirrored(self.triangle))
 
 
+@checked
 def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
     """Factors that give the rows of J length one, whatever units they come in.
 
@@ -104,6 +105,7 @@ def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(is_lost, 0, 1 / jnp.sqrt(jnp.where(is_lost, 1, frozen)))
 
 
+@checked
 def equilibrated_eigenvalues(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     """The spectrum of the Gram matrix of the rows of length one, ascending: what has a rank."""
     return jnp.linalg.eigvalsh(mirrored(_equilibrated(jacobian.gram_triangle())))

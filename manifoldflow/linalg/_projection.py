@@ -29,11 +29,6 @@ def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
     """J†w = Jᵀ K⁻¹ w, refined."""
-    if vector.shape != jacobian.out_structure().shape:
-        raise ValueError(
-            f"pseudo_inverse_mv: vector must have the shape of the values of the Jacobian, "
-            f"{jacobian.out_structure().shape}; got {vector.shape}."
-        )
     return jacobian.transpose_mv(refined_solve(jacobian, gram, vector))
 
 
@@ -46,6 +41,7 @@ def normal_component(
     return pseudo_inverse_mv(jacobian, gram, jacobian.mv(vector))
 
 
+@checked
 def refined_solve(
     jacobian: AbstractJacobian,
     gram: AbstractGramSolve,
@@ -60,6 +56,11 @@ def refined_solve(
         vector: w, (n,), in the range of J.
         damping: not negative, relative to the diagonal of K.
     """
+    if vector.shape != jacobian.out_structure().shape:
+        raise ValueError(
+            f"refined_solve: vector must have the shape of the values of the Jacobian, "
+            f"{jacobian.out_structure().shape}; got {vector.shape}."
+        )
     scale = row_scale(gram.row_norms_squared())
     norms = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 

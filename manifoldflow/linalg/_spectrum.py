@@ -64,7 +64,7 @@ def _inverse_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return inverse, -jnp.matmul(inverse, inner, precision=_HIGHEST)
 
 
-@eqx.filter_custom_jvp
+@checked
 def gram_largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
     """λ_max(J Jᵀ), by products with J and Jᵀ alone.
 
@@ -72,14 +72,19 @@ def gram_largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
     largest λ_max has no derivative, and the one of either is returned. NaN where it was not
     found to tolerance.
     """
-    return _norm_squared(jacobian.transpose_mv(gram_top_eigenvector(jacobian)))
+    return _largest_eigenvalue(jacobian)
 
 
-@gram_largest_eigenvalue.def_jvp
+@eqx.filter_custom_jvp
+def _largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
+    return _norm_squared(jacobian.transpose_mv(_top_eigenvector(jacobian)))
+
+
+@_largest_eigenvalue.def_jvp
 def _largest_eigenvalue_jvp(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
     # dλ = uᵀ·dK·u: the change of u does not count.
     (jacobian,), (change,) = primals, tangents
-    vector = gram_top_eigenvector(jacobian)
+    vector = _top_eigenvector(jacobian)
     return eqx.filter_jvp(lambda j: _norm_squared(j.transpose_mv(vector)), (jacobian,), (change,))
 
 
@@ -87,6 +92,7 @@ def _norm_squared(vector: Tangent) -> Scalar:
     return _tree.inner(vector, vector)
 
 
+@checked
 def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scalar, Eigenvalues]:
     """As `gram_largest_eigenvalue`, with residual and result; differentiable once."""
     is_array = eqx.is_inexact_array
@@ -95,12 +101,17 @@ def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scala
     return _norm_squared(jacobian.transpose_mv(vector)), found
 
 
-@eqx.filter_custom_jvp
+@checked
 def gram_top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     """The unit eigenvector of J Jᵀ with the largest eigenvalue; its sign is arbitrary.
 
     NaN where it was not found to tolerance: `gram_largest_eigenvalue_with_info` says how far.
     """
+    return _top_eigenvector(jacobian)
+
+
+@eqx.filter_custom_jvp
+def _top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     return _top(jacobian)[0]
 
 
@@ -129,11 +140,11 @@ def _top(jacobian: AbstractJacobian) -> tuple[Float[Array, " n"], Eigenvalues]:
     return vector * jnp.where(found.is_successful, 1, jnp.nan).astype(vector.dtype), found
 
 
-@gram_top_eigenvector.def_jvp
+@_top_eigenvector.def_jvp
 def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """du = (λ − K)†·dK·u, by conjugate gradients on the complement of u."""
     (jacobian,), (change,) = primals, tangents
-    vector = gram_top_eigenvector(jacobian)
+    vector = _top_eigenvector(jacobian)
     product = lambda j: j.mv(j.transpose_mv(vector))
     image, image_dot = eqx.filter_jvp(product, (jacobian,), (change,))
     eigenvalue = jnp.vdot(vector, image)

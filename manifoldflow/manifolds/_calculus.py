@@ -36,6 +36,7 @@ def riemannian_gradient(
     return manifold.tangent_projection(point, gradient, throw=throw)
 
 
+@checked
 def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point) -> Tangent:
     """As `riemannian_gradient`, without a look at whether there is a normal space.
 
