@@ -287,7 +287,9 @@ class _TransportField(eqx.Module):
         x, velocity = jax.jvp(of_time, (t,), (jnp.ones_like(t),))
         remainder = self.manifold.split(self.path(t))[1]
         space = self.manifold.normal_space(_tree.join(x, remainder))
-        return Bending(self.manifold, x, remainder, space).form(velocity, y)
+        # Diffrax keeps one precision for all leaves.
+        vector, velocity = _tree.cast_like(y, x), _tree.cast_like(velocity, x)
+        return Bending(self.manifold, x, remainder, space).form(velocity, vector)
 
 
 @checked
