@@ -7,6 +7,7 @@ to ten in float32, whose factorisation hardly has a correct digit at conditions 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,9 +37,21 @@ def pseudo_inverse_mv(
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
-    """P⊥v = Jᵀ K⁻¹ J v, refined."""
+    """P⊥v = Jᵀ K⁻¹ J v, refined: I − P⊥ is applied again to what is left.
+
+    So that P v is tangent to rounding of itself, however much longer v is.
+    """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
-    return pseudo_inverse_mv(jacobian, gram, jacobian.mv(vector))
+
+    def again(_: Any, remainder: Tangent) -> Tangent:
+        multipliers = gram.solve(jacobian.mv(remainder))
+        return _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
+
+    remainder = jax.lax.fori_loop(0, 2, again, vector)
+    if _tree.eps_of(vector) > 1e-10:
+        rest = refined_solve(jacobian, gram, jacobian.mv(remainder))
+        remainder = _tree.subtract(remainder, jacobian.transpose_mv(rest))
+    return _tree.subtract(vector, remainder)
 
 
 @checked
