@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._reports import checked_observables, meter_of, Report, row_reports
 from manifoldflow._solution import Info, Observables, or_nan, RESULTS, Solution
@@ -27,7 +27,7 @@ from manifoldflow.optimize._base import (
 from manifoldflow.optimize._trust_region import RiemannianTrustRegion
 
 
-@checked
+@checked_but("manifold", "method", "fn", "observe")
 def minimize(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
