@@ -126,9 +126,9 @@ def check_precision(coordinates: Coordinates) -> None:
 
 def independent_constraints(manifold: LevelSet | ZeroLossManifold, point: Point) -> int:
     """The rank of the constraint's derivative at a point, or its bound where that is traced."""
-    coordinates, _ = manifold.split(point)
-    num_constraints = eqx.filter_eval_shape(manifold.constraint, point).size
     if is_traced((manifold, point)):
+        coordinates, _ = manifold.split(point)
+        num_constraints = eqx.filter_eval_shape(manifold.constraint, point).size
         return min(num_constraints, _tree.size(coordinates))
     with jax.ensure_compile_time_eval():  # inside jit as well, of a point that is known
         return int(manifold.rank(point))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow.theory._arguments import finite, matrix, number
 
 _FARTHEST = 2.0**60
@@ -75,7 +75,7 @@ def activation_constants(
     return ActivationConstants(slope, bend, beta, slope_at, bend_at, beta_at)
 
 
-@checked
+@checked_but("width")
 def two_layer_minimizer(
     targets: Num[ArrayLike, "..."],
     width: int,
