@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.manifolds import AbstractManifold
@@ -51,7 +51,7 @@ class NoetherFlow(AbstractFlow):
     weight_decay: Scalar
     manifold: AbstractManifold | None
 
-    @checked
+    @checked_but("manifold")
     def __init__(
         self,
         symmetry: Symmetries,
