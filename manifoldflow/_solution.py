@@ -1,7 +1,7 @@
 """What a search or a solve gives back, and how it says that it went wrong."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -132,27 +132,31 @@ def or_nan(value: PyTree[Array], is_there: Flag) -> PyTree[Array]:
     return jax.tree.map(masked, value)
 
 
-def answered(value: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
-    """The value if the result is successful; else an error (`throw`) or NaN leaves.
+Delivered = TypeVar("Delivered", bound=PyTree[Any])
 
-    For what is cheap and called often: where the result is known it is looked at in Python,
-    since programs with `error_if` are not cached on disk.
+
+def delivered(
+    value: Delivered, result: RESULTS, throw: bool, detail: Callable[[], str] | None = None
+) -> Delivered:
+    """What a search has found, or an error if it failed and `throw` is set.
+
+    Never inside the search's own program: whoever does not want the error runs the same one, and
+    programs with `error_if` are not cached on disk. Only under a trace it must be part of one.
+
+    Args:
+        value: NaN where the search failed.
+        result: how it ended.
+        throw: whether failures raise.
+        detail: words to follow the message, where it is raised at once.
     """
-    is_fine = result == RESULTS.successful
     if not throw:
-        return or_nan(value, is_fine)
-    if is_traced(is_fine):
-        return result.error_if(value, ~is_fine)
-    if not bool(is_fine):
-        raise eqx.EquinoxRuntimeError(RESULTS[result])
+        return value
+    failed = (result != RESULTS.successful) & (result != RESULTS.stopped_early)
+    if is_traced(failed):
+        return result.error_if(value, failed)
+    if bool(failed):
+        raise eqx.EquinoxRuntimeError(f"{RESULTS[result]}{detail() if detail else ''}")
     return value
-
-
-def delivered(value: PyTree[Array], info: Info, throw: bool) -> PyTree[Array]:
-    """The value if the search succeeded; else an error (`throw`) or NaN leaves."""
-    if throw:
-        return info.result.error_if(value, ~info.is_successful)
-    return or_nan(value, info.is_successful)
 
 
 class Solution(eqx.Module):
@@ -216,3 +220,11 @@ class Solution(eqx.Module):
 
 
 Observables = Mapping[str, Callable[[Point], PyTree[Any]]]
+
+
+def delivered_solution(
+    solution: Solution, throw: bool, detail: Callable[[], str] | None = None
+) -> Solution:
+    """As `delivered`, for a whole solution."""
+    final = delivered(solution.final_coordinates, solution.result, throw, detail)
+    return eqx.tree_at(lambda s: s.final_coordinates, solution, final)

@@ -27,6 +27,26 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.disable()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-law-once",
+        action="store_true",
+        help="try each law on one of its manifolds, in turn, and not on all of them",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--each-law-once"):
+        return
+    cases = {}
+    for item in items:
+        name = getattr(item, "originalname", item.name) if "laws" in item.path.parts else item.name
+        cases.setdefault((item.path, name), []).append(item)
+    chosen = [same[turn % len(same)] for turn, same in enumerate(cases.values())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped():
     """Each holds memory maps, of which a process may have some 65,000: XLA crashes beyond."""

@@ -73,8 +73,14 @@ def problem(dtypes):
     return point(0.6, 0.8), point(0.8, 0.6), point(0.08, -0.06)
 
 
-@pytest.mark.parametrize("dtypes", [MIXED, NARROW])
-@pytest.mark.parametrize("name", FUNCTIONS)
+# Several seconds each to trace: one kind of point will do.
+LONG = {"geodesic", "transport", "parallel_transport", "inverse_retract", "solve to an early end"}
+LONG |= {"minimize by descent", "minimize by optax", "logarithm_map"}
+CASES = [(name, dtypes) for name in FUNCTIONS for dtypes in (MIXED, NARROW)]
+CASES = [(name, dtypes) for name, dtypes in CASES if dtypes == MIXED or name not in LONG]
+
+
+@pytest.mark.parametrize("name, dtypes", CASES)
 def test_leaves_keep_their_dtype(name, dtypes):
     found = eqx.filter_eval_shape(FUNCTIONS[name], *problem(dtypes))
     for leaves in found if isinstance(found, tuple) else [found]:

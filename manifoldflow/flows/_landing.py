@@ -1,5 +1,6 @@
 """Where a flow starts, and how its points get back on its manifold."""
 
+import equinox as eqx
 import jax.numpy as jnp
 
 from manifoldflow import _tree
@@ -16,15 +17,25 @@ def touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Co
     return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
 
 
-def started(
-    flow: AbstractFlow, coordinates: Coordinates, remainder: Point, max_steps: int
-) -> tuple[Coordinates, RESULTS]:
+class Start(eqx.Module):
     """The point of the flow's manifold to start from, and how it was found."""
+
+    point: Point
+    result: RESULTS
+
+
+def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
+    """By a program of its own, which other flows and options need not compile again."""
     if flow.manifold is None:
-        return coordinates, RESULTS.successful
-    y = _tree.join(coordinates, remainder)
-    point, info = flow.manifold.project_with_info(y, max_steps=max(100, max_steps))
-    return _tree.where(info.is_successful, flow.split(point)[0], coordinates), info.result
+        return there(point)
+    landed, info = flow.manifold.project_with_info(point, max_steps=max(100, max_steps))
+    return Start(landed, info.result)
+
+
+def there(point: Point) -> Start:
+    """To start from a point as it is."""
+    # As an array, like that of a search: then both run the same program.
+    return Start(point, RESULTS.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite))
 
 
 def check_can_move(flow: AbstractFlow, point: Point) -> None:

@@ -17,6 +17,7 @@ from manifoldflow._reports import Report
 from manifoldflow._solution import RESULTS, Solution
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
+from manifoldflow.flows._landing import started, there
 from manifoldflow.flows._options import Options, Stationary, Whole
 from manifoldflow.flows._stepping import smallest_step
 from manifoldflow.manifolds import AbstractManifold
@@ -53,11 +54,15 @@ def solve_by_legs(
             journal.read(store)
             _report(options.reports, times[journal.num_done - 1], journal.last())
         for number in range(max(journal.num_done - 1, 0), len(legs) - 1):
-            coordinates, _, step = journal.last() if number else (coordinates, {}, jnp.nan)
+            if number:
+                coordinates, _, step = journal.last()
+                start = there(_tree.join(coordinates, remainder))
+            else:
+                start, step = started(flow, point, options.max_steps), jnp.nan
             ends = legs[number : number + 2]
             solution = run(
                 flow,
-                _tree.join(coordinates, remainder),
+                start,
                 ends,
                 ends[1],
                 jnp.asarray(number),
@@ -85,9 +90,7 @@ def _for_leg(options: Options, times: Array, end_time: Scalar, first_step: Any) 
     noise = options.noise
     smallest = None if noise is None else smallest_step(noise, times, end_time)
     whole = Whole(end_time, smallest, jnp.asarray(first_step, end_time.dtype))
-    return dataclasses.replace(
-        options, whole=whole, meter=dfx.NoProgressMeter(), reports=(), throw=False
-    )
+    return dataclasses.replace(options, whole=whole, meter=dfx.NoProgressMeter(), reports=())
 
 
 def _has_tail(times: Array, end_time: Scalar, options: Options) -> bool:
@@ -183,9 +186,6 @@ def _joined(
         stats = {name: jnp.asarray(0) for name in _COUNTS} | {
             "max_defect": jnp.zeros_like(times[0])
         }
-    is_fine = (result == RESULTS.successful) | (result == RESULTS.stopped_early)
-    if options.throw:
-        final = result.error_if(final, ~is_fine)
     return Solution(
         times=times,
         points=points,

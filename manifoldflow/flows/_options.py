@@ -81,7 +81,6 @@ class Options(eqx.Module):
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
     whole: Whole | None = None  # None: this is all of it
 
     def observed(self, point: Point) -> dict[str, PyTree[Array]]:

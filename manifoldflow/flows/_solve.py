@@ -16,10 +16,10 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import Observables, or_nan, RESULTS, Solution
+from manifoldflow._solution import delivered_solution, Observables, or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
-from manifoldflow.flows._landing import check_can_move, started, touched_up
+from manifoldflow.flows._landing import check_can_move, Start, started
 from manifoldflow.flows._legs import solve_by_legs
 from manifoldflow.flows._options import (
     noise_options,
@@ -31,7 +31,7 @@ from manifoldflow.flows._options import (
 )
 from manifoldflow.flows._stepping import controller_of, first_step, max_steps_of, terms_of
 from manifoldflow.flows._walk import walk
-from manifoldflow.manifolds import Projected
+from manifoldflow.manifolds._on_saves import ProjectedOnSaves
 
 
 @checked_but("flow", "solver", "observe")
@@ -127,42 +127,41 @@ def solve(
         meter=meter_of(progress),
         reports=row_reports(progress),
         max_steps=max_steps,
-        throw=throw,
     )
     if noise is not None:
         check_can_move(flow, point)
     end_time = jnp.asarray(end_time, dtype)
     run = _solve if options.solver is not None else walk
     if checkpoint is None:
-        return run(flow, point, times, end_time, jnp.asarray(0), options)
-    return solve_by_legs(run, flow, point, times, end_time, options, checkpoint)
+        start = started(flow, point, max_steps)
+        solution = run(flow, start, times, end_time, jnp.asarray(0), options)
+    else:
+        solution = solve_by_legs(run, flow, point, times, end_time, options, checkpoint)
+    return delivered_solution(solution, throw)
 
 
 class _Save(eqx.Module):
     coordinates: Coordinates
     observables: dict[str, PyTree[Array]] | None
-    defect: Scalar
 
 
 @eqx.filter_jit
 def _solve(
     flow: AbstractFlow,
-    point: Point,
+    begin: Start,
     times: Float[Array, " saves"],
     end_time: Scalar,
     first_save: Int[Array, ""],
     options: Options,
 ) -> Solution:
     del first_save
-    coordinates, remainder = flow.split(point)
-    start, start_result = started(flow, coordinates, remainder, options.max_steps)
+    start, remainder = flow.split(begin.point)
     has_until = options.until is not None
 
     def save(t: Scalar, y: Coordinates, args: Any) -> _Save:
         del args
-        # Saves between steps are interpolated, and so off the manifold: project again.
-        y, defect = touched_up(flow, _tree.cast_like(y, start), remainder)
-        saved = _Save(y, options.observed(_tree.join(y, remainder)), defect)
+        y = _tree.cast_like(y, start)
+        saved = _Save(y, options.observed(_tree.join(y, remainder)))
         for report in options.reports:
             jax.debug.callback(report, t, saved.coordinates, saved.observables)
         return saved
@@ -172,25 +171,23 @@ def _solve(
         y = _tree.cast_like(y, start)
         # Only an early end has saves to fill with what is observed there.
         observables = options.observed(_tree.join(y, remainder)) if has_until else None
-        return _Save(y, observables, jnp.zeros((), _tree.dtype_of(y)))
+        return _Save(y, observables)
 
     subs = dfx.SubSaveAt(ts=times, fn=save), dfx.SubSaveAt(t1=True, fn=at_end)
-    manifold: Any = flow.manifold
-    has_manifold = manifold is not None
     assert options.solver is not None
-    solver = options.solver
-    if has_manifold:
-        solver = Projected(solver, manifold, like=_tree.join(start, remainder))
+    solver, has_manifold = options.solver, flow.manifold is not None
+    if flow.manifold is not None:
+        solver = ProjectedOnSaves(solver, flow.manifold, like=begin.point)
     with _without_marker_warning():
         solution = dfx.diffeqsolve(
-            terms_of(flow, _tree.join(start, remainder), times, end_time, options),
+            terms_of(flow, begin.point, times, end_time, options),
             solver,
             times[0],
             end_time,
-            first_step(flow, start, remainder, end_time, options),
+            first_step(end_time, options),
             start,
             saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
-            stepsize_controller=controller_of(options, times, end_time),
+            stepsize_controller=controller_of(options, times, end_time, has_manifold),
             adjoint=options.adjoint,
             event=dfx.Event(_Until(flow, remainder, options)) if has_until else None,
             max_steps=max_steps_of(options, times),
@@ -201,8 +198,7 @@ def _solve(
     saved, last = solution.ys
     last = jax.tree.map(lambda leaf: leaf[0], last)
     reached = jnp.isfinite(solution.ts[0])
-    max_defect = jnp.max(jnp.where(reached, saved.defect, 0))
-    result = _result(flow, solution.result, start_result, last, max_defect, end_time)
+    result = _result(solution, begin.result, last, end_time)
     is_early = result == RESULTS.stopped_early
     is_fine = is_early | (result == RESULTS.successful)
 
@@ -212,19 +208,15 @@ def _solve(
 
     if not has_until:
         last_observables = jax.tree.map(lambda leaf: leaf[0], saved.observables)
-        last = _Save(last.coordinates, last_observables, last.defect)
-    # What was not reached repeats an early end, or is NaN; so are its derivatives, and those
-    # of what was not brought back to the manifold.
-    is_kept = jnp.isfinite(saved.defect) | ~reached
-    saved = jax.tree.map(filled, jax.vmap(or_nan)(saved, is_kept), or_nan(last, is_fine))
+        last = _Save(last.coordinates, last_observables)
+    # What was not reached repeats an early end, or is NaN; so are its derivatives.
+    saved = jax.tree.map(filled, saved, or_nan(last, is_fine))
     final = or_nan(last.coordinates, is_fine)
-    if options.throw:
-        final = result.error_if(final, ~is_fine)
     return Solution(
         times=jnp.where(reached | ~is_early, times, solution.ts[1][0]),
         points=saved.coordinates,
         observables=saved.observables,
-        stats=_stats(solution, options, max_defect),
+        stats=_stats(solution, options),
         result=result,
         final_coordinates=final,
         remainder=remainder,
@@ -249,14 +241,8 @@ class _Until(eqx.Module):
         return self.options.stops_at(self.flow, _tree.join(y, self.remainder))
 
 
-def _result(
-    flow: AbstractFlow,
-    result: dfx.RESULTS,
-    start: RESULTS,
-    last: _Save,
-    max_defect: Scalar,
-    end_time: Scalar,
-) -> RESULTS:
+def _result(solution: dfx.Solution, start: RESULTS, last: _Save, end_time: Scalar) -> RESULTS:
+    result = solution.result
     ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
         (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
@@ -268,24 +254,20 @@ def _result(
     ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
     finite = _tree.all_finite(last.coordinates)
     ours = RESULTS.where(ended & ~finite, RESULTS.nonfinite, ours)
-    if flow.manifold is not None:
-        lost = ended & finite & ~jnp.isfinite(max_defect)
-        ours = RESULTS.where(lost, RESULTS.not_on_manifold, ours)
     ours = RESULTS.where(start == RESULTS.successful, ours, start)
     is_forward = (end_time > 0) & jnp.isfinite(end_time)
     return RESULTS.where(is_forward, ours, RESULTS.bad_end_time)
 
 
-def _stats(solution: dfx.Solution, options: Options, max_defect: Scalar) -> dict[str, Array]:
+def _stats(solution: dfx.Solution, options: Options) -> dict[str, Array]:
     attempted = solution.stats["num_steps"]
     tableau = getattr(options.solver, "tableau", None)
     stages = getattr(tableau, "num_stages", 1)
-    first_step = 0 if options.step_size is not None else 1
-    num_gradients = jnp.asarray(attempted) * stages + first_step
-    num_factorizations = jnp.zeros_like(num_gradients)
+    num_gradients = jnp.asarray(attempted) * stages
+    num_factorizations, max_defect = jnp.zeros_like(num_gradients), jnp.zeros(())
     if solution.solver_state is not None:
         num_factorizations = num_gradients + solution.solver_state.num_factorizations
-        max_defect = jnp.maximum(max_defect, solution.solver_state.max_defect)
+        max_defect = solution.solver_state.max_defect
     return {
         "num_steps": jnp.asarray(solution.stats["num_accepted_steps"]),
         "num_rejected": jnp.asarray(solution.stats["num_rejected_steps"]),

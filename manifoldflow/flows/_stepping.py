@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from manifoldflow import _tree
-from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow._types import Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._options import NoiseOptions, Options
 from manifoldflow.manifolds._forms import form_of
+from manifoldflow.manifolds._on_saves import AdaptiveStepsOnSaves, StepsOnSaves
 
 
 def terms_of(
@@ -45,39 +45,38 @@ def smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar
     return jnp.min(jnp.diff(noise.legs(times, end_time))) / noise.num_steps
 
 
-def first_step(
-    flow: AbstractFlow, start: Coordinates, remainder: Point, end_time: Scalar, options: Options
-) -> Scalar | None:
-    """A step that moves the point by a hundredth of its norm.
+def first_step(end_time: Scalar, options: Options) -> Scalar | None:
+    """A thousandth of the time, from where adaptive steps soon find their size.
 
-    One evaluation of the drift where Diffrax's own choice takes two: the drift is most
-    of what has to be compiled.
+    A better guess would need the drift, which is most of what has to be compiled.
     """
-    if options.noise is not None:
-        return _whole_time(options, end_time) / 1000 if options.noise.is_adaptive else None
+    if options.noise is not None and not options.noise.is_adaptive:
+        return None
     if options.step_size is not None:
         return options.step_size
-    speed = _tree.norm(flow.drift(_tree.join(start, remainder)))
-    # From the origin, which has no length to compare with, a thousandth of the time.
-    distance = jnp.where(_tree.norm(start) > 0, 0.01 * _tree.norm(start), 1e-3 * end_time * speed)
-    is_slow = distance >= end_time * speed
-    step = jnp.where(is_slow, end_time, distance / jnp.where(is_slow, 1, speed))
-    if options.whole is not None:
+    step = _whole_time(options, end_time) / 1000
+    if options.whole is not None and options.noise is None:
         step = jnp.where(options.whole.first_step > 0, options.whole.first_step, step)
-    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
+        step = jnp.minimum(step, end_time)
+    return jax.lax.stop_gradient(step)
 
 
 def controller_of(
-    options: Options, times: Array, end_time: Scalar
+    options: Options, times: Array, end_time: Scalar, has_manifold: bool
 ) -> dfx.AbstractStepSizeController:
     noise = options.noise
     if noise is not None and not noise.is_adaptive:
         return dfx.StepTo(ts=noise.step_times(times, end_time))
+    ends = jnp.append(times, end_time)
     if options.step_size is not None:
-        return dfx.ConstantStepSize()
-    smallest = jnp.finfo(end_time.dtype).eps * end_time
+        return StepsOnSaves(ends) if has_manifold else dfx.ConstantStepSize()
     if noise is None:
-        return dfx.PIDController(options.rtol, options.atol, dtmin=smallest, force_dtmin=False)
+        smallest = jnp.finfo(end_time.dtype).eps * end_time
+        controller = dfx.PIDController(
+            options.rtol, options.atol, dtmin=smallest, force_dtmin=False
+        )
+        # In the whole space saves are interpolated.
+        return AdaptiveStepsOnSaves(controller, ends) if has_manifold else controller
     # Steps end on the saves: between them the path is rough. Rejected steps are revisited,
     # without which adaptive steps would bias the law of the noise.
     whole = _whole_time(options, end_time)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._solution import or_nan, RESULTS, Solution
-from manifoldflow._types import Coordinates, Point, Scalar
+from manifoldflow._types import Coordinates, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
-from manifoldflow.flows._landing import started, touched_up
+from manifoldflow.flows._landing import Start, touched_up
 from manifoldflow.flows._options import Options
 
 
@@ -28,7 +28,7 @@ class _State(eqx.Module):
 @eqx.filter_jit
 def walk(
     flow: AbstractFlow,
-    point: Point,
+    begin: Start,
     times: Float[Array, " saves"],
     end_time: Scalar,
     first_save: Int[Array, ""],
@@ -43,9 +43,8 @@ def walk(
     assert options.noise is not None and isinstance(flow, AbstractDiffusion)
     key, num_steps = options.noise.key, options.noise.num_steps
     legs = options.noise.legs(times, end_time)
-    coordinates, remainder = flow.split(point)
-    start, start_result = started(flow, coordinates, remainder, options.max_steps)
-    noise_structure = flow.diffusion(_tree.join(start, remainder)).in_structure()
+    start, remainder = flow.split(begin.point)
+    noise_structure = flow.diffusion(begin.point).in_structure()
 
     def save(t: Scalar, y: Coordinates) -> tuple[Coordinates, dict[str, PyTree[Array]]]:
         saved = y, options.observed(_tree.join(y, remainder))
@@ -91,7 +90,7 @@ def walk(
     state = _State(
         start,
         times[0],
-        start_result,
+        begin.result,
         jnp.asarray(0),
         jnp.zeros((), dtype),
         options.meter.init(),
@@ -108,8 +107,6 @@ def walk(
     is_early = state.result == RESULTS.stopped_early
     is_fine = is_early | (state.result == RESULTS.successful)
     final = or_nan(state.coordinates, is_fine)
-    if options.throw:
-        final = state.result.error_if(final, ~is_fine)
     return Solution(
         times=jnp.concatenate([times[:1], jnp.where(is_early, ended[:num_rest], times[1:])]),
         points=points,

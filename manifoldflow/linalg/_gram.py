@@ -24,6 +24,8 @@ from manifoldflow.linalg._operator import AbstractJacobian, mirrored
 class AbstractGramSolve(eqx.Module):
     """A Gram matrix made ready for many solves at one point."""
 
+    row_scale: eqx.AbstractVar[Float[Array, " n"]]  # that gives the rows length one, see there
+
     @abc.abstractmethod
     def row_norms_squared(self) -> Float[Array, " n"]:
         """The diagonal of K, the units of the rows."""
@@ -54,18 +56,22 @@ class DenseGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "DenseGramSolve":
         triangle = jacobian.gram_triangle()
-        return DenseGramSolve.of(triangle, jnp.zeros((), triangle.dtype))
+        scale = row_scale(jnp.diagonal(triangle))
+        return DenseGramSolve.of(triangle, scale, jnp.zeros((), triangle.dtype))
 
 
 class DenseGramSolve(AbstractGramSolve):
     # Only the upper triangle counts: half of the products of the Gram matrix.
     triangle: Float[Array, "n n"]
+    row_scale: Float[Array, " n"]
     damping: Scalar
     cholesky: Float[Array, "n n"]  # of the matrix with rows of length one
 
     @classmethod
-    def of(cls, triangle: Float[Array, "n n"], damping: Scalar) -> "DenseGramSolve":
-        return cls(triangle, damping, _cholesky(triangle, damping))
+    def of(
+        cls, triangle: Float[Array, "n n"], scale: Float[Array, " n"], damping: Scalar
+    ) -> "DenseGramSolve":
+        return cls(triangle, scale, damping, _cholesky(triangle, scale, damping))
 
     def row_norms_squared(self) -> Float[Array, " n"]:
         return jnp.diagonal(self.triangle)
@@ -80,13 +86,13 @@ class DenseGramSolve(AbstractGramSolve):
             return product + self.damping * self.row_norms_squared() * vector
 
         def solve(_: Any, right: Array) -> Array:
-            scale = row_scale(self.row_norms_squared())
-            return scale * cho_solve(self.cholesky, scale * right)
+            return self.row_scale * cho_solve(self.cholesky, self.row_scale * right)
 
         return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
     def damped(self, damping: Scalar) -> "DenseGramSolve":
-        return DenseGramSolve.of(self.triangle, damping.astype(self.triangle.dtype))
+        damping = damping.astype(self.triangle.dtype)
+        return DenseGramSolve.of(self.triangle, self.row_scale, damping)
 
     def eigenvalues(self) -> Float[Array, " n"]:
         return jnp.linalg.eigvalsh(mirrored(self.triangle))
@@ -108,25 +114,25 @@ def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
 @checked
 def equilibrated_eigenvalues(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     """The spectrum of the Gram matrix of the rows of length one, ascending: what has a rank."""
-    return jnp.linalg.eigvalsh(mirrored(_equilibrated(jacobian.gram_triangle())))
-
-
-def _equilibrated(triangle: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    triangle = jacobian.gram_triangle()
     scale = row_scale(jnp.diagonal(triangle))
-    return scale[:, None] * triangle * scale
+    return jnp.linalg.eigvalsh(mirrored(scale[:, None] * triangle * scale))
 
 
-def _cholesky(triangle: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n n"]:
+def _cholesky(
+    triangle: Float[Array, "n n"], scale: Float[Array, " n"], damping: Scalar
+) -> Float[Array, "n n"]:
     """Cholesky factor of the equilibrated K + (damping + μ)·I.
 
     With the smallest μ of a short ladder that succeeds.
     """
     # The transpose: LAPACK's column-major layout then stays away from the matrix products
     # that made the triangle, which would be several times slower in it.
-    matrix = _equilibrated(jax.lax.stop_gradient(triangle)).T
+    matrix = (scale[:, None] * jax.lax.stop_gradient(triangle) * scale).T
     size, eps = len(matrix), float(jnp.finfo(matrix.dtype).eps)
     # Rows that are lost have no equations; any diagonal gives them the right answer, zero.
-    damping = damping + jnp.where(jnp.diagonal(matrix) == 0, 1, 0)
+    damping = damping + (scale == 0).astype(matrix.dtype)
+    identity = jnp.eye(size, dtype=matrix.dtype)
     # In float32 5·eps·n would already cost accuracy: first try without.
     smallest = 5 * eps * size
     first = smallest if eps < 1e-10 else 0.0
@@ -138,7 +144,7 @@ def _cholesky(triangle: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n
 
     def again(state: tuple[Scalar, Array, Int[Array, ""]]) -> tuple[Scalar, Array, Array]:
         shift, _, tries = state
-        factor = cholesky(matrix + jnp.diag(damping + shift).astype(matrix.dtype))
+        factor = cholesky(matrix + (damping + shift) * identity)
         return jnp.maximum(10 * shift, smallest).astype(matrix.dtype), factor, tries + 1
 
     start = (jnp.asarray(first, matrix.dtype), jnp.full_like(matrix, jnp.nan), jnp.asarray(0))

@@ -52,12 +52,20 @@ class IterativeGram(AbstractGram):
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
         frozen = jax.lax.stop_gradient(jacobian)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
-        product = partial(_equilibrated_mv, frozen, row_scale(norms_squared))
+        scale = row_scale(norms_squared)
+        product = partial(_equilibrated_mv, frozen, scale)
         structure, rank = jacobian.out_structure(), self.preconditioner_rank
         sketch = nystroem_sketch(product, structure, rank) if wants_sketch else None
         damping = jnp.zeros((), norms_squared.dtype)
         return IterativeGramSolve(
-            jacobian, norms_squared, damping, sketch, self.inverse, self.rtol, self.max_steps
+            jacobian=jacobian,
+            norms_squared=norms_squared,
+            row_scale=scale,
+            damping=damping,
+            sketch=sketch,
+            inverse=self.inverse,
+            rtol=self.rtol,
+            max_steps=self.max_steps,
         )
 
 
@@ -114,6 +122,7 @@ def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
 class IterativeGramSolve(AbstractGramSolve):
     jacobian: AbstractJacobian
     norms_squared: Float[Array, " n"]
+    row_scale: Float[Array, " n"]
     damping: Scalar
     sketch: Sketch | None
     inverse: Float[Array, "n n"] | None
@@ -127,7 +136,7 @@ class IterativeGramSolve(AbstractGramSolve):
         return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        eps, scale = float(jnp.finfo(vector.dtype).eps), row_scale(self.norms_squared)
+        eps, scale = float(jnp.finfo(vector.dtype).eps), self.row_scale
         shift = self.damping + 5 * eps * len(vector)
 
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Flag, Scalar, Tangent
-from manifoldflow.linalg._gram import AbstractGramSolve, row_scale
+from manifoldflow.linalg._gram import AbstractGramSolve
 from manifoldflow.linalg._operator import AbstractJacobian
 
 _MAX_ITERATIONS = 12
@@ -74,7 +74,7 @@ def refined_solve(
             f"refined_solve: vector must have the shape of the values of the Jacobian, "
             f"{jacobian.out_structure().shape}; got {vector.shape}."
         )
-    scale = row_scale(gram.row_norms_squared())
+    scale = gram.row_scale
     norms = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
     def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import answered, delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._land import land
@@ -85,12 +85,12 @@ class AbstractManifold(eqx.Module):
         Raises:
             EquinoxRuntimeError: with the message of the `RESULTS` member.
         """
-        return answered(*self._projected(point, vector, True), throw)
+        return delivered(*self._projected(point, vector, True), throw)
 
     @checked
     def normal_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
         """P⊥ v = v − P v; `throw` as for `tangent_projection`."""
-        return answered(*self._projected(point, vector, False), throw)
+        return delivered(*self._projected(point, vector, False), throw)
 
     @checked
     @eqx.filter_jit
@@ -100,7 +100,8 @@ class AbstractManifold(eqx.Module):
         vector = _tree.as_tangent(self.split(point)[0], vector)
         space = self.normal_space(point)
         projected = space.tangent(vector) if is_tangent else space.normal(vector)
-        return projected, space.existence()
+        result = space.existence()
+        return or_nan(projected, result == RESULTS.successful), result
 
     @checked
     def project(self, point: Point, *, throw: bool = True, max_steps: int = MAX_STEPS) -> Point:
@@ -123,16 +124,19 @@ class AbstractManifold(eqx.Module):
         return self.project_with_info(point, throw=throw, max_steps=max_steps)[0]
 
     @checked
-    @eqx.filter_jit
     def project_with_info(
         self, point: Point, *, throw: bool = False, max_steps: int = MAX_STEPS
     ) -> tuple[Point, Info]:
         """As `project`, with the `Info` of the search."""
+        landed, info = self._landed(point, jnp.asarray(checked_count("max_steps", max_steps)))
+        return delivered(landed, info.result, throw), info
+
+    @eqx.filter_jit
+    def _landed(self, point: Point, max_steps: Int[Array, ""]) -> tuple[Point, Info]:
         coordinates, remainder = self.split(point)
-        max_steps = checked_count("max_steps", max_steps)
         landed, info = land(self, coordinates, remainder, max_steps=max_steps)
         info = self.judged(landed, remainder, info)
-        return _tree.join(delivered(landed, info, throw), remainder), info
+        return _tree.join(or_nan(landed, info.is_successful), remainder), info
 
     def judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
         """As a search that landed here, unless it is a stationary point that is no minimum."""
@@ -173,17 +177,23 @@ class AbstractManifold(eqx.Module):
         return self.retract_with_info(point, vector, throw=throw, max_steps=max_steps)[0]
 
     @checked
-    @eqx.filter_jit
     def retract_with_info(
         self, point: Point, vector: Tangent, *, throw: bool = False, max_steps: int = MAX_STEPS
     ) -> tuple[Point, Info]:
         """As `retract`, with the `Info` of the search."""
+        max_steps = checked_count("max_steps", max_steps)
+        landed, info = self._retreated(point, vector, jnp.asarray(max_steps))
+        return delivered(landed, info.result, throw), info
+
+    @eqx.filter_jit
+    def _retreated(
+        self, point: Point, vector: Tangent, max_steps: Int[Array, ""]
+    ) -> tuple[Point, Info]:
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
-        max_steps = checked_count("max_steps", max_steps)
         landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps)
         info = self.judged(landed, remainder, info)
-        return _tree.join(delivered(landed, info, throw), remainder), info
+        return _tree.join(or_nan(landed, info.is_successful), remainder), info
 
     @checked
     def random_tangent(self, point: Point, key: Key, *, throw: bool = True) -> Tangent:

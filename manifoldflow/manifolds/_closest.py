@@ -8,7 +8,7 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
@@ -38,18 +38,20 @@ def closest_point(
         EquinoxRuntimeError: with the message of the `RESULTS` member.
     """
     landed, info = closest_point_with_info(manifold, point, max_steps=max_steps)
-    coordinates, remainder = manifold.split(landed)
-    return _tree.join(delivered(coordinates, info, throw), remainder)
+    return delivered(landed, info.result, throw)
 
 
 @checked
-@eqx.filter_jit
 def closest_point_with_info(
     manifold: AbstractManifold, point: Point, *, max_steps: int = _MAX_STEPS
 ) -> tuple[Point, Info]:
     """As `closest_point`, with the `Info` of the search; failed ones have NaN coordinates."""
+    return _closest(manifold, point, checked_count("max_steps", max_steps))
+
+
+@eqx.filter_jit
+def _closest(manifold: AbstractManifold, point: Point, max_steps: int) -> tuple[Point, Info]:
     coordinates, remainder = manifold.split(point)
-    max_steps = checked_count("max_steps", max_steps)
     fixed = jax.lax.stop_gradient(coordinates)
     landed, first = manifold.project_with_info(_tree.join(fixed, remainder), max_steps=max_steps)
     floor = 4 * _tree.eps_of(coordinates) * _tree.norm(fixed)
@@ -79,7 +81,7 @@ def closest_point_with_info(
     y = jax.lax.stop_gradient(y)
     # Nothing is left to go; the derivative of this step is that of the closest point.
     final = _tree.add(y, _step(manifold, y, coordinates, remainder))
-    return _tree.join(delivered(final, info, False), remainder), info
+    return _tree.join(or_nan(final, info.is_successful), remainder), info
 
 
 def _step(

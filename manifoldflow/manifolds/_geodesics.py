@@ -18,11 +18,15 @@ from jaxtyping import Array, Float
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
-from manifoldflow._solution import Info, or_nan, RESULTS, without_step_limit
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._projected import Projected
+from manifoldflow.manifolds._on_saves import (
+    AdaptiveStepsOnSaves,
+    ProjectedOnSaves,
+    StepsOnSaves,
+)
 
 MAX_STEPS = 16**4
 
@@ -58,17 +62,16 @@ class Walk(eqx.Module):
     def controller(
         self, size: Scalar, times: Array | None = None
     ) -> dfx.AbstractStepSizeController:
-        """Adaptive steps for numbers of this size.
-
-        They end on `times`: between its steps a solver interpolates less well.
-        """
+        """Steps for numbers of this size, which end on `times`."""
         if self.step_size is not None:
-            return dfx.ConstantStepSize()
+            return dfx.ConstantStepSize() if times is None else StepsOnSaves(times)
         is_double = jnp.finfo(size.dtype).eps < 1e-10
         rtol = self.rtol if self.rtol is not None else 1e-9 if is_double else 1e-5
         atol = self.atol if self.atol is not None else (1e-10 if is_double else 1e-6) * size
-        controller = dfx.PIDController(rtol=rtol, atol=atol)
-        return controller if times is None else dfx.ClipStepSizeController(controller, times)
+        # Where no step can be landed, none is short enough: do not try for ever.
+        smallest = jnp.asarray(jnp.finfo(size.dtype).eps, size.dtype)
+        controller = dfx.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False)
+        return controller if times is None else AdaptiveStepsOnSaves(controller, times)
 
 
 @checked
@@ -174,8 +177,8 @@ def _path(
         if not (np.all(away >= 0) and np.all(known * known[-1] >= 0)):
             raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")
     times = jnp.asarray(times, _tree.dtype_of(coordinates))
-    path, others, _ = walk_along(manifold, point, vectors, times, walk or Walk(), throw)
-    return path, others
+    path, others, result = walk_along(manifold, point, vectors, times, walk or Walk())
+    return delivered((path, others), result, throw)
 
 
 class _Field(eqx.Module):
@@ -216,7 +219,6 @@ def walk_along(
     vectors: tuple[Tangent, ...],
     times: Float[Array, " times"],
     walk: Walk,
-    throw: bool,
 ) -> tuple[Point, tuple[Tangent, ...], RESULTS]:
     """The geodesic along the first vector, with all of them transported along it."""
     coordinates, remainder = manifold.split(point)
@@ -234,33 +236,29 @@ def walk_along(
     safe = jnp.where(stands, 1, unit)
     fractions = jnp.where(stands, 1, times / safe)
     bundle = _TangentBundle(manifold, remainder)
+    # Diffrax would evaluate the field twice to choose a first step.
+    first = jnp.asarray(0.01, times.dtype)
     begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
-    save = lambda t, y, args: bundle.touch_up(_tree.cast_like(y, begin))[0]
-    ends = dfx.SubSaveAt(ts=fractions, fn=save), dfx.SubSaveAt(t1=True)
+    save = lambda t, y, args: _tree.cast_like(y, begin)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_Field(manifold, remainder)),
-        Projected(walk.solver, bundle),
+        ProjectedOnSaves(walk.solver, bundle),
         jnp.zeros((), times.dtype),
         jnp.ones((), times.dtype),
-        None if walk.step_size is None else walk.step_size / jnp.abs(safe),
+        first if walk.step_size is None else walk.step_size / jnp.abs(safe),
         begin,
         args=unit,
-        saveat=dfx.SaveAt(subs=ends),
+        saveat=dfx.SaveAt(ts=fractions, fn=save),
         stepsize_controller=walk.controller(size, fractions),
         adjoint=walk.adjoint,
         max_steps=MAX_STEPS,
         throw=False,
     )
     assert solution.ys is not None
-    (path, moved), _ = solution.ys
+    path, moved = solution.ys
     moved = tuple(_tree.scale(1 / c, v) for c, v in zip(scales, moved))
     result = _result(solution.result, path, info.result)
-    is_fine = result == RESULTS.successful
-    found = (path, moved)
-    if throw:
-        path, moved = result.error_if(found, ~is_fine)
-    else:
-        path, moved = or_nan(found, is_fine)
+    path, moved = or_nan((path, moved), result == RESULTS.successful)
     return _tree.join(path, remainder), moved, result
 
 
@@ -329,15 +327,14 @@ def parallel_transport(
                         f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
                     )
     coordinates, _ = manifold.split(ends[0])
-    return _transported(
-        manifold, path, _tree.as_tangent(coordinates, vector), walk or Walk(), throw
-    )
+    vector = _tree.as_tangent(coordinates, vector)
+    return delivered(*_transported(manifold, path, vector, walk or Walk()), throw)
 
 
 @eqx.filter_jit
 def _transported(
-    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: Walk, throw: bool
-) -> Tangent:
+    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: Walk
+) -> tuple[Tangent, RESULTS]:
     dtype = _tree.dtype_of(vector)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
     _, size = _tree.in_own_units(jax.lax.stop_gradient(vector))
@@ -358,7 +355,4 @@ def _transported(
     ended = _tree.cast_like(_last(solution.ys), vector)
     moved = manifold.normal_space(path(one)).tangent(ended)
     result = _result(solution.result, moved, RESULTS.successful)
-    is_fine = result == RESULTS.successful
-    if throw:
-        return result.error_if(moved, ~is_fine)
-    return or_nan(moved, is_fine)
+    return or_nan(moved, result == RESULTS.successful), result

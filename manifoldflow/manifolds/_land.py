@@ -121,7 +121,7 @@ def land(
     remainder: Point,
     *,
     is_near: bool = False,
-    max_steps: int = MAX_STEPS,
+    max_steps: Int[Array, ""] | int = MAX_STEPS,
 ) -> tuple[Coordinates, Info]:
     """Damped Gauss-Newton: full steps where the constraint is nearly linear, else damped.
 
@@ -213,7 +213,11 @@ def _is_slope_rounding(
 
 @land.def_jvp
 def _land_jvp(
-    primals: tuple, tangents: tuple, *, is_near: bool = False, max_steps: int = MAX_STEPS
+    primals: tuple,
+    tangents: tuple,
+    *,
+    is_near: bool = False,
+    max_steps: Int[Array, ""] | int = MAX_STEPS,
 ) -> tuple:
     # To first order the search moves along the normal space only: the derivative is P at
     # the result, and data that move the manifold move the result along J†.

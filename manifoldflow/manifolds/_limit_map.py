@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Int
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive, is_traced
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._base import AbstractManifold
@@ -78,7 +78,8 @@ def limit_map_with_info(
     """As `limit_map`, with the `Info` of the solve."""
     if rtol is not None:  # as an array, an argument and not a constant
         rtol = jnp.asarray(rtol) if is_traced(rtol) else checked_positive("limit_map: rtol", rtol)
-    return _limit_map(loss_or_manifold, point, rtol, max_steps, throw)
+    limit, info = _limit_map(loss_or_manifold, point, rtol, max_steps)
+    return delivered(limit, info.result, throw), info
 
 
 @eqx.filter_jit
@@ -87,7 +88,6 @@ def _limit_map(
     point: Point,
     rtol: Scalar | None,
     max_steps: int,
-    throw: bool,
 ) -> tuple[Point, Info]:
     manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
@@ -95,7 +95,7 @@ def _limit_map(
     default = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
     rtol = jnp.asarray(default if rtol is None else rtol, dtype)
     limit, info = _limit(manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps)
-    return _tree.join(delivered(limit, info, throw), remainder), info
+    return _tree.join(or_nan(limit, info.is_successful), remainder), info
 
 
 def _manifold(what: AbstractLoss | AbstractManifold, point: Point) -> AbstractManifold:

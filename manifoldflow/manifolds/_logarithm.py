@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._geodesics import Walk, walk_along
@@ -61,11 +61,16 @@ def distance(
 
 
 @checked
-@eqx.filter_jit
 def logarithm_map_with_info(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = False
 ) -> tuple[Tangent, Info]:
     """As `logarithm_map`, with the `Info` of the search; its defect is the miss at `other`."""
+    vector, info = _logarithm(manifold, point, other)
+    return delivered(vector, info.result, throw), info
+
+
+@eqx.filter_jit
+def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[Tangent, Info]:
     coordinates, remainder = manifold.split(point)
     target, _ = manifold.split(other)
     dynamic = (manifold, coordinates, target)
@@ -80,7 +85,7 @@ def logarithm_map_with_info(
         start = _tree.join(coordinates, remainder)
         vector = unravel(v)
         walk = Walk(adjoint=adjoint)
-        ended, _, _ = walk_along(manifold, start, (vector,), jnp.ones(1, v.dtype), walk, False)
+        ended, _, _ = walk_along(manifold, start, (vector,), jnp.ones(1, v.dtype), walk)
         end = jax.tree.map(lambda leaf: leaf[-1], manifold.split(ended)[0])
         gap = _tree.ravel(_tree.subtract(end, target))[0]
         return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
@@ -121,7 +126,7 @@ def logarithm_map_with_info(
     gap = miss(unit * found, dynamic, dfx.RecursiveCheckpointAdjoint())
     refined = unravel(unit * found - _lifted(slopes, gap, _tree.ravel((coordinates, target))[0]))
     info = _info(fixed, gap, flat.size, search.stats["num_steps"])
-    return delivered(refined, info, throw), info
+    return or_nan(refined, info.is_successful), info
 
 
 @jax.custom_jvp

@@ -126,10 +126,10 @@ class GramNormalSpace(AbstractNormalSpace):
         return jnp.sum(self.gram.row_norms_squared())
 
     def outward(self) -> Tangent:
-        return self.jacobian.transpose_mv(linalg.row_scale(self.gram.row_norms_squared()))
+        return self.jacobian.transpose_mv(self.gram.row_scale)
 
     def shortfall(self, constraint: Constraint) -> Scalar:
-        scale = linalg.row_scale(self.gram.row_norms_squared())
+        scale = self.gram.row_scale
         return _tree.norm(scale * constraint) / len(scale) ** 0.5
 
     def is_minimum(self) -> Flag:

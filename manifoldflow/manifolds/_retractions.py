@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._closest import closest_point_with_info
@@ -46,8 +46,7 @@ class AbstractRetraction(eqx.Module):
     ) -> Point:
         """R_x(v); its tangent part counts. Raises if the search fails and `throw` is set."""
         landed, info = self.with_info(manifold, point, vector)
-        coordinates, remainder = manifold.split(landed)
-        return _tree.join(delivered(coordinates, info, throw), remainder)
+        return delivered(landed, info.result, throw)
 
 
 class NewtonRetraction(AbstractRetraction):
@@ -133,7 +132,7 @@ def inverse_retract(
         EquinoxRuntimeError: with the message of the `RESULTS` member.
     """
     vector, info = retraction.inverse_with_info(manifold, point, other)
-    return delivered(vector, info, throw)
+    return delivered(or_nan(vector, info.is_successful), info.result, throw)
 
 
 def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:

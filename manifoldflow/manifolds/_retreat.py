@@ -39,7 +39,7 @@ def retreat(
     vector: Tangent,
     remainder: Point,
     *,
-    max_steps: int = MAX_STEPS,
+    max_steps: Int[Array, ""] | int = MAX_STEPS,
 ) -> tuple[Coordinates, Info]:
     """From x + P v back along the normal space at x (the orthographic retraction).
 
@@ -75,7 +75,9 @@ def retreat(
 
 
 @retreat.def_jvp
-def _retreat_jvp(primals: tuple, tangents: tuple, *, max_steps: int = MAX_STEPS) -> tuple:
+def _retreat_jvp(
+    primals: tuple, tangents: tuple, *, max_steps: Int[Array, ""] | int = MAX_STEPS
+) -> tuple:
     # The result y lies on the manifold and has P_x(y − x − v) = 0. Its derivative is
     # tangent at y (but for data that move the manifold) with
     # P_x dy = P_x(dx + dv) − dP_x(y − x − v).

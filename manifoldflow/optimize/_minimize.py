@@ -13,7 +13,14 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._reports import checked_observables, meter_of, Report, row_reports
-from manifoldflow._solution import Info, Observables, or_nan, RESULTS, Solution
+from manifoldflow._solution import (
+    delivered_solution,
+    Info,
+    Observables,
+    or_nan,
+    RESULTS,
+    Solution,
+)
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.optimize._base import (
@@ -107,13 +114,12 @@ def minimize(
         meter=meter_of(progress),
         reports=row_reports(progress),
         max_steps=checked_count("max_steps", max_steps),
-        throw=throw,
     )
     problem = Problem(manifold, _tree.as_pytree_callable(fn), remainder)
     # A program of its own, which other functions and methods need not compile again.
     landed, info = manifold.project_with_info(point, max_steps=max(100, options.max_steps))
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
-    return _minimize(problem, start, info, options)
+    return delivered_solution(_minimize(problem, start, info, options), throw)
 
 
 def _check_scalar(fn: Callable[[Point], Any], point: Point) -> None:
@@ -134,7 +140,6 @@ class _Options(eqx.Module):
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
 
 
 class _State(eqx.Module):
@@ -278,8 +283,6 @@ def _solution(
     observables = jax.lax.map(lambda x: _observed(problem, options, x), points)
     points, observables = or_nan((points, observables), has_start)
     final = or_nan(end.iterate.coordinates, is_fine)
-    if options.throw:
-        final = end.result.error_if(final, ~is_fine)
     num_steps = end.num_steps.astype(end.iterate.value.dtype)
     return Solution(
         times=jnp.stack([jnp.zeros_like(num_steps), num_steps]),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -16,7 +15,7 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._journal import Place
 from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import Observables, RESULTS, Solution
+from manifoldflow._solution import delivered_solution, Observables, Solution
 from manifoldflow._timescale import limit_times, num_steps_for
 from manifoldflow._types import Key, Point
 from manifoldflow.losses import AbstractLoss
@@ -139,7 +138,8 @@ def simulate(
         solution = whole_run(problem, coordinates, times, num_steps)
     else:
         solution = resumable_run(problem, coordinates, times, num_steps, beta, checkpoint, resume)
-    return _raised(solution) if throw else solution
+    where = lambda: f" It was step {solution.stats['diverged_at']}, counted from 0."
+    return delivered_solution(solution, throw, where)
 
 
 _EARLIER = "Raise the learning rate, ask for an earlier end, or give num_steps instead"
@@ -193,15 +193,3 @@ def _save_times(
     if is_traced(times):
         return times[steps]
     return jnp.asarray(np.asarray(times)[steps])
-
-
-def _raised(solution: Solution) -> Solution:
-    """The solution, or its failure as an error: at once, or when the program runs."""
-    failed = solution.result != RESULTS.successful
-    if is_traced(solution):
-        final = solution.result.error_if(solution.final_coordinates, failed)
-        return eqx.tree_at(lambda s: s.final_coordinates, solution, final)
-    if failed:
-        where = f" It was step {solution.stats['diverged_at']}, counted from 0."
-        raise eqx.EquinoxRuntimeError(f"{RESULTS[solution.result]}{where}")
-    return solution

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import is_traced
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractExampleLoss
 from manifoldflow.symmetry._equilibrium import noise_equilibrium_with_info
@@ -146,7 +146,8 @@ def balance_with_info(
     found = Balance(parameters, names, info)
     if throw and not is_traced(parameters):
         _refuse_infinite(found)
-    return _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, throw), found
+    there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info)
+    return delivered(there, info.result, throw), found
 
 
 @eqx.filter_jit
@@ -155,11 +156,10 @@ def _moved(
     network: Point,
     parameters: Float[Array, " k"],
     info: Info,
-    throw: bool,
 ) -> Point:
     coordinates, remainder = _tree.split(network)
     there = moved([one.at(network) for one in symmetries], coordinates, parameters)
-    return _tree.join(delivered(there, info, throw), remainder)
+    return _tree.join(or_nan(there, info.is_successful), remainder)
 
 
 def _checked_scales(kind: str, noise_scale: Any, weight_decay: Any) -> tuple[Any, Any]:

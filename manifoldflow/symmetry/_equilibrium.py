@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, RESULTS
+from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import checked_noise, drift
 from manifoldflow.symmetry._generators import (
@@ -120,8 +120,8 @@ def noise_equilibrium_with_info(
     sigma, gamma = checked_noise("noise_equilibrium", noise_scale, weight_decay)
     data = checked_examples(data, throw=throw)
     example_loss = _tree.as_pytree_callable(example_loss)
-    found, info = _equilibrium(as_tuple(symmetry), example_loss, point, data, sigma, gamma, throw)
-    return like(symmetry, found), info
+    found, info = _equilibrium(as_tuple(symmetry), example_loss, point, data, sigma, gamma)
+    return like(symmetry, delivered(found, info.result, throw)), info
 
 
 @eqx.filter_jit
@@ -132,7 +132,6 @@ def _equilibrium(
     data: PyTree[Array],
     noise_scale: Array,
     weight_decay: Array,
-    throw: bool,
 ) -> tuple[Float[Array, " k"], Info]:
     generators = [symmetry.at(point) for symmetry in as_tuple(symmetries)]
     coordinates, remainder = _tree.split(point)
@@ -167,7 +166,7 @@ def _equilibrium(
     info = Info(RESULTS.where(is_finite, result, RESULTS.nonfinite), defect, num_steps, num_steps)
     outward = jnp.where(outward != 0, outward, _vanished_side(generators, there))
     at = jnp.where(outward != 0, jnp.copysign(jnp.inf, outward), at)
-    return delivered(at, info, throw), info
+    return or_nan(at, info.is_successful), info
 
 
 class _Step(eqx.Module):
