@@ -194,9 +194,10 @@ def _checked(value: Any, is_fine: Callable[[Any], Any], message: str) -> Any:
     if is_traced(value):
         value = jnp.asarray(value, float)
         return jnp.where(is_fine(value), value, jnp.nan)
-    if not is_fine(float(value)):
+    number = float(np.asarray(value))
+    if not is_fine(number):
         raise ValueError(f"{message}; got {value!r}.")
-    return float(value)
+    return number
 
 
 def _eps(value: Any) -> float:

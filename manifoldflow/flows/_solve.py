@@ -70,9 +70,9 @@ def solve(
         solver: a Diffrax solver. By default `diffrax.Tsit5()`; for stochastic flows
             Euler-Maruyama steps in one scan, without Diffrax, whose noise at step k comes
             from `fold_in(key, k)`. Itô and Stratonovich solvers get the drift they need.
-        step_size: a fixed step, by default `end_time / 1000` for stochastic flows, which
-            step onto every save: no step is longer, most are a little shorter. By default
-            all others have adaptive steps.
+        step_size: a fixed step, by default `end_time / 1000` for stochastic flows; all others
+            have adaptive steps by default. On a manifold steps end on the saves: no step is
+            longer than asked for, most are a little shorter.
         rtol: relative tolerance of adaptive steps: 1e-6 in float64, 1e-4 in float32. For
             stochastic flows it asks for adaptive steps, whose paths are reproducible in
             law only: a rounding error can change a step and with it the noise.
@@ -88,7 +88,7 @@ def solve(
         checkpoint: an .npz file, or an `orbax.checkpoint.CheckpointManager`, for the saves so
             far, rewritten at every save. If it is there already and belongs to this solve, the
             solve goes on from its last save, to the last bit as if it had never been cut off.
-            Steps then end on the saves, and `stats` count those of this call.
+            `stats` then count the steps of this call.
         throw: raise when the solve fails. With `throw=False` look at
             `solution.result`; what was not reached is NaN.
         max_steps: attempted steps before the solve gives up.
@@ -184,7 +184,7 @@ def _solve(
             solver,
             times[0],
             end_time,
-            first_step(end_time, options),
+            first_step(times, end_time, options),
             start,
             saveat=dfx.SaveAt(subs=subs, solver_state=has_manifold),
             stepsize_controller=controller_of(options, times, end_time, has_manifold),

@@ -45,20 +45,22 @@ def smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar
     return jnp.min(jnp.diff(noise.legs(times, end_time))) / noise.num_steps
 
 
-def first_step(end_time: Scalar, options: Options) -> Scalar | None:
-    """A thousandth of the time, from where adaptive steps soon find their size.
+def first_step(times: Array, end_time: Scalar, options: Options) -> Scalar | None:
+    """A thousandth of the way to the first save: adaptive steps soon find their size from there.
 
-    A better guess would need the drift, which is most of what has to be compiled.
+    A better guess would need the drift, which is most of what has to be compiled. Later saves
+    have no say, so that a solve that was asked for fewer can go on to them.
     """
-    if options.noise is not None and not options.noise.is_adaptive:
-        return None
+    if options.noise is not None:
+        return _whole_time(options, end_time) / 1000 if options.noise.is_adaptive else None
     if options.step_size is not None:
         return options.step_size
-    step = _whole_time(options, end_time) / 1000
-    if options.whole is not None and options.noise is None:
+    step = (times[1] - times[0]) / 1000
+    # The first save may be at the start.
+    step = jnp.where(step > 0, step, end_time / 1000)
+    if options.whole is not None:
         step = jnp.where(options.whole.first_step > 0, options.whole.first_step, step)
-        step = jnp.minimum(step, end_time)
-    return jax.lax.stop_gradient(step)
+    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
 
 
 def controller_of(
