@@ -58,7 +58,7 @@ def test_floors_and_rooms(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     configure()
-    kept = use_cases.lint_imports("pyproject.toml", cache_dir=None, no_logo=True)
+    kept = use_cases.lint_imports("pyproject.toml", cache_dir=None)
     assert kept, capsys.readouterr().out
 
 

@@ -64,6 +64,10 @@ class DiagonalNoise(mf.AbstractNoise):
 class EigenSolve(linalg.AbstractGramSolve):
     matrix: jax.Array
 
+    @property
+    def row_scale(self):
+        return linalg.row_scale(self.row_norms_squared())
+
     def row_norms_squared(self):
         return jnp.diagonal(self.matrix)
 

@@ -31,7 +31,7 @@ from manifoldflow.flows._options import (
 )
 from manifoldflow.flows._stepping import controller_of, first_step, max_steps_of, terms_of
 from manifoldflow.flows._walk import walk
-from manifoldflow.manifolds._on_saves import ProjectedOnSaves
+from manifoldflow.manifolds import Projected
 
 
 @checked_but("flow", "solver", "observe")
@@ -177,7 +177,7 @@ def _solve(
     assert options.solver is not None
     solver, has_manifold = options.solver, flow.manifold is not None
     if flow.manifold is not None:
-        solver = ProjectedOnSaves(solver, flow.manifold, like=begin.point)
+        solver = Projected(solver, flow.manifold, begin.point, interpolates=False)
     with _without_marker_warning():
         solution = dfx.diffeqsolve(
             terms_of(flow, begin.point, times, end_time, options),

@@ -22,11 +22,8 @@ from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_ste
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._on_saves import (
-    AdaptiveStepsOnSaves,
-    ProjectedOnSaves,
-    StepsOnSaves,
-)
+from manifoldflow.manifolds._on_saves import AdaptiveStepsOnSaves, StepsOnSaves
+from manifoldflow.manifolds._projected import Projected
 
 MAX_STEPS = 16**4
 
@@ -242,7 +239,7 @@ def walk_along(
     save = lambda t, y, args: _tree.cast_like(y, begin)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_Field(manifold, remainder)),
-        ProjectedOnSaves(walk.solver, bundle),
+        Projected(walk.solver, bundle, interpolates=False),
         jnp.zeros((), times.dtype),
         jnp.ones((), times.dtype),
         first if walk.step_size is None else walk.step_size / jnp.abs(safe),

@@ -11,35 +11,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree
-from manifoldflow._types import Coordinates, Scalar
-from manifoldflow.manifolds._projected import Projected
-
-
-class _Ends(dfx.AbstractLocalInterpolation):
-    """A step of which only the ends are known."""
-
-    t0: Scalar
-    t1: Scalar
-    y0: Coordinates
-    y1: Coordinates
-
-    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Coordinates:
-        del t1, left
-        return _tree.where(t0 < self.t1, self.y0, self.y1)
-
-
-class ProjectedOnSaves(Projected):
-    """A projected solver for steps that end on the saves."""
-
-    @property
-    def interpolation_cls(self):
-        return _Ends
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        y1, error, _, state, result = super().step(terms, t0, t1, y0, args, solver_state, made_jump)
-        return y1, error, {"y0": y0, "y1": y1}, state, result
-
 
 def _shared(begin: Any, size: Any, ends: Float[Array, " ends"]) -> Array:
     """Where the step from `begin` ends: one of equal ones to the next of the ends.
