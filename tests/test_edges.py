@@ -11,6 +11,7 @@ import pytest
 
 import checks
 import manifoldflow as mf
+from checks import at_least, at_most, close, equal
 from manifoldflow.__main__ import main
 
 SPHERE = mf.LevelSet(lambda p: jnp.sum(p**2) - 1)
@@ -152,3 +153,46 @@ def test_signs_are_two_classes(tmp_path, capsys):
     assert main([*options, "--out", str(tmp_path)]) == 2  # too narrow, said after counting
     out, err = capsys.readouterr()
     assert "2 classes" in out and re.search(r"12 residuals", err), (out, err)
+
+
+def test_the_other_throw_compiles_nothing():
+    traced = []
+
+    def circle(x):
+        traced.append(1)
+        return jnp.sum(x**2) - 1
+
+    manifold = mf.LevelSet(circle)
+    flow = mf.RiemannianGradientFlow(manifold, height)
+    on, v = jnp.array([0.6, 0.8]), jnp.array([0.08, -0.06])
+    ways = {
+        "project": lambda throw: manifold.project(2 * on, throw=throw),
+        "retract": lambda throw: manifold.retract(on, v, throw=throw),
+        "limit_map": lambda throw: mf.limit_map(manifold, 2 * on, throw=throw),
+        "exponential_map": lambda throw: mf.exponential_map(manifold, on, v, throw=throw),
+        "minimize": lambda throw: mf.minimize(manifold, height, on, throw=throw),
+        "solve": lambda throw: mf.solve(flow, on, end_time=0.1, throw=throw),
+    }
+    for name, way in ways.items():
+        way(True)
+        before = len(traced)
+        way(False)
+        equal(f"traces of {name} with the other throw", len(traced), before)
+
+
+def test_steps_end_on_the_saves():
+    """No save is interpolated: each is a landed end of a step, with equal steps between two."""
+    flow = mf.RiemannianGradientFlow(mf.LevelSet(lambda x: jnp.sum(x**2) - 1), height)
+    start = jnp.array([0.6, 0.8])
+    walk = mf.solve(flow, start, end_time=0.5, save_times=[0.1, 0.25, 0.5], step_size=0.1)
+    equal("steps", int(walk.stats["num_steps"]), 1 + 2 + 3)
+    defects = jax.vmap(lambda x: jnp.abs(jnp.linalg.norm(x) - 1))(walk.points)
+    at_most("defects of the saves", defects.max(), 1e-14)
+    many = mf.solve(flow, start, end_time=0.5, num_saves=50)
+    at_least("steps", int(many.stats["num_steps"]), 50)
+    whole = mf.solve(flow, start, end_time=0.5).final
+    close("as without saves", many.final, whole, 1e-5)
+
+
+def height(x):
+    return x[1]
