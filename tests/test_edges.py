@@ -190,6 +190,11 @@ def test_steps_end_on_the_saves():
     at_most("defects of the saves", defects.max(), 1e-14)
     many = mf.solve(flow, start, end_time=0.5, num_saves=50)
     at_least("steps", int(many.stats["num_steps"]), 50)
+    close("the last save is the end", many.points[-1], many.final, 1e-14)
+    # With θ = (cos a, sin a): a' = −cos a.
+    angle = lambda t: 2 * jnp.arctan(jnp.tanh((t0 - t) / 2))
+    t0 = 2 * jnp.arctanh(jnp.tan(jnp.arcsin(0.8) / 2))
+    close("heights", many.points[:, 1], jnp.sin(angle(many.times)), 1e-5)
     whole = mf.solve(flow, start, end_time=0.5).final
     close("as without saves", many.final, whole, 1e-5)
 

@@ -202,7 +202,7 @@ import conftest
 from test_flows import checkpointed
 
 def progress(row):
-    if row["time"] > 0.3:
+    if row["time"] > 0.25:  # that is 0.3, whichever way it is rounded
         os.kill(os.getpid(), signal.SIGKILL)
 
 checkpointed({file!r}, progress)
@@ -225,7 +225,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     )
     equal(f"exit of the killed run {done.stderr[-500:]}", done.returncode, -signal.SIGKILL)
     time, point = mf.load_checkpoint(file, START)
-    assert 0.1 - 1e-9 <= float(time) <= 0.4 + 1e-9, f"time in the file: {time}"
+    assert 0.1 - 1e-9 <= float(time) <= 0.3 + 1e-9, f"time in the file: {time}"
     close("the point in the file", point, descent(START, time), 1e-5)
     resumed, whole = checkpointed(file), checkpointed(os.fspath(tmp_path / "whole.npz"))
     close("times", resumed.times, whole.times, 1e-12)
