@@ -106,6 +106,8 @@ class Drift(AbstractVectorField):
     remainder: Point
     form: Form | None = eqx.field(static=True)
 
+    # Diffrax traces a step three times: jitted, all but the first find it done.
+    @eqx.filter_jit
     def __call__(self, t: Any, y: Coordinates, args: object) -> Tangent:
         del t, args
         point = _tree.join(y, self.remainder)

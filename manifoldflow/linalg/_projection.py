@@ -42,16 +42,14 @@ def normal_component(
     So that P v is tangent to rounding of itself, however much longer v is.
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
+    is_double = _tree.eps_of(vector) < 1e-10
 
     def again(_: Any, remainder: Tangent) -> Tangent:
-        multipliers = gram.solve(jacobian.mv(remainder))
-        return _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
+        values = jacobian.mv(remainder)
+        found = gram.solve(values) if is_double else refined_solve(jacobian, gram, values)
+        return _tree.subtract(remainder, jacobian.transpose_mv(found))
 
-    remainder = jax.lax.fori_loop(0, 2, again, vector)
-    if _tree.eps_of(vector) > 1e-10:
-        rest = refined_solve(jacobian, gram, jacobian.mv(remainder))
-        remainder = _tree.subtract(remainder, jacobian.transpose_mv(rest))
-    return _tree.subtract(vector, remainder)
+    return _tree.subtract(vector, jax.lax.fori_loop(0, 2, again, vector))
 
 
 @checked

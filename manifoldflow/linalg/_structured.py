@@ -219,7 +219,7 @@ def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:
     """Where to cut the examples of a Gram matrix; more cuts save products, cost compile time."""
-    num_strips = 1 if num_rows < 512 else 4 if num_rows < 4096 else 8
+    num_strips = 1 if num_rows < 1024 else 4 if num_rows < 4096 else 8
     num_strips = min(num_strips, num_examples)
     stops = [num_examples * index // num_strips for index in range(num_strips + 1)]
     return list(zip(stops, stops[1:]))

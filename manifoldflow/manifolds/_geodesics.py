@@ -184,6 +184,8 @@ class _Field(eqx.Module):
     manifold: AbstractManifold
     remainder: Point
 
+    # Diffrax traces a step three times: jitted, all but the first find it done.
+    @eqx.filter_jit
     def __call__(self, t: Any, y: Bundle, args: Any) -> Bundle:
         del t
         x, vectors = y
@@ -202,6 +204,7 @@ class _TangentBundle(eqx.Module):
     def split(self, point: Bundle) -> tuple[Bundle, None]:
         return point, None
 
+    @eqx.filter_jit
     def touch_up(self, point: Bundle) -> tuple[Bundle, Info]:
         x, vectors = point
         landed, info = self.manifold.touch_up(_tree.join(x, self.remainder))

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._solution import delivered, Info, or_nan, RESULTS
-from manifoldflow._types import Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._geodesics import Walk, walk_along
 
@@ -69,84 +69,106 @@ def logarithm_map_with_info(
     return delivered(vector, info.result, throw), info
 
 
+class _Shots(eqx.Module):
+    """Where geodesics from a point come to, beside another point."""
+
+    manifold: AbstractManifold
+    coordinates: Coordinates
+    target: Coordinates
+
+    def miss(self, v: Array, remainder: Point, adjoint: dfx.AbstractAdjoint) -> Array:
+        """exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
+        start = _tree.join(self.coordinates, remainder)
+        vector = _tree.ravel(self.coordinates)[1](v)
+        walk = Walk(adjoint=adjoint)
+        ended, _, _ = walk_along(self.manifold, start, (vector,), jnp.ones(1, v.dtype), walk)
+        end = jax.tree.map(lambda leaf: leaf[-1], self.manifold.split(ended)[0])
+        gap = _tree.ravel(_tree.subtract(end, self.target))[0]
+        normal = self.manifold.normal_space(start).normal(vector)
+        return jnp.concatenate([gap, _tree.ravel(normal)[0]])
+
+    def chord(self, remainder: Point) -> Array:
+        """The tangent part of the way to the other point, as long as the whole way."""
+        way = _tree.subtract(self.target, self.coordinates)
+        space = self.manifold.normal_space(_tree.join(self.coordinates, remainder))
+        chord = space.tangent(way)
+        reach = _tree.norm(chord)
+        return _tree.ravel(_tree.scale(_tree.norm(way) / jnp.where(reach > 0, reach, 1), chord))[0]
+
+
 @eqx.filter_jit
 def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[Tangent, Info]:
     coordinates, remainder = manifold.split(point)
-    target, _ = manifold.split(other)
-    dynamic = (manifold, coordinates, target)
+    shots = _Shots(manifold, coordinates, manifold.split(other)[0])
     fixed = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, dynamic
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, shots
     )
-    flat, unravel = _tree.ravel(coordinates)
-
-    def miss(v: Array, at: tuple, adjoint: dfx.AbstractAdjoint) -> Array:
-        """exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
-        manifold, coordinates, target = at
-        start = _tree.join(coordinates, remainder)
-        vector = unravel(v)
-        walk = Walk(adjoint=adjoint)
-        ended, _, _ = walk_along(manifold, start, (vector,), jnp.ones(1, v.dtype), walk)
-        end = jax.tree.map(lambda leaf: leaf[-1], manifold.split(ended)[0])
-        gap = _tree.ravel(_tree.subtract(end, target))[0]
-        return jnp.concatenate([gap, _tree.ravel(manifold.normal_space(start).normal(vector))[0]])
-
+    flat, unravel = _tree.ravel(fixed.coordinates)
     # In units of the coordinates, which the tolerances of the search know nothing of.
-    _, unit = _tree.in_own_units((fixed[1], fixed[2]))
+    _, unit = _tree.in_own_units((fixed.coordinates, fixed.target))
     unit = unit.astype(flat.dtype)
     # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
     default = jnp.promote_types(flat.dtype, jnp.result_type(float))
 
-    def shot(v: Array, args: None) -> Array:
+    def shot(v: Array, args: None) -> tuple[Array, Array]:
         del args
-        gap = miss(unit * v.astype(flat.dtype), fixed, dfx.ForwardMode())
-        return (gap / unit).astype(v.dtype)
+        gap = fixed.miss(unit * v.astype(flat.dtype), remainder, dfx.ForwardMode())
+        return (gap / unit).astype(v.dtype), gap
 
-    chord = (
-        fixed[0]
-        .normal_space(_tree.join(fixed[1], remainder))
-        .tangent(_tree.subtract(fixed[2], fixed[1]))
-    )
-    length = _tree.norm(_tree.subtract(fixed[2], fixed[1]))
-    reach = _tree.norm(chord)
-    first = _tree.scale(length / jnp.where(reach > 0, reach, 1), chord)
     eps = _tree.eps_of(coordinates)
-    solver = optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6)
     search = optx.least_squares(
-        shot, solver, (_tree.ravel(first)[0] / unit).astype(default), max_steps=_MAX_SHOTS,
+        shot,
+        optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6),
+        (fixed.chord(remainder) / unit).astype(default),
+        has_aux=True,
+        max_steps=_MAX_SHOTS,
         throw=False,
         options={"jac": "fwd"},
-    )  # fmt: skip
-    found = jax.lax.stop_gradient(search.value.astype(flat.dtype))
+    )
+    info = _info(fixed, search.aux, flat.size, search.stats["num_steps"])
+    found = _with_derivative(shots, unit * search.value.astype(flat.dtype), remainder)
+    return or_nan(unravel(found), info.is_successful), info
 
-    # One more Gauss-Newton step: it sharpens the result, and its first derivative is that of
-    # the implicit function.
-    slopes = jax.lax.stop_gradient(jax.vmap(
-        lambda e: jax.jvp(lambda v: shot(v, None), (found,), (e,))[1], out_axes=1
-    )(jnp.eye(flat.size, dtype=flat.dtype)))  # fmt: skip
-    gap = miss(unit * found, dynamic, dfx.RecursiveCheckpointAdjoint())
-    refined = unravel(unit * found - _lifted(slopes, gap, _tree.ravel((coordinates, target))[0]))
-    info = _info(fixed, gap, flat.size, search.stats["num_steps"])
-    return or_nan(refined, info.is_successful), info
+
+@eqx.filter_custom_vjp
+def _with_derivative(shots: _Shots, found: Array, remainder: Point) -> Array:
+    """What was found, with the derivative of the implicit function in all of `shots`."""
+    del shots, remainder
+    return found
+
+
+@_with_derivative.def_fwd
+def _with_derivative_fwd(perturbed: Any, shots: _Shots, found: Array, remainder: Point) -> Any:
+    del perturbed, shots, remainder
+    return found, None
+
+
+@_with_derivative.def_bwd
+def _with_derivative_bwd(
+    residuals: None,
+    cotangent: Array,
+    perturbed: Any,
+    shots: _Shots,
+    found: Array,
+    remainder: Point,
+) -> Any:
+    del residuals, perturbed
+    # How the slopes change is not known: it matters to second order.
+    found = _once(found, eqx.filter(shots, eqx.is_inexact_array))
+    along = lambda v: shots.miss(v, remainder, dfx.ForwardMode())
+    push = lambda e: jax.jvp(along, (found,), (e,))[1]
+    slopes = jax.vmap(push)(jnp.eye(found.size, dtype=found.dtype))
+    solver = lx.AutoLinearSolver(well_posed=None)
+    weights = lx.linear_solve(lx.MatrixLinearOperator(slopes), cotangent, solver, throw=False).value
+    through = lambda s: s.miss(found, remainder, dfx.RecursiveCheckpointAdjoint())
+    (pulled,) = eqx.filter_vjp(through, shots)[1](-weights)
+    return pulled
 
 
 @jax.custom_jvp
-def _lifted(slopes: Array, gap: Array, of: Array) -> Array:
-    """The least-squares solution of slopes·v = gap; slopes that depend on `of` as well."""
+def _once(found: Array, of: Any) -> Array:
     del of
-    operator = lx.MatrixLinearOperator(slopes)
-    return lx.linear_solve(operator, gap, lx.AutoLinearSolver(well_posed=None), throw=False).value
-
-
-@_lifted.defjvp
-def _lifted_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    slopes, gap, of = primals
-    # The derivative of the slopes is not known: it matters to second order.
-    return _lifted(*primals), _lifted(slopes + 0 * jnp.sum(_once(of)), tangents[1], of)
-
-
-@jax.custom_jvp
-def _once(of: Array) -> Array:
-    return of
+    return found
 
 
 @_once.defjvp
@@ -154,10 +176,9 @@ def _once_jvp(primals: tuple, tangents: tuple) -> Any:
     raise NotImplementedError("logarithm_map and distance have first derivatives only.")
 
 
-def _info(at: tuple, gap: Array, size: int, num_steps: Array) -> Info:
-    _, coordinates, target = at
+def _info(shots: _Shots, gap: Array, size: int, num_steps: Array) -> Info:
     miss = jax.lax.stop_gradient(jnp.linalg.norm(gap[:size]))
-    tol = 100 * _tree.eps_of(coordinates) ** 0.6 * _tree.norm(target)
+    tol = 100 * _tree.eps_of(shots.coordinates) ** 0.6 * _tree.norm(shots.target)
     result = RESULTS.where(miss <= tol, RESULTS.successful, RESULTS.no_geodesic)
     result = RESULTS.where(jnp.isfinite(miss), result, RESULTS.nonfinite)
     return Info(result, miss, num_steps, jnp.zeros_like(num_steps))

@@ -37,7 +37,7 @@ class StepsOnSaves(dfx.AbstractStepSizeController):
         return _shared(t0, dt0, self.ends), dt0
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, state):
-        going = jnp.asarray(True), t1, _shared(t1, state, self.ends), jnp.asarray(False)
+        going = jnp.asarray(True), t1, _shared(t1, state, self.ends), False
         return *going, state, dfx.RESULTS.successful
 
 
