@@ -10,24 +10,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
 from manifoldflow._reports import Report
 from manifoldflow._solution import RESULTS, Solution
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
-from manifoldflow.flows._landing import started, there
-from manifoldflow.flows._options import Options, Stationary, Whole
-from manifoldflow.flows._stepping import smallest_step
+from manifoldflow.flows._here import at_start, begun, Here, Row, row_of, solution_of
+from manifoldflow.flows._landing import started
+from manifoldflow.flows._options import Options, Stationary
+from manifoldflow.flows._stepping import leg_by_diffrax, Whole, whole_of
+from manifoldflow.flows._walk import leg_by_scan
 from manifoldflow.manifolds import AbstractManifold
 
-Run = Callable[..., Solution]
-"""Follows a flow from save to save: `solve` has one with Diffrax and one without."""
+Leg = Callable[..., Here]
+"""Follows a flow from one save to the next."""
 
 
-def solve_by_legs(
-    run: Run,
+def leg_of(options: Options) -> Leg:
+    return leg_by_scan if options.solver is None else leg_by_diffrax
+
+
+def solve_to_file(
     flow: AbstractFlow,
     point: Point,
     times: Float[Array, " saves"],
@@ -46,86 +50,59 @@ def solve_by_legs(
     row_like = coordinates, _observables_like(options, point), end_time
     identity = _identity(flow, point, times, end_time, options)
     journal = Journal("solve", identity, row_like, (), dict(enumerate(times.tolist())))
-    legs = jnp.append(times, end_time) if _has_tail(times, end_time, options) else times
-    solution, stats, result = None, {}, RESULTS.successful
+    whole, legs = whole_of(times, end_time, options), options.legs(times, end_time)
+    # What is shown is shown between the legs.
+    quiet = dataclasses.replace(options, meter=dfx.NoProgressMeter(), reports=())
     meter_state = options.meter.init()
     with journal.opened(checkpoint) as store:
         if store.has_any():
             journal.read(store)
             _report(options.reports, times[journal.num_done - 1], journal.last())
-        for number in range(max(journal.num_done - 1, 0), len(legs) - 1):
-            if number:
-                coordinates, _, step = journal.last()
-                start = there(_tree.join(coordinates, remainder))
-            else:
-                start, step = started(flow, point, options.max_steps), jnp.nan
-            ends = legs[number : number + 2]
-            solution = run(
-                flow,
-                start,
-                ends,
-                ends[1],
-                jnp.asarray(number),
-                _for_leg(options, times, end_time, step),
-            )
-            stats, result = _added(stats, solution.stats), solution.result
-            left = _steps_left(options, stats)
-            if left < 0:
-                result, solution = RESULTS.max_steps_reached, _nothing(solution)
+            coordinates, _, step = journal.last()
+            successful = RESULTS.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite)
+            here = begun(coordinates, times[journal.num_done - 1], successful, step)
+        else:
+            start = started(flow, point, options.max_steps)
+            here, row = _begin(flow, start, times, end_time, quiet)
+            journal.add((*row, here.step), 0)
+            if bool(here.is_going):
+                _report(options.reports, here.time, row)
+        for number in range(max(journal.num_done - 1, 0), whole.num_legs):
+            end = jnp.asarray(number), legs[number + 1]
+            here, row = _leg(flow, remainder, here, *end, quiet, whole)
+            if not bool(here.is_going):
                 break
-            _take_in(journal, store, solution, times, number, options.reports)
-            if result != RESULTS.successful:
-                break
-            share = jnp.asarray((number + 1) / (len(legs) - 1))
+            if number + 1 < len(times):
+                journal.add((*row, here.step), number + 1)
+                journal.write(store, (), must=True)
+                _report(options.reports, here.time, row)
+            share = jnp.asarray((number + 1) / whole.num_legs)
             meter_state = options.meter.step(meter_state, share)
-            if left == 0 and number < len(legs) - 2:
-                result, solution = RESULTS.max_steps_reached, _nothing(solution)
-                break
     options.meter.close(meter_state)
-    return _joined(journal, solution, stats, result, times, remainder, options)
+    return _joined(journal, here, times, remainder, quiet)
 
 
-def _for_leg(options: Options, times: Array, end_time: Scalar, first_step: Any) -> Options:
-    """What a leg is asked for: nothing that is done between the legs."""
-    noise = options.noise
-    smallest = None if noise is None else smallest_step(noise, times, end_time)
-    whole = Whole(end_time, smallest, jnp.asarray(first_step, end_time.dtype))
-    return dataclasses.replace(options, whole=whole, meter=dfx.NoProgressMeter(), reports=())
+@eqx.filter_jit
+def _begin(
+    flow: AbstractFlow, start: Any, times: Array, end_time: Scalar, options: Options
+) -> tuple[Here, Row]:
+    here = at_start(flow, start, times, end_time, options)
+    return here, row_of(here, flow.split(start.point)[1], options)
 
 
-def _has_tail(times: Array, end_time: Scalar, options: Options) -> bool:
-    if options.noise is not None:
-        return options.noise.has_tail
-    return float(times[-1]) < float(end_time)
-
-
-def _take_in(
-    journal: Journal,
-    store: Any,
-    solution: Solution,
-    times: Array,
-    number: int,
-    reports: tuple[Report, ...],
-) -> None:
-    """Write down the save that a leg has come to, and then show it."""
-    has_come = bool(solution.result == RESULTS.successful) and number < len(times) - 1
-    saves = [0] * (number == 0) + [number + 1] * has_come
-    rows = [_row(solution, times, save) for save in saves]
-    for save, row in zip(saves, rows):
-        journal.add(row, save)
-    if has_come:
-        journal.write(store, (), must=True)
-    for save, row in zip(saves, rows):
-        _report(reports, times[save], row)
-
-
-def _row(solution: Solution, times: Array, number: int) -> Any:
-    """A save that a leg began or ended with. The next leg begins with the mean step of this."""
-    at = min(number, 1)
-    step = (times[number] - times[number - 1]) / jnp.maximum(solution.stats["num_steps"], 1)
-    step = step.astype(times.dtype) if number else jnp.asarray(jnp.nan, times.dtype)
-    row = jax.tree.map(lambda leaf: leaf[at], (solution.points, solution.observables))
-    return *row, step
+@eqx.filter_jit
+def _leg(
+    flow: AbstractFlow,
+    remainder: Point,
+    here: Here,
+    number: Array,
+    end: Scalar,
+    options: Options,
+    whole: Whole,
+) -> tuple[Here, Row]:
+    meter = dfx.NoProgressMeter()
+    here = leg_of(options)(flow, remainder, here, number, end, options, whole, meter)
+    return here, row_of(here, remainder, options)
 
 
 def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
@@ -137,71 +114,22 @@ def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
             raise
 
 
-def _steps_left(options: Options, stats: dict[str, Array]) -> int:
-    """Of those that may be attempted; steps whose number was asked for are not counted."""
-    is_counted = options.noise is None or options.noise.is_adaptive
-    attempted = int(stats["num_steps"] + stats["num_rejected"])
-    return options.max_steps - attempted if is_counted else options.max_steps
-
-
-def _added(before: dict[str, Array], stats: Any) -> dict[str, Array]:
-    """The counts of several legs, and their largest defect."""
-    if not before:
-        return dict(stats)
-    add = lambda name: jnp.maximum if name == "max_defect" else jnp.add
-    return {name: add(name)(before[name], value) for name, value in stats.items()}
-
-
-def _nothing(solution: Solution) -> Solution:
-    """A leg that did not come to its end."""
-    lost = lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0)
-    parts = lambda s: (s.points, s.observables, s.final_coordinates)
-    return eqx.tree_at(parts, solution, jax.tree.map(lost, parts(solution)))
-
-
 def _joined(
-    journal: Journal,
-    last: Solution | None,
-    stats: dict[str, Array],
-    result: RESULTS,
-    times: Array,
-    remainder: Point,
-    options: Options,
+    journal: Journal, here: Here, times: Array, remainder: Point, options: Options
 ) -> Solution:
-    """All saves, those that were not come to filled as the last leg says."""
+    """All saves; those that were not come to are those of the end, or NaN."""
     points, observables, _ = journal.rows()
-    final, num_left = journal.last()[0], len(times) - journal.num_done
-    if last is not None and (num_left or _has_tail_of(last, times)):
-        final = last.final_coordinates
+    ended, num_left = times[: journal.num_done], len(times) - journal.num_done
+    rows = points, observables
     if num_left:
-        assert last is not None
-        filled = lambda rows, leg: jnp.concatenate([rows, jnp.stack([leg[-1]] * num_left)])
-        points, observables = jax.tree.map(
-            filled, (points, observables), (last.points, last.observables)
-        )
-        is_early = result == RESULTS.stopped_early
-        ended = jnp.where(is_early, last.times[-1], times[journal.num_done :])
-        times = jnp.concatenate([times[: journal.num_done], ended])
-    if not stats:
-        stats = {name: jnp.asarray(0) for name in _COUNTS} | {
-            "max_defect": jnp.zeros_like(times[0])
-        }
-    return Solution(
-        times=times,
-        points=points,
-        observables=observables,
-        stats=stats,
-        result=result,
-        final_coordinates=final,
-        remainder=remainder,
-    )
+        last = _row(here, remainder, options)
+        filled = lambda rows, end: jnp.concatenate([rows, jnp.stack([end] * num_left)])
+        rows = jax.tree.map(filled, rows, last)
+        ended = jnp.concatenate([ended, jnp.full(num_left, here.time)])
+    return solution_of(here, rows, ended, times, remainder)
 
 
-_COUNTS = "num_steps", "num_rejected", "num_gradients", "num_factorizations"
-
-
-def _has_tail_of(leg: Solution, times: Array) -> bool:
-    return float(leg.times[0]) >= float(times[-1])
+_row = eqx.filter_jit(row_of)
 
 
 # --- identity -------------------------------------------------------------------------------

@@ -44,27 +44,7 @@ class NoiseOptions(eqx.Module):
 
     key: Key
     num_steps: int = eqx.field(static=True)  # equal ones between any two saves
-    has_tail: bool = eqx.field(static=True)  # is there a way to go after the last save?
     is_adaptive: bool = eqx.field(static=True)
-
-    def legs(self, times: Array, end_time: Scalar) -> Array:
-        """The times between which steps are equal: the saves and the end."""
-        return jnp.append(times, end_time) if self.has_tail else times
-
-    def step_times(self, times: Array, end_time: Scalar) -> Array:
-        """All times that are stepped on."""
-        legs = self.legs(times, end_time)
-        fractions = jnp.arange(self.num_steps, dtype=times.dtype) / self.num_steps
-        grid = legs[:-1, None] + jnp.diff(legs)[:, None] * fractions
-        return jnp.append(grid.reshape(-1), legs[-1])
-
-
-class Whole(eqx.Module):
-    """The solve that a leg is a part of."""
-
-    end_time: Scalar
-    smallest_step: Scalar | None  # of fixed steps with noise
-    first_step: Scalar  # of this leg, where steps are adaptive; NaN: to be chosen
 
 
 class Options(eqx.Module):
@@ -81,7 +61,11 @@ class Options(eqx.Module):
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
-    whole: Whole | None = None  # None: this is all of it
+    has_tail: bool = eqx.field(static=True)  # is there a way to go after the last save?
+
+    def legs(self, times: Array, end_time: Scalar) -> Array:
+        """The times between which the solve goes: the saves and the end."""
+        return jnp.append(times, end_time) if self.has_tail else times
 
     def observed(self, point: Point) -> dict[str, PyTree[Array]]:
         """What is to be seen at a point."""
@@ -118,6 +102,16 @@ def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) ->
                 f"save_times must increase from 0 to at most end_time={end_time}; got {save_times}."
             )
     return times
+
+
+def has_tail(save_times: Any, end_time: Any) -> bool:
+    """Whether there is, or may be, a way to go after the last save."""
+    if save_times is None:
+        return False
+    if is_traced((save_times, end_time)):
+        return True
+    # Not compared in the point's precision, in which the end may be rounded.
+    return float(np.max(np.asarray(save_times))) < float(end_time) * (1 - 1e-6)
 
 
 def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> Scalar:
@@ -161,20 +155,17 @@ def noise_options(
             "step_size out for 1000 steps."
         )
     if save_times is None and step_size is None:
-        return NoiseOptions(key, -(-1000 // num_saves), False, is_adaptive)
+        return NoiseOptions(key, -(-1000 // num_saves), is_adaptive)
     end_time = float(end_time)
-    longest, has_tail = end_time / num_saves, False
+    longest = end_time / num_saves
     if save_times is not None:
-        last = float(np.max(save_times))
-        # Not compared in the point's precision, in which the end may be rounded.
-        has_tail = last < end_time * (1 - 1e-6)
-        ends = [end_time] if has_tail else []
+        ends = [end_time] if has_tail(save_times, end_time) else []
         longest = float(np.max(np.diff([0.0, *np.asarray(save_times, float), *ends])))
     step_size = end_time / 1000 if step_size is None else float(step_size)
     if not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive and finite; got {step_size}.")
     num_steps = max(1, math.ceil(longest / step_size * (1 - 1e-6)))
-    return NoiseOptions(key, num_steps, has_tail, is_adaptive)
+    return NoiseOptions(key, num_steps, is_adaptive)
 
 
 def solver_of(

@@ -1,33 +1,136 @@
-"""What Diffrax steps with: terms, first step and step-size controller of a solve."""
+"""One leg of a solve, from one save to the next, by Diffrax."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from manifoldflow._types import Point, Scalar
+from manifoldflow import _tree
+from manifoldflow._solution import RESULTS
+from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
+from manifoldflow.flows._here import added, Here
 from manifoldflow.flows._options import NoiseOptions, Options
+from manifoldflow.manifolds import Projected
 from manifoldflow.manifolds._forms import form_of
-from manifoldflow.manifolds._on_saves import AdaptiveStepsOnSaves, StepsOnSaves
+from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step
 
 
-def terms_of(
-    flow: AbstractFlow, point: Point, times: Array, end_time: Scalar, options: Options
+class Whole(eqx.Module):
+    """What a leg must know of the solve that it is a part of."""
+
+    end_time: Scalar
+    smallest_step: Scalar | None  # of steps with noise
+    num_legs: int = eqx.field(static=True)
+
+
+def whole_of(times: Array, end_time: Scalar, options: Options) -> Whole:
+    noise, legs = options.noise, options.legs(times, end_time)
+    smallest = None if noise is None else _smallest_step(noise, legs)
+    return Whole(end_time, smallest, len(legs) - 1)
+
+
+def _smallest_step(noise: NoiseOptions, legs: Array) -> Scalar:
+    if noise.is_adaptive:
+        return legs[-1] / 2**14
+    return jnp.min(jnp.diff(legs)) / noise.num_steps
+
+
+def leg_by_diffrax(
+    flow: AbstractFlow,
+    remainder: Point,
+    here: Here,
+    number: Any,
+    end: Scalar,
+    options: Options,
+    whole: Whole,
+    meter: dfx.AbstractProgressMeter,
+) -> Here:
+    """On to `end`, unless the solve has ended before."""
+    del number
+    assert options.solver is not None
+    point, solver = _tree.join(here.coordinates, remainder), options.solver
+    if flow.manifold is not None:
+        solver = Projected(solver, flow.manifold, point)
+    controller, step = _controller_of(here, end, options, whole)
+    has_event, is_ours = options.until is not None, isinstance(controller, AdaptiveSteps)
+    with _without_marker_warning():
+        solution = dfx.diffeqsolve(
+            _terms_of(flow, point, options, whole),
+            solver,
+            here.time,
+            jnp.where(here.is_going, end, here.time),
+            step,
+            here.coordinates,
+            saveat=dfx.SaveAt(
+                t1=True, solver_state=flow.manifold is not None, controller_state=is_ours
+            ),
+            stepsize_controller=controller,
+            adjoint=options.adjoint,
+            event=dfx.Event(_Until(flow, remainder, options)) if has_event else None,
+            max_steps=_max_steps_of(options),
+            throw=False,
+            progress_meter=meter,
+        )
+    assert solution.ts is not None and solution.ys is not None
+    moved = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+    moved = _tree.cast_like(moved, here.coordinates)
+    stats = added(here.stats, _stats(solution, options))
+    result = _result(solution, moved, stats, options)
+    reached = jnp.where(result == RESULTS.stopped_early, solution.ts[0], end)
+    if is_ours:
+        step = next_step(solution)
+    else:
+        mean = (end - here.time) / jnp.maximum(solution.stats["num_accepted_steps"], 1)
+        step = jax.lax.stop_gradient(jnp.where(mean > 0, mean, here.step))
+    return Here(
+        moved,
+        jnp.where(here.is_going, reached, here.time),
+        RESULTS.where(here.is_going, result, here.result),
+        step,
+        stats,
+        here.meter,
+    )
+
+
+@contextlib.contextmanager
+def _without_marker_warning() -> Iterator[None]:
+    """Diffrax sees the marker of a solver through one wrapper only; `form_of` has checked it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not marked as converging to either")
+        yield
+
+
+class _Until(eqx.Module):
+    flow: AbstractFlow
+    remainder: Point
+    options: Options
+
+    def __call__(self, t: Scalar, y: Coordinates, args: Any, **kwargs: Any) -> Flag:
+        del t, args, kwargs
+        return self.options.stops_at(self.flow, _tree.join(y, self.remainder))
+
+
+def _terms_of(
+    flow: AbstractFlow, point: Point, options: Options, whole: Whole
 ) -> dfx.AbstractTerm:
     noise = options.noise
     if noise is None:
         return flow.terms(point)
     assert isinstance(flow, AbstractDiffusion) and options.solver is not None
-    smallest = smallest_step(noise, times, end_time)
-    if options.whole is not None and options.whole.smallest_step is not None:
-        smallest = options.whole.smallest_step
+    assert whole.smallest_step is not None
     # One path for the whole time, so that a solve that goes on sees the same noise. Far
     # below the steps, since the tree is only right down to its tolerance.
     path = dfx.VirtualBrownianTree(
-        jnp.zeros_like(end_time),
-        _whole_time(options, end_time),
-        smallest / 4,
+        jnp.zeros_like(whole.end_time),
+        whole.end_time,
+        whole.smallest_step / 4,
         flow.diffusion(point).in_structure(),
         noise.key,
         getattr(options.solver, "minimal_levy_area", dfx.BrownianIncrement),
@@ -35,61 +138,75 @@ def terms_of(
     return flow.terms(point, path, form=form_of(options.solver))
 
 
-def _whole_time(options: Options, end_time: Scalar) -> Scalar:
-    return end_time if options.whole is None else options.whole.end_time
-
-
-def smallest_step(noise: NoiseOptions, times: Array, end_time: Scalar) -> Scalar:
-    if noise.is_adaptive:
-        return end_time / 2**14
-    return jnp.min(jnp.diff(noise.legs(times, end_time))) / noise.num_steps
-
-
-def first_step(times: Array, end_time: Scalar, options: Options) -> Scalar | None:
-    """A thousandth of the way to the first save: adaptive steps soon find their size from there.
-
-    A better guess would need the drift, which is most of what has to be compiled. Later saves
-    have no say, so that a solve that was asked for fewer can go on to them.
-    """
-    if options.noise is not None:
-        return _whole_time(options, end_time) / 1000 if options.noise.is_adaptive else None
-    if options.step_size is not None:
-        return options.step_size
-    step = (times[1] - times[0]) / 1000
-    # The first save may be at the start.
-    step = jnp.where(step > 0, step, end_time / 1000)
-    if options.whole is not None:
-        step = jnp.where(options.whole.first_step > 0, options.whole.first_step, step)
-    return jax.lax.stop_gradient(jnp.minimum(step, end_time))
-
-
-def controller_of(
-    options: Options, times: Array, end_time: Scalar, has_manifold: bool
-) -> dfx.AbstractStepSizeController:
+def _controller_of(
+    here: Here, end: Scalar, options: Options, whole: Whole
+) -> tuple[dfx.AbstractStepSizeController, Scalar | None]:
+    """How steps are chosen, and the first one where the controller does not know it."""
     noise = options.noise
     if noise is not None and not noise.is_adaptive:
-        return dfx.StepTo(ts=noise.step_times(times, end_time))
-    ends = jnp.append(times, end_time)
+        return EqualSteps((end - here.time) / noise.num_steps), None
     if options.step_size is not None:
-        return StepsOnSaves(ends) if has_manifold else dfx.ConstantStepSize()
+        return EqualSteps(options.step_size), None
     if noise is None:
-        smallest = jnp.finfo(end_time.dtype).eps * end_time
+        smallest = jnp.finfo(end.dtype).eps * whole.end_time
         controller = dfx.PIDController(
             options.rtol, options.atol, dtmin=smallest, force_dtmin=False
         )
-        # In the whole space saves are interpolated.
-        return AdaptiveStepsOnSaves(controller, ends) if has_manifold else controller
-    # Steps end on the saves: between them the path is rough. Rejected steps are revisited,
-    # without which adaptive steps would bias the law of the noise.
-    whole = _whole_time(options, end_time)
-    smallest = whole / 2**12
+        return AdaptiveSteps(controller, here.step), None
+    # Rejected steps are revisited, without which adaptive steps would bias the law of the noise.
+    smallest = whole.end_time / 2**12
     controller = dfx.PIDController(
-        options.rtol, options.atol, pcoeff=0.1, icoeff=0.3, dtmin=smallest, dtmax=whole / 10
+        options.rtol,
+        options.atol,
+        pcoeff=0.1,
+        icoeff=0.3,
+        dtmin=smallest,
+        dtmax=whole.end_time / 10,
     )
-    return dfx.ClipStepSizeController(controller, step_ts=times, store_rejected_steps=100)
+    return dfx.ClipStepSizeController(controller, store_rejected_steps=100), here.step
 
 
-def max_steps_of(options: Options, times: Array) -> int:
+def _max_steps_of(options: Options) -> int:
     if options.noise is None or options.noise.is_adaptive:
         return options.max_steps
-    return options.noise.num_steps * len(times) + 1
+    return options.noise.num_steps + 1
+
+
+def _result(
+    solution: dfx.Solution, moved: Coordinates, stats: dict[str, Array], options: Options
+) -> RESULTS:
+    result = solution.result
+    ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
+    for theirs, mine in (
+        (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
+        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
+        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
+    ):
+        ours = RESULTS.where(result == theirs, mine, ours)
+    # Fixed steps never fail in Diffrax's eyes, whatever they run into: look at the end.
+    ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
+    ours = RESULTS.where(ended & ~_tree.all_finite(moved), RESULTS.nonfinite, ours)
+    # Steps whose number was asked for are not counted.
+    if options.noise is None or options.noise.is_adaptive:
+        is_over = ended & (stats["num_steps"] + stats["num_rejected"] > options.max_steps)
+        ours = RESULTS.where(is_over, RESULTS.max_steps_reached, ours)
+    return ours
+
+
+def _stats(solution: dfx.Solution, options: Options) -> dict[str, Array]:
+    attempted = solution.stats["num_steps"]
+    tableau = getattr(options.solver, "tableau", None)
+    stages = getattr(tableau, "num_stages", 1)
+    num_gradients = jnp.asarray(attempted) * stages
+    num_factorizations, max_defect = jnp.zeros_like(num_gradients), jnp.zeros(())
+    if solution.solver_state is not None:
+        num_factorizations = num_gradients + solution.solver_state.num_factorizations
+        max_defect = solution.solver_state.max_defect
+    return {
+        "num_steps": jnp.asarray(solution.stats["num_accepted_steps"]),
+        "num_rejected": jnp.asarray(solution.stats["num_rejected_steps"]),
+        "num_gradients": num_gradients,
+        "num_factorizations": num_factorizations,
+        "max_defect": max_defect,
+    }
+

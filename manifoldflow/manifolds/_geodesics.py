@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
@@ -22,10 +22,12 @@ from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_ste
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._on_saves import AdaptiveStepsOnSaves, StepsOnSaves
+from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step, over_legs
 from manifoldflow.manifolds._projected import Projected
 
 MAX_STEPS = 16**4
+# Of the whole time: Diffrax would evaluate the field twice to choose one.
+_FIRST_STEP = 0.01
 
 Bundle = tuple[Coordinates, tuple[Tangent, ...]]
 """A point and some tangents there; the first is the velocity."""
@@ -57,18 +59,18 @@ class Walk(eqx.Module):
                 checked_positive(f"Walk: {name}", getattr(self, name))
 
     def controller(
-        self, size: Scalar, times: Array | None = None
+        self, size: Scalar, first: Scalar, unit: Scalar | float = 1.0
     ) -> dfx.AbstractStepSizeController:
-        """Steps for numbers of this size, which end on `times`."""
+        """For numbers of this size; adaptive steps begin with `first`, in units of `unit`."""
         if self.step_size is not None:
-            return dfx.ConstantStepSize() if times is None else StepsOnSaves(times)
+            return EqualSteps(self.step_size / jnp.abs(unit))
         is_double = jnp.finfo(size.dtype).eps < 1e-10
         rtol = self.rtol if self.rtol is not None else 1e-9 if is_double else 1e-5
         atol = self.atol if self.atol is not None else (1e-10 if is_double else 1e-6) * size
         # Where no step can be landed, none is short enough: do not try for ever.
         smallest = jnp.asarray(jnp.finfo(size.dtype).eps, size.dtype)
         controller = dfx.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False)
-        return controller if times is None else AdaptiveStepsOnSaves(controller, times)
+        return AdaptiveSteps(controller, first)
 
 
 @checked
@@ -235,42 +237,59 @@ def walk_along(
     stands = unit == 0
     safe = jnp.where(stands, 1, unit)
     fractions = jnp.where(stands, 1, times / safe)
-    bundle = _TangentBundle(manifold, remainder)
-    # Diffrax would evaluate the field twice to choose a first step.
-    first = jnp.asarray(0.01, times.dtype)
+    terms = dfx.ODETerm(_Field(manifold, remainder))
+    solver = Projected(walk.solver, _TangentBundle(manifold, remainder))
     begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
-    save = lambda t, y, args: _tree.cast_like(y, begin)
-    solution = dfx.diffeqsolve(
-        dfx.ODETerm(_Field(manifold, remainder)),
-        Projected(walk.solver, bundle, interpolates=False),
-        jnp.zeros((), times.dtype),
-        jnp.ones((), times.dtype),
-        first if walk.step_size is None else walk.step_size / jnp.abs(safe),
-        begin,
-        args=unit,
-        saveat=dfx.SaveAt(ts=fractions, fn=save),
-        stepsize_controller=walk.controller(size, fractions),
-        adjoint=walk.adjoint,
-        max_steps=MAX_STEPS,
-        throw=False,
-    )
-    assert solution.ys is not None
-    path, moved = solution.ys
+    first = jnp.asarray(_FIRST_STEP, times.dtype)
+
+    def leg(here: _Here, end: Scalar) -> _Here:
+        is_going = here.result == RESULTS.successful
+        solution = dfx.diffeqsolve(
+            terms,
+            solver,
+            here.time,
+            jnp.where(is_going, end, here.time),
+            None,
+            here.bundle,
+            args=unit,
+            saveat=dfx.SaveAt(t1=True, controller_state=True),
+            stepsize_controller=walk.controller(size, here.step, safe),
+            adjoint=walk.adjoint,
+            max_steps=MAX_STEPS,
+            throw=False,
+        )
+        assert solution.ys is not None
+        bundle = _tree.cast_like(_last(solution.ys), here.bundle)
+        result = RESULTS.where(is_going, _result(solution.result, bundle), here.result)
+        step = next_step(solution) if walk.step_size is None else here.step
+        return _Here(bundle, end, step, result)
+
+    save = lambda here: (here, or_nan(here.bundle, here.result == RESULTS.successful))
+    here = _Here(begin, jnp.zeros_like(unit), first, without_step_limit(info.result))
+    here, (path, moved) = over_legs(leg, save, here, fractions)
     moved = tuple(_tree.scale(1 / c, v) for c, v in zip(scales, moved))
-    result = _result(solution.result, path, info.result)
-    path, moved = or_nan((path, moved), result == RESULTS.successful)
-    return _tree.join(path, remainder), moved, result
+    path, moved = or_nan((path, moved), here.result == RESULTS.successful)
+    return _tree.join(path, remainder), moved, here.result
 
 
-def _result(result: dfx.RESULTS, path: Coordinates, start: RESULTS) -> RESULTS:
-    is_fine = (result == dfx.RESULTS.successful) & _tree.all_finite(path)
+class _Here(eqx.Module):
+    """Where a geodesic has come to."""
+
+    bundle: Bundle
+    time: Scalar
+    step: Scalar
+    result: RESULTS
+
+
+def _result(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
+    is_fine = (result == dfx.RESULTS.successful) & _tree.all_finite(reached)
     ours = RESULTS.where(is_fine, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
         (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
         (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
     ):
         ours = RESULTS.where(result == theirs, mine, ours)
-    return without_step_limit(RESULTS.where(start == RESULTS.successful, ours, start))
+    return without_step_limit(ours)
 
 
 class _TransportField(eqx.Module):
@@ -343,9 +362,9 @@ def _transported(
         walk.solver,
         zero,
         one,
-        None if walk.step_size is None else jnp.asarray(walk.step_size, dtype),
+        None,
         manifold.normal_space(path(zero)).tangent(vector),
-        stepsize_controller=walk.controller(size),
+        stepsize_controller=walk.controller(size, jnp.asarray(_FIRST_STEP, dtype)),
         adjoint=walk.adjoint,
         max_steps=MAX_STEPS,
         throw=False,
@@ -354,5 +373,5 @@ def _transported(
     # Transport keeps vectors tangent; what the solver left off it is its error.
     ended = _tree.cast_like(_last(solution.ys), vector)
     moved = manifold.normal_space(path(one)).tangent(ended)
-    result = _result(solution.result, moved, RESULTS.successful)
+    result = _result(solution.result, moved)
     return or_nan(moved, result == RESULTS.successful), result

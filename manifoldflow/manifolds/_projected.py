@@ -36,19 +36,6 @@ class _ProjectedState(eqx.Module):
     max_defect: Scalar
 
 
-class _Ends(dfx.AbstractLocalInterpolation):
-    """A step of which only the ends are known."""
-
-    t0: Scalar
-    t1: Scalar
-    y0: Coordinates
-    y1: Coordinates
-
-    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Coordinates:
-        del t1, left
-        return _tree.where(t0 < self.t1, self.y0, self.y1)
-
-
 class Projected(dfx.AbstractWrappedSolver):
     """Wraps a solver: after each of its steps the state is projected on a manifold.
 
@@ -61,28 +48,17 @@ class Projected(dfx.AbstractWrappedSolver):
         manifold: where every accepted step ends; a manifold, or its tangent bundle.
         like: a point of the kind that is moved, if it has leaves that are not
             coordinates (an Equinox module's activation); the state itself if not.
-        interpolates: whether states inside of steps are asked for, which are off the manifold;
-            False where all saves are at the ends of steps: a smaller program.
     """
 
     solver: dfx.AbstractSolver
     manifold: Reachable
     like: Point
-    interpolates: bool = eqx.field(static=True)
 
     @checked
-    def __init__(
-        self,
-        solver: dfx.AbstractSolver,
-        manifold: Reachable,
-        like: Point = None,
-        *,
-        interpolates: bool = True,
-    ):
+    def __init__(self, solver: dfx.AbstractSolver, manifold: Reachable, like: Point = None):
         self.solver = solver
         self.manifold = manifold
         self.like = like
-        self.interpolates = interpolates
 
     @property
     def term_structure(self):
@@ -90,7 +66,7 @@ class Projected(dfx.AbstractWrappedSolver):
 
     @property
     def interpolation_cls(self):
-        return self.solver.interpolation_cls if self.interpolates else _Ends
+        return self.solver.interpolation_cls
 
     @property
     def term_compatible_contr_kwargs(self):
@@ -137,9 +113,7 @@ class Projected(dfx.AbstractWrappedSolver):
         y1 = jax.tree.map(lambda leaf: jnp.where(landed, leaf, jnp.nan), y1)
         if error is not None:
             error = jax.tree.map(lambda leaf: jnp.where(landed, leaf, jnp.inf), error)
-        if not self.interpolates:
-            dense_info = {"y0": y0, "y1": y1}
-        elif "y1" in dense_info:
+        if "y1" in dense_info:
             dense_info = {**dense_info, "y1": y1}
         state = _ProjectedState(
             inner,
