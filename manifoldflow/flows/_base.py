@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.manifolds._forms import AbstractVectorField, Form
@@ -107,7 +108,7 @@ class Drift(AbstractVectorField):
     form: Form | None = eqx.field(static=True)
 
     # Diffrax traces a step three times: jitted, all but the first find it done.
-    @eqx.filter_jit
+    @jit_part
     def __call__(self, t: Any, y: Coordinates, args: object) -> Tangent:
         del t, args
         point = _tree.join(y, self.remainder)

@@ -84,7 +84,8 @@ def solve(
         until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
             after every step. The remaining saves then repeat the final point.
         progress: True prints percentages, a Diffrax progress meter shows itself: after every
-            step where there is one save or noise, else after every save. A function is called at every save with a dict: time, coordinates, observables.
+            step where there is one save or noise, else after every save. A function is
+            called at every save with a dict: time, coordinates, observables.
         checkpoint: an .npz file, or an `orbax.checkpoint.CheckpointManager`, for the saves so
             far, rewritten at every save. If it is there already and belongs to this solve, the
             solve goes on from its last save, to the last bit as if it had never been cut off.
@@ -174,4 +175,3 @@ def _follow(
     carried.close(here.meter)
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
     return solution_of(here, joined, jnp.concatenate([times[:1], ended]), times, remainder)
-

@@ -117,9 +117,7 @@ class _Until(eqx.Module):
         return self.options.stops_at(self.flow, _tree.join(y, self.remainder))
 
 
-def _terms_of(
-    flow: AbstractFlow, point: Point, options: Options, whole: Whole
-) -> dfx.AbstractTerm:
+def _terms_of(flow: AbstractFlow, point: Point, options: Options, whole: Whole) -> dfx.AbstractTerm:
     noise = options.noise
     if noise is None:
         return flow.terms(point)
@@ -209,4 +207,3 @@ def _stats(solution: dfx.Solution, options: Options) -> dict[str, Array]:
         "num_factorizations": num_factorizations,
         "max_defect": max_defect,
     }
-

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve
 from manifoldflow.linalg._operator import AbstractJacobian
@@ -26,6 +27,7 @@ _LONGEST = 30
 
 
 @checked
+@jit_part
 def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
@@ -34,6 +36,7 @@ def pseudo_inverse_mv(
 
 
 @checked
+@jit_part
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
@@ -42,17 +45,20 @@ def normal_component(
     So that P v is tangent to rounding of itself, however much longer v is.
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
-    is_double = _tree.eps_of(vector) < 1e-10
 
     def again(_: Any, remainder: Tangent) -> Tangent:
-        values = jacobian.mv(remainder)
-        found = gram.solve(values) if is_double else refined_solve(jacobian, gram, values)
-        return _tree.subtract(remainder, jacobian.transpose_mv(found))
+        multipliers = gram.solve(jacobian.mv(remainder))
+        return _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
 
-    return _tree.subtract(vector, jax.lax.fori_loop(0, 2, again, vector))
+    remainder = jax.lax.fori_loop(0, 2, again, vector)
+    if _tree.eps_of(vector) > 1e-10:
+        rest = refined_solve(jacobian, gram, jacobian.mv(remainder))
+        remainder = _tree.subtract(remainder, jacobian.transpose_mv(rest))
+    return _tree.subtract(vector, remainder)
 
 
 @checked
+@jit_part
 def refined_solve(
     jacobian: AbstractJacobian,
     gram: AbstractGramSolve,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 
 
@@ -29,6 +30,7 @@ class AbstractLoss(eqx.Module):
         return _tree.split(point, self.trainable)
 
     @checked
+    @jit_part
     def gradient(self, point: Point) -> Tangent:
         """∇L(point), with the structure of the point's coordinates."""
         coordinates, remainder = self.split(point)
@@ -46,6 +48,7 @@ class AbstractLoss(eqx.Module):
         return lx.JacobianLinearOperator(gradient, coordinates, tags=lx.symmetric_tag)
 
     @checked
+    @jit_part
     def trace_hessian(self, point: Point) -> Scalar:
         """tr ∇²L(point), exactly, by one Hessian-vector product for each coordinate.
 
@@ -84,6 +87,7 @@ class AbstractResidualLoss(AbstractLoss):
         """A with AᵀA = the Gauss-Newton matrix of L at this point (anywhere, not only on Γ)."""
 
     @checked
+    @jit_part
     def residual(self, point: Point) -> Float[Array, " n"]:
         """All residuals r, in the order of the examples."""
         coordinates, remainder = self.split(point)
@@ -92,6 +96,7 @@ class AbstractResidualLoss(AbstractLoss):
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
     @checked
+    @jit_part
     def jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """J = ∂r, a lineax operator from tangents to n residuals."""
         return self._jacobian_of(self.example_residual, point, self.data)
@@ -111,6 +116,7 @@ class AbstractResidualLoss(AbstractLoss):
         return linalg.gauss_newton(jacobian, self.scale.astype(jacobian.out_structure().dtype))
 
     @checked
+    @jit_part
     def trace_gauss_newton(self, point: Point) -> Scalar:
         """scale·‖J‖²_F, equal to tr ∇²L on the zero-loss manifold.
 

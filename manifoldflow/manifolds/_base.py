@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
+from manifoldflow._jit import jit_part
 from manifoldflow._solution import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
@@ -146,7 +147,7 @@ class AbstractManifold(eqx.Module):
         result = RESULTS.where(info.is_successful, space.curvature(), info.result)
         return eqx.tree_at(lambda i: i.result, info, result)
 
-    @eqx.filter_jit
+    @jit_part
     def touch_up(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
         """As `project_with_info` for points that are almost on the manifold.
 

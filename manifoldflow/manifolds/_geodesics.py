@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
+from manifoldflow._jit import jit_part
 from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -187,7 +188,7 @@ class _Field(eqx.Module):
     remainder: Point
 
     # Diffrax traces a step three times: jitted, all but the first find it done.
-    @eqx.filter_jit
+    @jit_part
     def __call__(self, t: Any, y: Bundle, args: Any) -> Bundle:
         del t
         x, vectors = y
@@ -206,7 +207,7 @@ class _TangentBundle(eqx.Module):
     def split(self, point: Bundle) -> tuple[Bundle, None]:
         return point, None
 
-    @eqx.filter_jit
+    @jit_part
     def touch_up(self, point: Bundle) -> tuple[Bundle, Info]:
         x, vectors = point
         landed, info = self.manifold.touch_up(_tree.join(x, self.remainder))

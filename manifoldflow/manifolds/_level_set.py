@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import is_traced, shapes_of
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
 from manifoldflow.manifolds._base import AbstractManifold
@@ -67,6 +68,7 @@ class LevelSet(AbstractManifold):
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)
 
+    @jit_part
     def normal_space(self, point: Point) -> GramNormalSpace:
         return gram_normal_space(self.loss, self.gram, point)
 
@@ -102,6 +104,7 @@ class ZeroLossManifold(AbstractManifold):
     def constraint(self, point: Point) -> Constraint:
         return self.loss.residual(point)
 
+    @jit_part
     def normal_space(self, point: Point) -> GramNormalSpace:
         check_not_overdetermined(self, point)
         return gram_normal_space(self.loss, self.gram, point)

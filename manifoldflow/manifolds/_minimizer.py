@@ -7,6 +7,7 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._base import AbstractStationaryManifold
@@ -50,6 +51,7 @@ class MinimizerManifold(AbstractStationaryManifold):
         """∇L."""
         return self.loss.gradient(point)
 
+    @jit_part
     def normal_space(self, point: Point) -> HessianNormalSpace:
         coordinates, remainder = self.split(point)
         flat, unravel = _tree.ravel(coordinates)
