@@ -76,6 +76,7 @@ class AbstractDiffusion(AbstractFlow):
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """σ, from the space of the noise to tangents."""
 
+    @jit_part
     def stratonovich_drift(self, point: Point) -> Tangent:
         """drift − ½ Σᵣ Dσᵣ[σᵣ] over the columns of σ: the drift in the sense of Stratonovich.
 

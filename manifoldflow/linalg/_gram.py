@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import cho_solve, cholesky
 from manifoldflow.linalg._operator import AbstractJacobian, mirrored
@@ -112,6 +113,7 @@ def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 @checked
+@jit_part
 def equilibrated_eigenvalues(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     """The spectrum of the Gram matrix of the rows of length one, ascending: what has a rank."""
     triangle = jacobian.gram_triangle()

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import memory_budget
@@ -112,6 +113,7 @@ def nystroem_sketch(
 
 
 @checked
+@jit_part
 def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
     """K⁻¹ as a matrix, to precondition solves at points nearby with."""
     prepared = DenseGram()(jacobian)

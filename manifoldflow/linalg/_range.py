@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import eigh
 
@@ -73,6 +74,7 @@ def _difference_quotients(
 
 
 @checked
+@jit_part
 def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
     """H†, the Moore-Penrose inverse of a symmetric matrix, on its range.
 
@@ -101,6 +103,7 @@ def _pseudo_inverse_jvp(rank, primals, tangents):
 
 
 @checked
+@jit_part
 def range_projection(matrix: Matrix, rank: Rank = None) -> Matrix:
     """The orthogonal projector on the range of a symmetric matrix."""
     return _range_projection(matrix, checked_rank(rank, len(matrix)))
@@ -123,6 +126,7 @@ def _range_projection_jvp(rank, primals, tangents):
 
 
 @checked
+@jit_part
 def log_pseudo_determinant(matrix: Matrix, rank: Rank = None) -> Scalar:
     """ln|H|₊, the logarithm of the product of the eigenvalues on the range.
 
@@ -157,6 +161,7 @@ def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
 
 
 @checked
+@jit_part
 def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
     """The S with HS + SH = rhs whose rows and columns lie in the range of H.
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar, Tangent
 from manifoldflow.linalg._eigenvalues import Eigenvalues, judged
 from manifoldflow.linalg._lanczos import lanczos
@@ -28,6 +29,7 @@ _MAX_STEPS = 10_000
 
 
 @checked
+@jit_part
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
     """ln det(J Jᵀ), with derivative tr(K⁻¹·dK).
 
@@ -65,6 +67,7 @@ def _inverse_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 @checked
+@jit_part
 def gram_largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
     """λ_max(J Jᵀ), by products with J and Jᵀ alone.
 
@@ -93,6 +96,7 @@ def _norm_squared(vector: Tangent) -> Scalar:
 
 
 @checked
+@jit_part
 def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scalar, Eigenvalues]:
     """As `gram_largest_eigenvalue`, with residual and result; differentiable once."""
     is_array = eqx.is_inexact_array
@@ -102,6 +106,7 @@ def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scala
 
 
 @checked
+@jit_part
 def gram_top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
     """The unit eigenvector of J Jᵀ with the largest eigenvalue; its sign is arbitrary.
 

@@ -190,7 +190,7 @@ def _minimizers(
     loss_fn: LossFn, minimizer_fn: Callable[..., Array] | None, targets: PyTree[Array]
 ) -> Array:
     if minimizer_fn is None:
-        found = jax.vmap(lambda y: _search_minimizer(loss_fn, y))(targets)
+        found = jax.jit(jax.vmap(lambda y: _search_minimizer(loss_fn, y)))(targets)
     else:
         found = jax.vmap(lambda y: jnp.asarray(minimizer_fn(y)))(targets)
         found = found.astype(jnp.result_type(found.dtype, jnp.float32))
@@ -201,7 +201,7 @@ def _minimizers(
         inverse = linalg.pseudo_inverse(_output_hessian(loss_fn, output, target), root)
         return jnp.max(jnp.abs(slope)), jnp.max(jnp.abs(inverse @ slope))
 
-    slopes, steps = jax.vmap(newton_step)(found, targets)
+    slopes, steps = jax.jit(jax.vmap(newton_step))(found, targets)
     worst = float(jnp.max(slopes))
     # Far out a loss without a minimum is flat as well, but a Newton step still goes on.
     is_far = float(jnp.max(steps)) > root * (1 + float(jnp.max(jnp.abs(found))))

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
+from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
@@ -31,9 +32,14 @@ def riemannian_gradient(
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point.
     """
-    coordinates, remainder = manifold.split(point)
-    gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
+    gradient = _gradient(manifold, _tree.as_pytree_callable(fn), point)
     return manifold.tangent_projection(point, gradient, throw=throw)
+
+
+@jit_part
+def _gradient(manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point) -> Tangent:
+    coordinates, remainder = manifold.split(point)
+    return jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
 
 
 @checked
