@@ -50,13 +50,12 @@ WHOSE = {
 # The same for members of RESULTS, by the files that give them.
 MEMBERS = {
     "stopped_early": {
-        "flows/_legs.py": "solve",
-        "flows/_solve.py": "solve",
-        "flows/_walk.py": "solve",
+        "flows/_here.py": "solve",
+        "flows/_leg_by_diffrax.py": "solve",
+        "flows/_leg_by_scan.py": "solve",
     },
     "max_steps_reached": {
-        "flows/_legs.py": "solve",
-        "flows/_solve.py": "solve",
+        "flows/_leg_by_diffrax.py": "solve",
         "manifolds/_closest.py": "closest_point",
         "manifolds/_geodesics.py": "",  # translated there by `without_step_limit`
         "manifolds/_limit_map.py": "limit_map limit_map_with_info",
@@ -70,7 +69,7 @@ MEMBERS = {
         "optimize/_trust_region.py": "minimize",
     },
     "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},
-    "bad_end_time": {"flows/_solve.py": "solve"},
+    "bad_end_time": {"flows/_here.py": "solve"},
     "bad_learning_rate": {"sgd/_loop.py": "simulate"},
 }
 

@@ -27,15 +27,14 @@ class Start(eqx.Module):
 def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
     """By a program of its own, which other flows and options need not compile again."""
     if flow.manifold is None:
-        return there(point)
+        return Start(point, successful())
     landed, info = flow.manifold.project_with_info(point, max_steps=max(100, max_steps))
     return Start(landed, info.result)
 
 
-def there(point: Point) -> Start:
-    """To start from a point as it is."""
-    # As an array, like that of a search: then both run the same program.
-    return Start(point, RESULTS.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite))
+def successful() -> RESULTS:
+    """As an array, like the result of a search: then both run the same program."""
+    return RESULTS.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite)
 
 
 def check_can_move(flow: AbstractFlow, point: Point) -> None:

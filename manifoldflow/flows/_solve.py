@@ -18,9 +18,11 @@ from manifoldflow._reports import checked_observables, meter_of, row_reports
 from manifoldflow._solution import delivered_solution, Observables, Solution
 from manifoldflow._types import Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.flows._checkpointed import solve_to_file
 from manifoldflow.flows._here import at_start, Here, report, Row, row_of, solution_of
 from manifoldflow.flows._landing import check_can_move, Start, started
-from manifoldflow.flows._legs import leg_of, solve_to_file
+from manifoldflow.flows._leg_by_diffrax import whole_of
+from manifoldflow.flows._legs import leg_of
 from manifoldflow.flows._options import (
     has_tail,
     noise_options,
@@ -30,7 +32,6 @@ from manifoldflow.flows._options import (
     Stationary,
     tolerance,
 )
-from manifoldflow.flows._stepping import whole_of
 from manifoldflow.manifolds._legs import over_legs
 
 

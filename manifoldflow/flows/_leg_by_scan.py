@@ -14,8 +14,8 @@ from manifoldflow._types import Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._here import Here
 from manifoldflow.flows._landing import touched_up
+from manifoldflow.flows._leg_by_diffrax import Whole
 from manifoldflow.flows._options import Options
-from manifoldflow.flows._stepping import Whole
 
 
 def leg_by_scan(
