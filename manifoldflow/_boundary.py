@@ -83,7 +83,9 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 _check_role(name, argument, wanted[argument], value)
                 bound.arguments[argument] = value
         try:
-            return fn(*bound.args, **bound.kwargs)
+            # As usual within the library, though its user may want to be strict.
+            with jax.numpy_dtype_promotion("standard"):
+                return fn(*bound.args, **bound.kwargs)
         except (TypeError, ValueError, NotImplementedError) as error:
             sentence = _of_jax(str(error))
             if sentence is None:

@@ -206,3 +206,24 @@ def test_a_modules_own_floats_are_not_said(monkeypatch):
         mf.split([eqx.nn.LayerNorm(3), eqx.nn.Dropout(0.5)])
         with pytest.raises(UserWarning, match=r"\[0\] is a Python float"):
             mf.split([0.5, POINT])
+
+
+def test_strict_promotion_of_dtypes():
+    """The library promotes as usual inside, where it adds counts and truth values."""
+    loss = tanh_loss()
+    manifold, noise = mf.ZeroLossManifold(loss), mf.LabelNoise(std=0.5, batch_size=1)
+
+    def run(point):
+        start = manifold.project(point)
+        walk = mf.solve(mf.LimitDiffusion(manifold, noise), start, end_time=0.1, num_saves=2)
+        options = {"learning_rate": 0.1, "num_steps": 3, "key": KEY}
+        ended = mf.simulate(loss, noise, optax.sgd, walk.final, **options).final
+        return ended, mf.minimize(manifold, lambda p: jnp.sum((p - 1) ** 2), start).final
+
+    usual = run(POINT)
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"):
+        with pytest.raises(Exception, match="promotion"):
+            jnp.ones(2, bool) + jnp.ones(2, int)
+        for name, value, expected in zip(("simulate", "minimize"), run(POINT), usual):
+            close(name, value, expected, 1e-12)
