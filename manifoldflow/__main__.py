@@ -4,10 +4,12 @@ python -m manifoldflow --examples 50 --width 64 --end-time 200
 """
 
 import argparse
+import os
 import pathlib
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not options.float32:
         jax.config.update("jax_enable_x64", True)
+    _keep_programs()
     try:
         _run(options)
     except (ValueError, ImportError, OSError) as error:
@@ -44,6 +47,52 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"manifoldflow: {_how_to_go_on(_checkpoint(options))}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _keep_programs() -> None:
+    """Compiled programs go to the user's cache folder, or where JAX has been told to keep them."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        import platformdirs
+    except ImportError:
+        return
+    folder = platformdirs.user_cache_path("manifoldflow", appauthor=False) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class _Waiting:
+    """Says on stderr what is being done, and in a terminal for how long so far."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> "_Waiting":
+        if sys.stderr.isatty():
+            self._thread.start()
+        else:
+            print(f"{self._what} …", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def clear(self) -> None:
+        """Make place for a line of the output."""
+        if self._thread.is_alive():
+            print(f"\r{' ' * (len(self._what) + 10)}\r", end="", file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        began = time.perf_counter()
+        while not self._is_over.wait(0.5):
+            line = f"\r{self._what} … {time.perf_counter() - began:.0f} s"
+            print(line, end="", file=sys.stderr, flush=True)
+        self.clear()
 
 
 def _checkpoint(options: argparse.Namespace) -> pathlib.Path:
@@ -91,28 +140,32 @@ def _run(options: argparse.Namespace) -> None:
         f"{_tree.size(loss.split(model)[0])} parameters, manifold of dimension "
         f"{manifold.dimension(model)}"
     )
-    trained = _train(loss, model)
-    print(f"trained by Adam:      loss {float(loss(trained)):.1e}")
-    start = mf.limit_map(loss, trained)
+    with _Waiting("compiling the training, and training"):
+        trained = _train(loss, model)
+        reached = float(loss(trained))
+    print(f"trained by Adam:      loss {reached:.1e}")
+    with _Waiting("compiling the gradient flow, and landing on the manifold"):
+        start = mf.limit_map(loss, trained)
     print(f"landed on the manifold: loss {float(loss(start)):.1e}\n")
 
     performance = _performance(test_inputs, test_targets, is_classes)
     test_name = "test accuracy" if is_classes else "test error"
     flow = mf.LimitDiffusion(manifold, mf.LabelNoise(std=1.0, batch_size=1))
-    walk = mf.solve(
-        flow,
-        start,
-        end_time=options.end_time,
-        num_saves=NUM_SAVES,
-        observe={
-            "loss": loss,
-            "sharpness": loss.trace_gauss_newton,
-            "gradient_norm": _GradientNorm(manifold),
-            "test": performance,
-        },
-        progress=_Table(options.end_time, test_name),
-        checkpoint=_checkpoint(options),
-    )
+    with _Waiting("compiling the walk, and walking") as waiting:
+        walk = mf.solve(
+            flow,
+            start,
+            end_time=options.end_time,
+            num_saves=NUM_SAVES,
+            observe={
+                "loss": loss,
+                "sharpness": loss.trace_gauss_newton,
+                "gradient_norm": _GradientNorm(manifold),
+                "test": performance,
+            },
+            progress=_Table(options.end_time, test_name, waiting),
+            checkpoint=_checkpoint(options),
+        )
     jax.effects_barrier()
     _save(options.out, loss, walk, start, test_name, options)
     _checkpoint(options).unlink()  # the walk is whole and saved: nothing to go on from
@@ -233,14 +286,19 @@ class _GradientNorm(eqx.Module):
 class _Table:
     """Prints one row for each save, with a bar of the time that is done."""
 
-    def __init__(self, end_time: float, test_name: str):
+    def __init__(self, end_time: float, test_name: str, waiting: _Waiting):
         self._end_time, self._before, self._walked = end_time, None, 0.0
+        self._waiting, self._num_rows = waiting, 0
         print(
             f"{'':12} {'limit time':>10} {'loss':>9} {'tr∇²L':>8} {'‖P∇tr‖':>9} "
             f"{'walked':>8} {test_name:>13}"
         )
 
     def __call__(self, row: dict[str, Any]) -> None:
+        self._num_rows += 1
+        self._waiting.clear()
+        if self._num_rows == 2:
+            self._waiting.__exit__()  # the start comes before what compiles for long
         here = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row["coordinates"])])
         if self._before is not None:
             self._walked += float(np.linalg.norm(here - self._before))

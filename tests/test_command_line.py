@@ -1,25 +1,63 @@
 """The command line from end to end: digits, a user's own data, a killed run, bad options."""
 
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from manifoldflow.__main__ import _read, main
+from manifoldflow.__main__ import _keep_programs, _read, _Waiting, main
 from manifoldflow.plotting import plot_walk
 
 SMALL = ["--examples", "8", "--width", "10", "--end-time", "2"]
 
 
 @pytest.fixture(autouse=True)
-def keep_precision():
+def keep_settings(monkeypatch, tmp_path):
+    # Nothing goes to the cache folder of whoever runs the tests.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     yield
     jax.config.update("jax_enable_x64", True)
+
+
+def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    pytest.importorskip("platformdirs")
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    _keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before[names[0]], "JAX was told where to"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        _keep_programs()
+        assert "manifoldflow" in jax.config.jax_compilation_cache_dir
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), _Terminal()], ids=["file", "terminal"])
+def test_what_takes_long_is_announced(monkeypatch, stream):
+    monkeypatch.setattr("sys.stderr", stream)
+    with _Waiting("compiling the walk") as waiting:
+        time.sleep(1.2)
+        waiting.clear()
+    shown = stream.getvalue()
+    assert "compiling the walk …" in shown
+    if stream.isatty():
+        assert "… 1 s" in shown and shown.endswith(" \r"), "the line is taken back at the end"
 
 
 def test_own_data(tmp_path, capsys):
