@@ -105,3 +105,21 @@ def test_parts_are_one_program_alone_and_none_inside():
     jaxpr = jax.make_jaxpr(lambda x: loss.trace_gauss_newton(x))(point)
     names = {str(eqn.params.get("name")) for eqn in jaxpr.eqns}
     assert "trace_gauss_newton" not in names, names
+
+
+def test_the_step_limit_counts_all_legs():
+    """Ten steps in five legs, none of which has more than two."""
+    options = {"end_time": 1.0, "num_saves": 5, "step_size": 0.1, "solver": dfx.Heun()}
+    limited = lambda most: mf.solve(FLOW, START, max_steps=most, throw=False, **options)
+    equal("steps", int(limited(10).stats["num_steps"]), 10)
+    assert limited(10).result == mf.RESULTS.successful
+    walk = limited(9)
+    assert walk.result == mf.RESULTS.max_steps_reached
+    equal("saves", jnp.isfinite(walk.points).all(axis=1).tolist(), [True] * 5 + [False])
+    assert bool(jnp.isnan(walk.final).all())
+
+
+def test_legs_go_on_with_the_step_that_the_last_one_found():
+    """Were each to begin anew with a thousandth of a leg, it would take some five steps."""
+    walk = mf.solve(FLOW, START, end_time=1.0, num_saves=50)
+    at_most("steps", int(walk.stats["num_steps"]), 50 + 8)

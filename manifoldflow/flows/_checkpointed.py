@@ -17,9 +17,9 @@ from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._here import at_start, begun, Here, Row, row_of, solution_of
 from manifoldflow.flows._landing import Start, started, successful
-from manifoldflow.flows._leg_by_diffrax import Whole, whole_of
 from manifoldflow.flows._legs import leg_of
 from manifoldflow.flows._options import Options, Stationary
+from manifoldflow.flows._task import Task, task_of
 from manifoldflow.manifolds import AbstractManifold
 
 
@@ -42,9 +42,9 @@ def solve_to_file(
     row_like = coordinates, _observables_like(options, point), end_time
     identity = _identity(flow, point, times, end_time, options)
     journal = Journal("solve", identity, row_like, (), dict(enumerate(times.tolist())))
-    whole, legs = whole_of(times, end_time, options), options.legs(times, end_time)
     # What is shown is shown between the legs.
     quiet = dataclasses.replace(options, meter=dfx.NoProgressMeter(), reports=())
+    task, legs = task_of(flow, remainder, times, end_time, quiet), options.legs(times, end_time)
     meter_state = options.meter.init()
     with journal.opened(checkpoint) as store:
         if store.has_any():
@@ -54,46 +54,34 @@ def solve_to_file(
             here = begun(coordinates, times[journal.num_done - 1], successful(), step)
         else:
             start = started(flow, point, options.max_steps)
-            here, row = _begin(flow, start, times, end_time, quiet)
+            here, row = _begin(task, start, times)
             journal.add((*row, here.step), 0)
             if bool(here.is_going):
                 _report(options.reports, here.time, row)
-        for number in range(max(journal.num_done - 1, 0), whole.num_legs):
-            end = jnp.asarray(number), legs[number + 1]
-            here, row = _leg(flow, remainder, here, *end, quiet, whole)
+        for number in range(max(journal.num_done - 1, 0), task.num_legs):
+            here, row = _leg(task, here, jnp.asarray(number), legs[number + 1])
             if not bool(here.is_going):
                 break
             if number + 1 < len(times):
                 journal.add((*row, here.step), number + 1)
                 journal.write(store, (), must=True)
                 _report(options.reports, here.time, row)
-            share = jnp.asarray((number + 1) / whole.num_legs)
+            share = jnp.asarray((number + 1) / task.num_legs)
             meter_state = options.meter.step(meter_state, share)
     options.meter.close(meter_state)
-    return _joined(journal, here, times, remainder, quiet)
+    return _joined(journal, here, times, task)
 
 
 @eqx.filter_jit
-def _begin(
-    flow: AbstractFlow, start: Start, times: Array, end_time: Scalar, options: Options
-) -> tuple[Here, Row]:
-    here = at_start(flow, start, times, end_time, options)
-    return here, row_of(here, flow.split(start.point)[1], options)
+def _begin(task: Task, start: Start, times: Array) -> tuple[Here, Row]:
+    here = at_start(task.flow, start, times, task.end_time, task.options)
+    return here, row_of(here, task)
 
 
 @eqx.filter_jit
-def _leg(
-    flow: AbstractFlow,
-    remainder: Point,
-    here: Here,
-    number: Array,
-    end: Scalar,
-    options: Options,
-    whole: Whole,
-) -> tuple[Here, Row]:
-    meter = dfx.NoProgressMeter()
-    here = leg_of(options)(flow, remainder, here, number, end, options, whole, meter)
-    return here, row_of(here, remainder, options)
+def _leg(task: Task, here: Here, number: Array, end: Scalar) -> tuple[Here, Row]:
+    here = leg_of(task.options)(task, here, number, end)
+    return here, row_of(here, task)
 
 
 def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
@@ -105,19 +93,17 @@ def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
             raise
 
 
-def _joined(
-    journal: Journal, here: Here, times: Array, remainder: Point, options: Options
-) -> Solution:
+def _joined(journal: Journal, here: Here, times: Array, task: Task) -> Solution:
     """All saves; those that were not come to are those of the end, or NaN."""
     points, observables, _ = journal.rows()
     ended, num_left = times[: journal.num_done], len(times) - journal.num_done
     rows = points, observables
     if num_left:
-        last = _row(here, remainder, options)
+        last = _row(here, task)
         filled = lambda rows, end: jnp.concatenate([rows, jnp.stack([end] * num_left)])
         rows = jax.tree.map(filled, rows, last)
         ended = jnp.concatenate([ended, jnp.full(num_left, here.time)])
-    return solution_of(here, rows, ended, times, remainder)
+    return solution_of(here, rows, ended, times, task.remainder)
 
 
 _row = eqx.filter_jit(row_of)

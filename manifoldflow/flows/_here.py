@@ -13,6 +13,7 @@ from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import Start
 from manifoldflow.flows._options import Options
+from manifoldflow.flows._task import Task
 
 COUNTS = "num_steps", "num_rejected", "num_gradients", "num_factorizations"
 
@@ -70,11 +71,11 @@ Row = tuple[Coordinates, dict[str, PyTree[Array]]]
 """What is kept at a save: coordinates, and what is observed there."""
 
 
-def row_of(here: Here, remainder: Point, options: Options) -> Row:
+def row_of(here: Here, task: Task) -> Row:
     """NaN where the solve has failed before; where it was ended early, the end of it."""
     is_there = ~here.is_lost
     coordinates = or_nan(here.coordinates, is_there)
-    observables = options.observed(_tree.join(here.coordinates, remainder))
+    observables = task.options.observed(_tree.join(here.coordinates, task.remainder))
     return coordinates, or_nan(observables, is_there)
 
 

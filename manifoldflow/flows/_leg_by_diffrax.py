@@ -14,55 +14,28 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
-from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
+from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import added, Here
-from manifoldflow.flows._options import NoiseOptions, Options
+from manifoldflow.flows._options import Options
+from manifoldflow.flows._task import Task
 from manifoldflow.manifolds import Projected
 from manifoldflow.manifolds._forms import form_of
 from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step
 
 
-class Whole(eqx.Module):
-    """What a leg must know of the solve that it is a part of."""
-
-    end_time: Scalar
-    smallest_step: Scalar | None  # of steps with noise
-    num_legs: int = eqx.field(static=True)
-
-
-def whole_of(times: Array, end_time: Scalar, options: Options) -> Whole:
-    noise, legs = options.noise, options.legs(times, end_time)
-    smallest = None if noise is None else _smallest_step(noise, legs)
-    return Whole(end_time, smallest, len(legs) - 1)
-
-
-def _smallest_step(noise: NoiseOptions, legs: Array) -> Scalar:
-    if noise.is_adaptive:
-        return legs[-1] / 2**14
-    return jnp.min(jnp.diff(legs)) / noise.num_steps
-
-
-def leg_by_diffrax(
-    flow: AbstractFlow,
-    remainder: Point,
-    here: Here,
-    number: Any,
-    end: Scalar,
-    options: Options,
-    whole: Whole,
-    meter: dfx.AbstractProgressMeter,
-) -> Here:
+def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     """On to `end`, unless the solve has ended before."""
     del number
+    flow, options = task.flow, task.options
     assert options.solver is not None
-    point, solver = _tree.join(here.coordinates, remainder), options.solver
+    point, solver = _tree.join(here.coordinates, task.remainder), options.solver
     if flow.manifold is not None:
         solver = Projected(solver, flow.manifold, point)
-    controller, step = _controller_of(here, end, options, whole)
+    controller, step = _controller_of(here, end, task)
     has_event, is_ours = options.until is not None, isinstance(controller, AdaptiveSteps)
     with _without_marker_warning():
         solution = dfx.diffeqsolve(
-            _terms_of(flow, point, options, whole),
+            _terms_of(point, task),
             solver,
             here.time,
             jnp.where(here.is_going, end, here.time),
@@ -73,10 +46,10 @@ def leg_by_diffrax(
             ),
             stepsize_controller=controller,
             adjoint=options.adjoint,
-            event=dfx.Event(_Until(flow, remainder, options)) if has_event else None,
+            event=dfx.Event(_Until(task)) if has_event else None,
             max_steps=_max_steps_of(options),
             throw=False,
-            progress_meter=meter,
+            progress_meter=task.meter,
         )
     assert solution.ts is not None and solution.ys is not None
     moved = jax.tree.map(lambda leaf: leaf[0], solution.ys)
@@ -108,27 +81,27 @@ def _without_marker_warning() -> Iterator[None]:
 
 
 class _Until(eqx.Module):
-    flow: AbstractFlow
-    remainder: Point
-    options: Options
+    task: Task
 
     def __call__(self, t: Scalar, y: Coordinates, args: Any, **kwargs: Any) -> Flag:
         del t, args, kwargs
-        return self.options.stops_at(self.flow, _tree.join(y, self.remainder))
+        task = self.task
+        return task.options.stops_at(task.flow, _tree.join(y, task.remainder))
 
 
-def _terms_of(flow: AbstractFlow, point: Point, options: Options, whole: Whole) -> dfx.AbstractTerm:
+def _terms_of(point: Point, task: Task) -> dfx.AbstractTerm:
+    flow, options = task.flow, task.options
     noise = options.noise
     if noise is None:
         return flow.terms(point)
     assert isinstance(flow, AbstractDiffusion) and options.solver is not None
-    assert whole.smallest_step is not None
+    assert task.smallest_step is not None
     # One path for the whole time, so that a solve that goes on sees the same noise. Far
     # below the steps, since the tree is only right down to its tolerance.
     path = dfx.VirtualBrownianTree(
-        jnp.zeros_like(whole.end_time),
-        whole.end_time,
-        whole.smallest_step / 4,
+        jnp.zeros_like(task.end_time),
+        task.end_time,
+        task.smallest_step / 4,
         flow.diffusion(point).in_structure(),
         noise.key,
         getattr(options.solver, "minimal_levy_area", dfx.BrownianIncrement),
@@ -137,29 +110,30 @@ def _terms_of(flow: AbstractFlow, point: Point, options: Options, whole: Whole) 
 
 
 def _controller_of(
-    here: Here, end: Scalar, options: Options, whole: Whole
+    here: Here, end: Scalar, task: Task
 ) -> tuple[dfx.AbstractStepSizeController, Scalar | None]:
     """How steps are chosen, and the first one where the controller does not know it."""
+    options = task.options
     noise = options.noise
     if noise is not None and not noise.is_adaptive:
         return EqualSteps((end - here.time) / noise.num_steps), None
     if options.step_size is not None:
         return EqualSteps(options.step_size), None
     if noise is None:
-        smallest = jnp.finfo(end.dtype).eps * whole.end_time
+        smallest = jnp.finfo(end.dtype).eps * task.end_time
         controller = dfx.PIDController(
             options.rtol, options.atol, dtmin=smallest, force_dtmin=False
         )
         return AdaptiveSteps(controller, here.step), None
     # Rejected steps are revisited, without which adaptive steps would bias the law of the noise.
-    smallest = whole.end_time / 2**12
+    smallest = task.end_time / 2**12
     controller = dfx.PIDController(
         options.rtol,
         options.atol,
         pcoeff=0.1,
         icoeff=0.3,
         dtmin=smallest,
-        dtmax=whole.end_time / 10,
+        dtmax=task.end_time / 10,
     )
     return dfx.ClipStepSizeController(controller, store_rejected_steps=100), here.step
 

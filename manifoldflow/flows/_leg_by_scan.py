@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,30 +9,21 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._solution import RESULTS
-from manifoldflow._types import Point, Scalar
-from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
+from manifoldflow._types import Scalar
+from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import Here
 from manifoldflow.flows._landing import touched_up
-from manifoldflow.flows._leg_by_diffrax import Whole
-from manifoldflow.flows._options import Options
+from manifoldflow.flows._task import Task
 
 
-def leg_by_scan(
-    flow: AbstractFlow,
-    remainder: Point,
-    here: Here,
-    number: Any,
-    end: Scalar,
-    options: Options,
-    whole: Whole,
-    meter: dfx.AbstractProgressMeter,
-) -> Here:
+def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     """On to `end` by projected Euler-Maruyama in equal steps.
 
     The full Itô drift and a projection after every step: the projection alone would supply
     the normal part of the drift only up to an error of first order in the step. Step k of
     the whole path draws its noise from `fold_in(key, k)`, whatever the saves before it.
     """
+    flow, remainder, options = task.flow, task.remainder, task.options
     assert options.noise is not None and isinstance(flow, AbstractDiffusion)
     key, num_steps, begin = options.noise.key, options.noise.num_steps, here.time
     size = (end - begin) / num_steps
@@ -54,7 +44,7 @@ def leg_by_scan(
         is_going, stats = state.is_going, state.stats
         largest = jnp.maximum(stats["max_defect"], defect)
         count = stats["num_steps"] + is_going
-        share = (stats["num_steps"] + 1) / (num_steps * whole.num_legs)
+        share = (stats["num_steps"] + 1) / (num_steps * task.num_legs)
         return Here(
             _tree.where(is_going, landed, state.coordinates),
             jnp.where(is_going, state.time + size, state.time),
@@ -67,7 +57,7 @@ def leg_by_scan(
                 "num_factorizations": 2 * count * (flow.manifold is not None),
                 "max_defect": jnp.where(is_going & is_fine, largest, stats["max_defect"]),
             },
-            meter.step(state.meter, share),
+            task.meter.step(state.meter, share),
         ), None
 
     indices = number * num_steps + jnp.arange(num_steps)

@@ -8,7 +8,7 @@ from manifoldflow.flows._leg_by_scan import leg_by_scan
 from manifoldflow.flows._options import Options
 
 Leg = Callable[..., Here]
-"""(flow, remainder, here, number of the leg, end, options, whole, meter) → there."""
+"""(task, here, number of the leg, its end) → there."""
 
 
 def leg_of(options: Options) -> Leg:

@@ -21,7 +21,6 @@ from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._checkpointed import solve_to_file
 from manifoldflow.flows._here import at_start, Here, report, Row, row_of, solution_of
 from manifoldflow.flows._landing import check_can_move, Start, started
-from manifoldflow.flows._leg_by_diffrax import whole_of
 from manifoldflow.flows._legs import leg_of
 from manifoldflow.flows._options import (
     has_tail,
@@ -32,6 +31,7 @@ from manifoldflow.flows._options import (
     Stationary,
     tolerance,
 )
+from manifoldflow.flows._task import task_of
 from manifoldflow.manifolds._legs import over_legs
 
 
@@ -150,29 +150,28 @@ def _follow(
     end_time: Scalar,
     options: Options,
 ) -> Solution:
-    remainder, whole = flow.split(start.point)[1], whole_of(times, end_time, options)
+    task = task_of(flow, flow.split(start.point)[1], times, end_time, options)
     here = at_start(flow, start, times, end_time, options)
-    first = row_of(here, remainder, options)
+    first = row_of(here, task)
     report(here, first, options)
-    # The meter of a Diffrax solve begins anew with each: of several legs, show the ends only.
-    is_scan, is_single = options.solver is None, whole.num_legs == 1
-    nothing = dfx.NoProgressMeter()
-    inside = options.meter if is_scan or is_single else nothing
-    between = nothing if is_scan or is_single else options.meter
-    carried = options.meter if is_scan else between
+    # A scan carries its meter from leg to leg; what Diffrax does not show is shown in between.
+    nothing, is_scan = dfx.NoProgressMeter(), options.solver is None
+    between = nothing if is_scan or task.num_legs == 1 else options.meter
+    carried = task.meter if is_scan else between
     here = dataclasses.replace(here, meter=carried.init())
 
     def leg(here: Here, inputs: tuple[Array, Scalar]) -> Here:
-        return leg_of(options)(flow, remainder, here, *inputs, options, whole, inside)
+        return leg_of(options)(task, here, *inputs)
 
     def save(here: Here) -> tuple[Here, tuple[Scalar, Row]]:
-        row = row_of(here, remainder, options)
+        row = row_of(here, task)
         report(here, row, options)
         state = between.step(here.meter, (here.time / end_time).astype(float))
         return dataclasses.replace(here, meter=state), (here.time, row)
 
-    ends = jnp.arange(whole.num_legs), options.legs(times, end_time)[1:]
+    ends = jnp.arange(task.num_legs), options.legs(times, end_time)[1:]
     here, (ended, rest) = over_legs(leg, save, here, ends)
     carried.close(here.meter)
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
-    return solution_of(here, joined, jnp.concatenate([times[:1], ended]), times, remainder)
+    ended = jnp.concatenate([times[:1], ended])
+    return solution_of(here, joined, ended, times, task.remainder)
