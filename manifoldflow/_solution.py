@@ -125,11 +125,15 @@ def or_nan(value: PyTree[Array], is_there: Flag) -> PyTree[Array]:
     and truth values become 0.
     """
 
-    def masked(leaf: Array) -> Array:
-        missing = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
-        return leaf * jnp.where(is_there, 1, missing).astype(leaf.dtype)
+    factors = {
+        dtype: jax.lax.select(is_there, jnp.ones((), dtype), jnp.asarray(_missing(dtype), dtype))
+        for dtype in {leaf.dtype for leaf in jax.tree.leaves(value)}
+    }
+    return jax.tree.map(lambda leaf: leaf * factors[leaf.dtype], value)
 
-    return jax.tree.map(masked, value)
+
+def _missing(dtype: Any) -> float:
+    return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
 Delivered = TypeVar("Delivered", bound=PyTree[Any])

@@ -4,6 +4,7 @@ A point is any PyTree. `split` takes its coordinates out; tangents are PyTrees l
 coordinates; nothing here flattens a point into one long vector unless it says so.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -183,7 +184,9 @@ def scale(factor: Any, x: Tangent) -> Tangent:
 
 
 def inner(x: Tangent, y: Tangent) -> Scalar:
-    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), x, y)
+    highest = jax.lax.Precision.HIGHEST
+    dot = lambda a, b: jnp.tensordot(a, b, axes=jnp.ndim(a), precision=highest)
+    products = jax.tree.map(dot, x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype_of(x)))
 
 
@@ -191,7 +194,7 @@ def norm(x: PyTree[Array]) -> Scalar:
     """Euclidean norm, with derivative zero (not NaN) at zero; NaN stays NaN."""
     square = inner(x, x)
     is_zero = square == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+    return where(is_zero, 0, jnp.sqrt(where(is_zero, 1, square)))
 
 
 def in_own_units(x: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
@@ -200,17 +203,28 @@ def in_own_units(x: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
     So that squares neither vanish nor overflow: those of 1e-23 are zero in float32.
     """
     largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)])
-    size = jnp.where(jnp.max(largest) == 0, 1, jnp.max(largest))
+    size = where(jnp.max(largest) == 0, 1, jnp.max(largest))
     return jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), x), size
 
 
 def where(condition: Any, x: PyTree[Any], y: PyTree[Any]) -> PyTree[Any]:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+    """`jax.numpy.where` for every leaf, in one operation instead of a call with six of them."""
+    condition = jnp.asarray(condition)
+
+    def leafwise(a: Any, b: Any) -> Array:
+        shape = jnp.broadcast_shapes(condition.shape, jnp.shape(a), jnp.shape(b))
+        if condition.shape not in ((), shape):
+            return jnp.where(condition, a, b)
+        dtype = jnp.result_type(a, b)
+        full = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), shape)
+        return jax.lax.select(condition, full(a), full(b))
+
+    return jax.tree.map(leafwise, x, y)
 
 
 def all_finite(tree: PyTree[Any]) -> Array:
     checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks))
+    return functools.reduce(jnp.logical_and, checks)
 
 
 def random_normal_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:

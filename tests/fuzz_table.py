@@ -230,6 +230,7 @@ CALLS = {
     "linalg.lyapunov_operator": {"matrix": MATRIX},
     "linalg.lyapunov_solve": {"matrix": MATRIX, "rhs": MATRIX, "rank": 2},
     "linalg.normal_component": {"jacobian": JACOBIAN, "gram": GRAM, "vector": V},
+    "linalg.tangent_component": {"jacobian": JACOBIAN, "gram": GRAM, "vector": V},
     "linalg.numerical_rank": {"eigenvalues": np.ones(2)},
     "linalg.one_by_one": {"fn": jnp.linalg.inv},
     "linalg.pseudo_inverse": {"matrix": MATRIX, "rank": 2},

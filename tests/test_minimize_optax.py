@@ -58,7 +58,8 @@ def mixed(p):
 def test_only_vectors_are_projected(optimizer, is_vector):
     problem, method = Problem(BALL, mixed, None), RiemannianOptax(optimizer)
     gradient = {"u": jnp.array([0.3, -0.1, 0.2]), "v": jnp.array([0.5, 0.1])}
-    state = method.init(problem, Iterate(ON_BALL, jnp.asarray(1.0), gradient, gradient))
+    space = BALL.normal_space(ON_BALL)
+    state = method.init(problem, Iterate(ON_BALL, jnp.asarray(1.0), gradient, gradient, space))
     equal("vectors", [bool(flag) for flag in state.is_vector], is_vector)
 
 

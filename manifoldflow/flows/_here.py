@@ -49,7 +49,7 @@ def at_start(
 ) -> Here:
     result = start.result
     is_forward = (end_time > 0) & jnp.isfinite(end_time)
-    result = RESULTS.where(is_forward, result, RESULTS.bad_end_time)
+    result = _tree.where(is_forward, result, RESULTS.bad_end_time)
     step = first_step(times, end_time, options)
     return begun(flow.split(start.point)[0], times[0], result, step)
 
@@ -64,7 +64,7 @@ def first_step(times: Array, end_time: Scalar, options: Options) -> Scalar:
         return jax.lax.stop_gradient(end_time / 1000)
     step = (times[1] - times[0]) / 1000
     # The first save may be at the start.
-    return jax.lax.stop_gradient(jnp.where(step > 0, step, end_time / 1000))
+    return jax.lax.stop_gradient(_tree.where(step > 0, step, end_time / 1000))
 
 
 Row = tuple[Coordinates, dict[str, PyTree[Array]]]
@@ -101,7 +101,7 @@ def solution_of(
     is_early = here.result == RESULTS.stopped_early
     points, observables = jax.tree.map(lambda leaf: leaf[: len(times)], rows)
     return Solution(
-        times=jnp.where(is_early, ended[: len(times)], times),
+        times=_tree.where(is_early, ended[: len(times)], times),
         points=points,
         observables=observables,
         stats=here.stats,

@@ -14,7 +14,7 @@ def touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Co
     if flow.manifold is None:
         return y, jnp.zeros((), _tree.dtype_of(y))
     point, info = flow.manifold.touch_up(_tree.join(y, remainder))
-    return flow.split(point)[0], jnp.where(info.is_successful, info.defect, jnp.inf)
+    return flow.split(point)[0], _tree.where(info.is_successful, info.defect, jnp.inf)
 
 
 class Start(eqx.Module):
@@ -34,7 +34,7 @@ def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
 
 def successful() -> RESULTS:
     """As an array, like the result of a search: then both run the same program."""
-    return RESULTS.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite)
+    return _tree.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite)
 
 
 def check_can_move(flow: AbstractFlow, point: Point) -> None:

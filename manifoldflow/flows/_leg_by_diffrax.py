@@ -38,7 +38,7 @@ def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
             _terms_of(point, task),
             solver,
             here.time,
-            jnp.where(here.is_going, end, here.time),
+            _tree.where(here.is_going, end, here.time),
             step,
             here.coordinates,
             saveat=dfx.SaveAt(
@@ -56,16 +56,16 @@ def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     moved = _tree.cast_like(moved, here.coordinates)
     stats = added(here.stats, _stats(solution, options))
     result = _result(solution, moved, stats, options)
-    reached = jnp.where(result == RESULTS.stopped_early, solution.ts[0], end)
+    reached = _tree.where(result == RESULTS.stopped_early, solution.ts[0], end)
     if is_ours:
         step = next_step(solution)
     else:
         mean = (end - here.time) / jnp.maximum(solution.stats["num_accepted_steps"], 1)
-        step = jax.lax.stop_gradient(jnp.where(mean > 0, mean, here.step))
+        step = jax.lax.stop_gradient(_tree.where(mean > 0, mean, here.step))
     return Here(
         moved,
-        jnp.where(here.is_going, reached, here.time),
-        RESULTS.where(here.is_going, result, here.result),
+        _tree.where(here.is_going, reached, here.time),
+        _tree.where(here.is_going, result, here.result),
         step,
         stats,
         here.meter,
@@ -148,20 +148,20 @@ def _result(
     solution: dfx.Solution, moved: Coordinates, stats: dict[str, Array], options: Options
 ) -> RESULTS:
     result = solution.result
-    ours = RESULTS.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
+    ours = _tree.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
         (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
         (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
         (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
     ):
-        ours = RESULTS.where(result == theirs, mine, ours)
+        ours = _tree.where(result == theirs, mine, ours)
     # Fixed steps never fail in Diffrax's eyes, whatever they run into: look at the end.
     ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
-    ours = RESULTS.where(ended & ~_tree.all_finite(moved), RESULTS.nonfinite, ours)
+    ours = _tree.where(ended & ~_tree.all_finite(moved), RESULTS.nonfinite, ours)
     # Steps whose number was asked for are not counted.
     if options.noise is None or options.noise.is_adaptive:
         is_over = ended & (stats["num_steps"] + stats["num_rejected"] > options.max_steps)
-        ours = RESULTS.where(is_over, RESULTS.max_steps_reached, ours)
+        ours = _tree.where(is_over, RESULTS.max_steps_reached, ours)
     return ours
 
 

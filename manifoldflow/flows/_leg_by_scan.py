@@ -36,26 +36,26 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
         kick = flow.diffusion(point).mv(drawn)
         moved = _tree.add(moved, _tree.scale(jnp.sqrt(size), kick))
         landed, defect = touched_up(flow, moved, remainder)
-        result = RESULTS.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
-        result = RESULTS.where(_tree.all_finite(moved), result, RESULTS.nonfinite)
+        result = _tree.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
+        result = _tree.where(_tree.all_finite(moved), result, RESULTS.nonfinite)
         is_fine = result == RESULTS.successful
         stops = options.stops_at(flow, _tree.join(landed, remainder))
-        result = RESULTS.where(is_fine & stops, RESULTS.stopped_early, result)
+        result = _tree.where(is_fine & stops, RESULTS.stopped_early, result)
         is_going, stats = state.is_going, state.stats
         largest = jnp.maximum(stats["max_defect"], defect)
         count = stats["num_steps"] + is_going
         share = (stats["num_steps"] + 1) / (num_steps * task.num_legs)
         return Here(
             _tree.where(is_going, landed, state.coordinates),
-            jnp.where(is_going, state.time + size, state.time),
-            RESULTS.where(is_going, result, state.result),
+            _tree.where(is_going, state.time + size, state.time),
+            _tree.where(is_going, result, state.result),
             state.step,
             {
                 "num_steps": count,
                 "num_rejected": stats["num_rejected"],
                 "num_gradients": count,
                 "num_factorizations": 2 * count * (flow.manifold is not None),
-                "max_defect": jnp.where(is_going & is_fine, largest, stats["max_defect"]),
+                "max_defect": _tree.where(is_going & is_fine, largest, stats["max_defect"]),
             },
             task.meter.step(state.meter, share),
         ), None
@@ -63,5 +63,5 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     indices = number * num_steps + jnp.arange(num_steps)
     moved, _ = jax.lax.scan(step, here, indices)
     # Whole legs end exactly on their save, whatever the sum of the steps is.
-    time = jnp.where(moved.is_going, end, moved.time)
+    time = _tree.where(moved.is_going, end, moved.time)
     return Here(moved.coordinates, time, moved.result, moved.step, moved.stats, moved.meter)

@@ -2,18 +2,18 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
-from manifoldflow.losses import AbstractResidualLoss
 from manifoldflow.manifolds import (
     AbstractManifold,
     AbstractSecondDerivative,
     gradient_along,
+    gradient_of_rows_along,
     LevelSet,
     limit_map_second_derivative_parts,
     MinimizerManifold,
@@ -132,13 +132,13 @@ class LimitDiffusion(AbstractDiffusion):
         """−½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)], what normal noise causes: all of it for label noise."""
         multiple = self._hessian_multiple
         if multiple is not None:
-            loss = self.manifold.loss
-            assert isinstance(loss, AbstractResidualLoss)
-            gradient = gradient_along(self.manifold, loss.trace_gauss_newton, point)
-            return _tree.scale(-multiple / 4, gradient)
+            manifold = self.manifold
+            assert isinstance(manifold, ZeroLossManifold)
+            norms = lambda jacobian: jnp.sum(jacobian.row_norms_squared())
+            gradient = gradient_of_rows_along(manifold, norms, point)
+            return _tree.scale(-multiple * manifold.loss.scale / 4, gradient)
         if isinstance(self.noise, IsotropicNoise):
-            volume = lambda p: _log_determinant(self.manifold, p)
-            gradient = gradient_along(self.manifold, volume, point)
+            gradient = _log_determinant_gradient(self.manifold, point)
             return _tree.scale(-(self.noise.std**2) / 4, gradient)
         return _tree.scale(0.5, self._second_derivative(point).normal_part())
 
@@ -165,16 +165,19 @@ class LimitDiffusion(AbstractDiffusion):
         return limit_map_second_derivative_parts(self.manifold, point, factor, is_factor=True)
 
 
-def _log_determinant(manifold: AbstractManifold, point: Point) -> Scalar:
-    """ln|∇²L|₊ up to a constant, on a manifold of minimisers."""
+def _log_determinant_gradient(manifold: AbstractManifold, point: Point) -> Tangent:
+    """P∇ln|∇²L|₊ on a manifold of minimisers."""
     if isinstance(manifold, ZeroLossManifold):
-        return linalg.log_pseudo_determinant(manifold.loss.jacobian(point).gram())
-    coordinates, remainder = manifold.split(point)
-    flat, unravel = _tree.ravel(coordinates)
+        volume = lambda jacobian: linalg.log_pseudo_determinant(jacobian.gram())
+        return gradient_of_rows_along(manifold, volume, point)
 
-    def loss(x: Array) -> Scalar:
-        return manifold.loss(_tree.join(unravel(x), remainder))
+    rank = manifold.rank_rule if isinstance(manifold, MinimizerManifold) else None
 
-    is_minimizer = isinstance(manifold, MinimizerManifold)
-    rank = manifold.rank_rule if is_minimizer else manifold.codimension(point)
-    return linalg.log_pseudo_determinant(jax.hessian(loss)(flat), rank)
+    def log_determinant(point: Point) -> Scalar:
+        coordinates, remainder = manifold.split(point)
+        flat, unravel = _tree.ravel(coordinates)
+        loss = lambda x: manifold.loss(_tree.join(unravel(x), remainder))
+        rule = manifold.codimension(point) if rank is None else rank
+        return linalg.log_pseudo_determinant(jax.hessian(loss)(flat), rule)
+
+    return gradient_along(manifold, log_determinant, point)

@@ -56,6 +56,7 @@ from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,
     refined_solve as refined_solve,
+    tangent_component as tangent_component,
 )
 from manifoldflow.linalg._range import (
     log_pseudo_determinant as log_pseudo_determinant,

@@ -20,7 +20,29 @@ PIECE = 2**20
 
 
 def _einsum(spec: str, *arrays: Array) -> Array:
-    return jnp.einsum(spec, *arrays, precision=_HIGHEST)
+    """`jax.numpy.einsum` in which axes of size one are broadcast, and cost no operations."""
+    inputs, output = spec.split("->")
+    kept, squeezed, sizes = [], [], {}
+    for letters, array in zip(inputs.split(","), arrays, strict=True):
+        named = dict(zip(letters, array.shape, strict=True))
+        long = {letter: size for letter, size in named.items() if size != 1}
+        sizes |= long
+        kept.append("".join(long))
+        squeezed.append(array.reshape(tuple(long.values())))
+    found = "".join(letter for letter in output if letter in sizes)
+    product = jnp.einsum(",".join(kept) + "->" + found, *squeezed, precision=_HIGHEST)
+    return product.reshape([sizes.get(letter, 1) for letter in output])
+
+
+def _times(x: Array, y: Array) -> Array:
+    """x·y, broadcast in one operation: `jax.numpy` takes three."""
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+
+    def full(z: Array) -> Array:
+        axes = [axis for axis, size in enumerate(z.shape) if size == shape[axis]]
+        return jax.lax.broadcast_in_dim(z.reshape([shape[axis] for axis in axes]), shape, axes)
+
+    return (x if x.shape == shape else full(x)) * (y if y.shape == shape else full(y))
 
 
 class AbstractBlock(eqx.Module):
@@ -52,25 +74,18 @@ class RowBlock(AbstractBlock):
 
     array: Float[Array, "n k ..."]
 
-    def _matrix(self) -> Float[Array, "nk d"]:
-        num_examples, num_outputs, *shape = self.array.shape
-        return self.array.reshape(num_examples * num_outputs, math.prod(shape))
-
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
-        product = jnp.matmul(self._matrix(), leaf.reshape(-1), precision=_HIGHEST)
-        return product.reshape(self.array.shape[:2])
+        return jnp.tensordot(self.array, leaf, axes=leaf.ndim, precision=_HIGHEST)
 
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
-        product = jnp.matmul(weights.reshape(-1), self._matrix(), precision=_HIGHEST)
-        return product.reshape(self.array.shape[2:])
+        return jnp.tensordot(weights, self.array, axes=2, precision=_HIGHEST)
 
     def rows(self) -> Float[Array, "n k ..."]:
         return self.array
 
     def cross_gram(self, other: AbstractBlock) -> Float[Array, "n k m l"]:
-        right = RowBlock(other.rows())
-        product = jnp.matmul(self._matrix(), right._matrix().T, precision=_HIGHEST)
-        return product.reshape(self.array.shape[:2] + right.array.shape[:2])
+        axes = tuple(range(2, self.array.ndim))
+        return jnp.tensordot(self.array, other.rows(), axes=(axes, axes), precision=_HIGHEST)
 
     def norms(self) -> Float[Array, "n k"]:
         return jnp.sum(self.array**2, axis=tuple(range(2, self.array.ndim)))
@@ -108,17 +123,10 @@ class OuterBlock(AbstractBlock):
 
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
         weight = _views.apply_view(self.view, leaf)
-        outputs = _einsum("bfc,nktbc->nktbf", weight, self.factor)
-        return _einsum("nktbf,nktbf->nk", *_with_common_outputs(self.delta, outputs))
+        return _einsum("bfc,nktbc,nktbf->nk", weight, self.factor, self.delta)
 
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
-        # The sum over outputs comes first where the factor is common to them.
-        delta = weights[:, :, None, None, None] * self.delta
-        factor = self.factor
-        if factor.shape[1] == 1:
-            delta = jnp.sum(delta, axis=1, keepdims=True)
-        delta, factor = _with_common_outputs(delta, factor)
-        weight = _einsum("nktbf,nktbc->bfc", delta, factor)
+        weight = _einsum("nk,nktbf,nktbc->bfc", weights, self.delta, self.factor)
         return _views.pull_view(self.view, self.shape, weight)
 
     def rows(self) -> Float[Array, "n k ..."]:
@@ -139,31 +147,17 @@ class OuterBlock(AbstractBlock):
     def norms(self) -> Float[Array, "n k"]:
         if self.is_rank_one:
             axes = (2, 3, 4)
-            return jnp.sum(self.delta**2, axis=axes) * jnp.sum(self.factor**2, axis=axes)
+            return _times(jnp.sum(self.delta**2, axis=axes), jnp.sum(self.factor**2, axis=axes))
         pair = lambda x: _einsum("nktbf,nksbf->nkbts", x, x)
         return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
 
 
-def _with_common_outputs(x: Array, y: Array) -> tuple[Array, Array]:
-    size = max(x.shape[1], y.shape[1])
-    broadcast = lambda z: jnp.broadcast_to(z, (z.shape[0], size, *z.shape[2:]))
-    return broadcast(x), broadcast(y)
-
-
 def _outer_rows(delta: Array, factor: Array) -> Float[Array, "n k B F C"]:
-    if factor.shape[1] == 1:
-        return _einsum("nktbf,ntbc->nkbfc", delta, factor[:, 0])
-    if delta.shape[1] == 1:
-        return _einsum("ntbf,nktbc->nkbfc", delta[:, 0], factor)
     return _einsum("nktbf,nktbc->nkbfc", delta, factor)
 
 
 def _inner(x: Float[Array, "n k f"], y: Float[Array, "m l f"]) -> Float[Array, "n k m l"]:
-    """All inner products, as one plain matrix product."""
-    product = jnp.matmul(
-        x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).T, precision=_HIGHEST
-    )
-    return product.reshape(x.shape[:2] + y.shape[:2])
+    return _einsum("nkf,mlf->nkml", x, y)
 
 
 Place = tuple[Any, Any, Any]
@@ -174,7 +168,7 @@ def _pair_gram(x: OuterBlock, y: OuterBlock, at: Place) -> Float[Array, "n k m l
     """(δᵢ·δⱼ)(aᵢ·aⱼ) for all pairs of rows at one pair of positions."""
     t, s, b = at
     deltas = _inner(x.delta[:, :, t, b], y.delta[:, :, s, b])
-    return deltas * _inner(x.factor[:, :, t, b], y.factor[:, :, s, b])
+    return _times(deltas, _inner(x.factor[:, :, t, b], y.factor[:, :, s, b]))
 
 
 def _prefers_pairs(x: OuterBlock, y: OuterBlock) -> bool:

@@ -37,24 +37,32 @@ def pseudo_inverse_mv(
 
 @checked
 @jit_part
-def normal_component(
+def tangent_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
-    """P⊥v = Jᵀ K⁻¹ J v, refined: I − P⊥ is applied again to what is left.
+    """P v = v − Jᵀ K⁻¹ J v, refined: P is applied again to what is left.
 
     So that P v is tangent to rounding of itself, however much longer v is.
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
 
-    def again(_: Any, remainder: Tangent) -> Tangent:
-        multipliers = gram.solve(jacobian.mv(remainder))
-        return _tree.subtract(remainder, jacobian.transpose_mv(multipliers))
+    is_single = _tree.eps_of(vector) > 1e-10
 
-    remainder = jax.lax.fori_loop(0, 2, again, vector)
-    if _tree.eps_of(vector) > 1e-10:
-        rest = refined_solve(jacobian, gram, jacobian.mv(remainder))
-        remainder = _tree.subtract(remainder, jacobian.transpose_mv(rest))
-    return _tree.subtract(vector, remainder)
+    def again(_: Any, remainder: Tangent) -> Tangent:
+        value = jacobian.mv(remainder)
+        found = refined_solve(jacobian, gram, value) if is_single else gram.solve(value)
+        return _tree.subtract(remainder, jacobian.transpose_mv(found))
+
+    return jax.lax.fori_loop(0, 2, again, vector)
+
+
+@checked
+def normal_component(
+    jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
+) -> Tangent:
+    """P⊥v = Jᵀ K⁻¹ J v, what `tangent_component` takes away."""
+    vector = _tree.as_tangent(jacobian.in_structure(), vector)
+    return _tree.subtract(vector, tangent_component(jacobian, gram, vector))
 
 
 @checked
@@ -78,25 +86,21 @@ def refined_solve(
             f"refined_solve: vector must have the shape of the values of the Jacobian, "
             f"{jacobian.out_structure().shape}; got {vector.shape}."
         )
-    scale = gram.row_scale
-    norms = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+
+    shift = None if damping is None else damping * gram.row_norms_squared()
 
     def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The operator in rows of length one."""
-        product = scale * jacobian.mv(jacobian.transpose_mv(scale * vector))
-        return product if damping is None else product + damping * vector
-
-    def precondition(vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        return norms * gram.solve(norms * vector)
+        product = jacobian.mv(jacobian.transpose_mv(vector))
+        return product if shift is None else product + shift * vector
 
     def solve(mv: Callable[[Array], Array], right: Float[Array, " n"]) -> Float[Array, " n"]:
         # In units of the right side: in float32 the squares of small ones are zero.
-        size = jnp.max(jnp.abs(right))
-        unit = right / jnp.where(size == 0, 1, size)
-        return size * _refined(mv, precondition, unit)
+        size = jnp.max(jnp.abs(gram.row_scale * right))
+        unit = right / _tree.where(size == 0, 1, size)
+        return size * _refined(mv, gram, unit)
 
     # Reverse mode cannot transpose the loop, but knows the transpose of a linear solve.
-    return scale * jax.lax.custom_linear_solve(mv, scale * vector, solve, symmetric=True)
+    return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
 
 class _State(eqx.Module):
@@ -112,11 +116,9 @@ class _State(eqx.Module):
 
 
 def _refined(
-    mv: Callable[[Array], Array],
-    precondition: Callable[[Array], Array],
-    right: Float[Array, " n"],
+    mv: Callable[[Array], Array], gram: AbstractGramSolve, right: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Until what is left is rounding, or no longer falls.
+    """Until what is left is rounding, or no longer falls, in rows of length one.
 
     In float64 by plain corrections: their weights 1 − (μ/(λ + μ))ᵏ leave alone what lies
     below the shift μ of the factorisation, so that a vector field stays smooth where J loses
@@ -126,46 +128,44 @@ def _refined(
     corrections as well, which J sees nothing of it in.
     """
     eps = float(jnp.finfo(right.dtype).eps)
-    target = eps * jnp.linalg.norm(right)
+    norm_of = lambda left: _tree.norm(gram.row_scale * left)
+    target = eps * norm_of(right)
 
     def is_going(state: _State) -> Flag:
         is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)
-        limit = jnp.where(state.is_plain, _NUM_PLAIN, _MAX_ITERATIONS)
+        limit = _tree.where(state.is_plain, _NUM_PLAIN, _MAX_ITERATIONS)
         return is_useful & (state.num_steps < limit)
 
     def step(state: _State) -> _State:
-        preconditioned = precondition(state.left)
-        size = jnp.vdot(state.left, preconditioned)
-        turn = jnp.where(state.is_plain, 0, size / state.size)
+        preconditioned = gram.solve(state.left)
+        size = _tree.inner(state.left, preconditioned)
+        turn = _tree.where(state.is_plain, 0, size / state.size)
         direction = preconditioned + turn * state.direction
         change = mv(direction)
         # Steps of conjugate gradients have about length one, or the direction is not seen.
-        curvature = jnp.vdot(direction, change)
+        curvature = _tree.inner(direction, change)
         is_seen = (_LONGEST * curvature > size) & ~state.is_plain
-        length = jnp.where(is_seen, size / jnp.where(is_seen, curvature, 1), 1)
         # A direction that was mixed with others must not be followed blindly.
-        is_lost = ~is_seen & ~state.is_plain & (state.num_steps > 0)
-        length = jnp.where(is_lost, 0, length)
+        is_first = state.num_steps == 0
+        plain = _tree.where(state.is_plain | is_first, 1, jnp.zeros_like(size))
+        length = _tree.where(is_seen, size / curvature, plain)
         solution, left = state.solution + length * direction, state.left - length * change
-        norm = jnp.linalg.norm(left)
-        is_plain = state.is_plain | ~is_seen
-        is_better = (norm < state.least) | is_plain | (state.num_steps == 0)
-        is_idle = ~(norm < 0.9 * state.least) & ~is_plain
+        norm = norm_of(left)
+        is_better = (norm < state.least) | ~is_seen | is_first
+        is_idle = ~(norm < 0.9 * state.least) & is_seen
         return _State(
             solution,
             left,
             direction,
             size,
-            jnp.where(is_better, solution, state.best),
-            jnp.where(is_better, norm, state.least),
-            is_plain,
-            jnp.where(is_idle, state.num_idle + 1, 0),
+            _tree.where(is_better, solution, state.best),
+            _tree.where(is_better, norm, state.least),
+            ~is_seen,
+            _tree.where(is_idle, state.num_idle + 1, 0),
             state.num_steps + 1,
         )
 
     zeros, infinity = jnp.zeros_like(right), jnp.asarray(jnp.inf, right.dtype)
     zero, is_plain = jnp.asarray(0), jnp.asarray(eps < 1e-10)
-    start = _State(
-        zeros, right, zeros, infinity, zeros, jnp.linalg.norm(right), is_plain, zero, zero
-    )
+    start = _State(zeros, right, zeros, infinity, zeros, infinity, is_plain, zero, zero)
     return jax.lax.while_loop(is_going, step, start).best

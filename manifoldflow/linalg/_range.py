@@ -14,6 +14,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
@@ -67,10 +68,10 @@ def _difference_quotients(
 ) -> Array:
     """(g(λⱼ) − g(λₖ))/(λⱼ − λₖ), where g vanishes outside the range."""
     across = inside[:, None] ^ inside[None, :]
-    gap = jnp.where(across, values[:, None] - values[None, :], 1)
+    gap = _tree.where(across, values[:, None] - values[None, :], 1)
     between = (applied[:, None] - applied[None, :]) / gap
     within = inside[:, None] & inside[None, :]
-    return jnp.where(across, between, jnp.where(within, both, 0))
+    return _tree.where(across, between, _tree.where(within, both, 0))
 
 
 @checked
@@ -88,14 +89,14 @@ def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _pseudo_inverse(matrix: Matrix, rank: Rank) -> Matrix:
     values, vectors, inside = range_spectrum(matrix, rank)
-    return _rotate(vectors, jnp.diag(jnp.where(inside, 1 / jnp.where(inside, values, 1), 0)))
+    return _rotate(vectors, jnp.diag(_tree.where(inside, 1 / _tree.where(inside, values, 1), 0)))
 
 
 @_pseudo_inverse.defjvp
 def _pseudo_inverse_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     values, vectors, inside = range_spectrum(matrix, rank)
-    inverse = jnp.where(inside, 1 / jnp.where(inside, values, 1), 0)
+    inverse = _tree.where(inside, 1 / _tree.where(inside, values, 1), 0)
     both = -inverse[:, None] * inverse[None, :]
     quotients = _difference_quotients(values, inside, inverse, both)
     rotated = _rotate(vectors.T, matrix_dot)
@@ -138,7 +139,7 @@ def log_pseudo_determinant(matrix: Matrix, rank: Rank = None) -> Scalar:
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _log_pseudo_determinant(matrix: Matrix, rank: Rank) -> Scalar:
     values, _, inside = range_spectrum(matrix, rank)
-    return jnp.sum(jnp.where(inside, jnp.log(jnp.where(inside, values, 1)), 0))
+    return jnp.sum(_tree.where(inside, jnp.log(_tree.where(inside, values, 1)), 0))
 
 
 @_log_pseudo_determinant.defjvp
@@ -174,9 +175,9 @@ def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
 def _lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank) -> Matrix:
     values, vectors, inside = range_spectrum(matrix, rank)
     within = inside[:, None] & inside[None, :]
-    sums = jnp.where(within, values[:, None] + values[None, :], 1)
+    sums = _tree.where(within, values[:, None] + values[None, :], 1)
     rotated = _rotate(vectors.T, rhs)
-    return _rotate(vectors, jnp.where(within, rotated / sums, 0))
+    return _rotate(vectors, _tree.where(within, rotated / sums, 0))
 
 
 @_lyapunov_solve.defjvp

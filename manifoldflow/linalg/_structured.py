@@ -98,7 +98,10 @@ class StructuredJacobian(AbstractJacobian):
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
         num_rows, strips = self._num_rows, []
-        for start, stop in _strips(self.num_examples, num_rows):
+        cuts = _strips(self.num_examples, num_rows)
+        if len(cuts) == 1:
+            return self.cross_gram(self)
+        for start, stop in cuts:
             rest = self.examples(start, self.num_examples)
             strip = self.examples(start, stop).cross_gram(rest)
             strips.append(jnp.pad(strip, ((0, 0), (num_rows - strip.shape[1], 0))))

@@ -6,6 +6,7 @@ from manifoldflow.manifolds._calculus import (
     covariant_hessian as covariant_hessian,
     divergence as divergence,
     gradient_along as gradient_along,
+    gradient_of_rows_along as gradient_of_rows_along,
     laplace_beltrami as laplace_beltrami,
     riemannian_gradient as riemannian_gradient,
 )

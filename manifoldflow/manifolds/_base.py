@@ -144,7 +144,7 @@ class AbstractManifold(eqx.Module):
         if not isinstance(self, AbstractStationaryManifold):
             return info
         space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
-        result = RESULTS.where(info.is_successful, space.curvature(), info.result)
+        result = _tree.where(info.is_successful, space.curvature(), info.result)
         return eqx.tree_at(lambda i: i.result, info, result)
 
     @jit_part
@@ -179,20 +179,35 @@ class AbstractManifold(eqx.Module):
 
     @checked
     def retract_with_info(
-        self, point: Point, vector: Tangent, *, throw: bool = False, max_steps: int = MAX_STEPS
+        self,
+        point: Point,
+        vector: Tangent,
+        *,
+        throw: bool = False,
+        max_steps: int = MAX_STEPS,
+        space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        """As `retract`, with the `Info` of the search."""
+        """As `retract`, with the `Info` of the search.
+
+        Where `space`, the normal space at the point, is known already it is not made again;
+        the vector must then be tangent, and derivatives do not go through it.
+        """
         max_steps = checked_count("max_steps", max_steps)
-        landed, info = self._retreated(point, vector, jnp.asarray(max_steps))
+        landed, info = self._retreated(point, vector, jnp.asarray(max_steps), space)
         return delivered(landed, info.result, throw), info
 
     @eqx.filter_jit
     def _retreated(
-        self, point: Point, vector: Tangent, max_steps: Int[Array, ""]
+        self,
+        point: Point,
+        vector: Tangent,
+        max_steps: Int[Array, ""],
+        base: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
-        landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps)
+        base = jax.lax.stop_gradient(base)
+        landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps, base=base)
         info = self.judged(landed, remainder, info)
         return _tree.join(or_nan(landed, info.is_successful), remainder), info
 

@@ -14,7 +14,8 @@ from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
-from manifoldflow.manifolds._normal_space import Constraint
+from manifoldflow.manifolds._level_set import ZeroLossManifold
+from manifoldflow.manifolds._normal_space import Constraint, GramNormalSpace
 
 
 @checked
@@ -51,6 +52,22 @@ def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point
     coordinates, remainder = manifold.split(point)
     gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
     return manifold.normal_space(point).tangent(gradient)
+
+
+def gradient_of_rows_along(
+    manifold: ZeroLossManifold,
+    fn: Callable[[linalg.AbstractJacobian], Scalar],
+    point: Point,
+) -> Tangent:
+    """As `gradient_along`, for a function of the rows ∂r, which are formed once for all."""
+    coordinates, remainder = manifold.split(point)
+
+    def of_rows(x: Coordinates) -> tuple[Scalar, linalg.AbstractJacobian]:
+        jacobian = manifold.loss.jacobian(_tree.join(x, remainder))
+        return fn(jacobian), jacobian
+
+    gradient, jacobian = jax.grad(of_rows, has_aux=True)(coordinates)
+    return GramNormalSpace(jacobian, manifold.gram(jacobian)).tangent(gradient)
 
 
 class CovariantHessian(eqx.Module):

@@ -74,7 +74,7 @@ def _closest(manifold: AbstractManifold, point: Point, max_steps: int) -> tuple[
     y, info, _, _, count = jax.lax.while_loop(going, step, start)
     left = _tree.norm(_step(manifold, y, fixed, remainder))
     bound = 1e3 * _tree.eps_of(fixed) ** (2 / 3) * _tree.norm(fixed)
-    result = RESULTS.where(
+    result = _tree.where(
         info.is_successful & ~(left <= bound), RESULTS.max_steps_reached, info.result
     )
     info = Info(result, info.defect, count, first.num_factorizations + 2 * count)

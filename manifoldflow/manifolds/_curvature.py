@@ -130,7 +130,7 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
     """
     bend = bending(manifold, point)
     # Their lengths do not matter, but may have squares beyond the floating range.
-    u, v = _of_size_one(bend.tangent(u)), _of_size_one(bend.tangent(v))
+    u, v = (_of_size_one(_tangent_part(bend, _of_size_one(x))) for x in (u, v))
     # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
     square = _tree.inner(u, u)
     safe = jnp.where(square > 0, square, 1)
@@ -214,6 +214,13 @@ def scalar_curvature(
 def _gauss(bend: Bending, u: Tangent, v: Tangent) -> Scalar:
     """⟨II(u, u), II(v, v)⟩ − |II(u, v)|², the Gauss equation."""
     return _tree.inner(bend.form(u, u), bend.form(v, v)) - _square(bend.form(u, v))
+
+
+def _tangent_part(bend: Bending, vector: Tangent) -> Tangent:
+    """P v, and zero where that is only rounding of v."""
+    tangent = bend.tangent(vector)
+    is_there = _tree.norm(tangent) > 10 * _tree.eps_of(vector) * _tree.norm(vector)
+    return _tree.where(is_there, tangent, _tree.zeros_like(tangent))
 
 
 def _of_size_one(vector: Tangent) -> Tangent:

@@ -236,8 +236,8 @@ def walk_along(
     # exist at 0 as well, where a solver would take no step.
     unit = times[-1]
     stands = unit == 0
-    safe = jnp.where(stands, 1, unit)
-    fractions = jnp.where(stands, 1, times / safe)
+    safe = _tree.where(stands, 1, unit)
+    fractions = _tree.where(stands, 1, times / safe)
     terms = dfx.ODETerm(_Field(manifold, remainder))
     solver = Projected(walk.solver, _TangentBundle(manifold, remainder))
     begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
@@ -249,7 +249,7 @@ def walk_along(
             terms,
             solver,
             here.time,
-            jnp.where(is_going, end, here.time),
+            _tree.where(is_going, end, here.time),
             None,
             here.bundle,
             args=unit,
@@ -261,7 +261,7 @@ def walk_along(
         )
         assert solution.ys is not None
         bundle = _tree.cast_like(_last(solution.ys), here.bundle)
-        result = RESULTS.where(is_going, _result(solution.result, bundle), here.result)
+        result = _tree.where(is_going, _result(solution.result, bundle), here.result)
         step = next_step(solution) if walk.step_size is None else here.step
         return _Here(bundle, end, step, result)
 
@@ -284,12 +284,12 @@ class _Here(eqx.Module):
 
 def _result(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
     is_fine = (result == dfx.RESULTS.successful) & _tree.all_finite(reached)
-    ours = RESULTS.where(is_fine, RESULTS.successful, RESULTS.nonfinite)
+    ours = _tree.where(is_fine, RESULTS.successful, RESULTS.nonfinite)
     for theirs, mine in (
         (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
         (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
     ):
-        ours = RESULTS.where(result == theirs, mine, ours)
+        ours = _tree.where(result == theirs, mine, ours)
     return without_step_limit(ours)
 
 

@@ -51,7 +51,7 @@ def _chord_steps(
 
     Near the manifold, where rounding sets the pace, any shortening will do.
     """
-    before, limit = space.shortfall(value), jnp.where(is_full, 7, 2)
+    before, limit = space.shortfall(value), _tree.where(is_full, 7, 2)
 
     def going(state: _Chord) -> Flag:
         return state.shrinks & (state.defect > floors.target) & (state.num_steps < limit)
@@ -59,7 +59,7 @@ def _chord_steps(
     def step(state: _Chord) -> _Chord:
         lift, foreseen = space.step(_tree.subtract(state.value_trial, state.foreseen))
         defect = _tree.norm(lift)
-        wanted = jnp.where(state.defect <= floors.near, 0.9, ratio) * state.defect
+        wanted = _tree.where(state.defect <= floors.near, 0.9, ratio) * state.defect
         left = space.shortfall(state.value_trial)
         # Damped steps have no business where f grows.
         shrinks = (defect <= wanted) & (is_full | (state.num_steps == 0) | (left < before))
@@ -67,7 +67,7 @@ def _chord_steps(
         here = state.coordinates, state.value, state.defect
         x, value, defect = _tree.where(shrinks, there, here)
         trial = _tree.subtract(state.trial, lift)
-        fall = left / jnp.where(before > 0, before, 1)
+        fall = left / _tree.where(before > 0, before, 1)
         return _Chord(
             x,
             value,
@@ -75,7 +75,7 @@ def _chord_steps(
             trial,
             constraint(trial),
             foreseen,
-            jnp.where(state.num_steps == 1, fall, state.fall),
+            _tree.where(state.num_steps == 1, fall, state.fall),
             state.num_steps + shrinks,
             shrinks,
         )
@@ -137,7 +137,7 @@ def land(
         return ~state.is_done & (state.num_steps < max_steps)
 
     def step(state: _Landing) -> _Landing:
-        damping = jnp.where(state.is_full, 0, state.damping)
+        damping = _tree.where(state.is_full, 0, state.damping)
         space = manifold.normal_space(_tree.join(state.coordinates, remainder)).damped(damping)
         chord = _chord_steps(
             space,
@@ -153,11 +153,11 @@ def land(
         found = look(space, chord.value, chord.defect, floors)
         # At the target, or at a floor of rounding that is as good as the manifold.
         is_there = chord.defect <= floors.target
-        is_there |= space.shortfall(chord.value) <= floors.each
+        is_there |= found.shortfall <= floors.each
         is_quarter = state.is_full & (jnp.abs(chord.fall - 0.25) < 0.02)
-        grown = jnp.where(is_linear, state.damping / 8, 4 * state.damping)
-        damping = jnp.where(state.is_full, state.damping, grown)
-        num_quarters = jnp.where(is_quarter, state.num_quarters + 1, 0)
+        grown = _tree.where(is_linear, state.damping / 8, 4 * state.damping)
+        damping = _tree.where(state.is_full, state.damping, grown)
+        num_quarters = _tree.where(is_quarter, state.num_quarters + 1, 0)
         # The last step may be lost in rounding. At the start no step can tell.
         is_double = jnp.maximum(num_quarters, state.num_quarters) >= _NUM_QUARTERS
         if not is_near:
@@ -192,7 +192,7 @@ def land(
         false,
     )
     end = jax.lax.while_loop(going, step, start)
-    result = end.found.verdict(end.coordinates, end.is_done, end.is_double)
+    result = end.found.verdict(end.is_done, end.is_double)
     return end.coordinates, Info(result, end.found.defect, end.num_steps, end.num_factorizations)
 
 
@@ -206,7 +206,7 @@ def _is_slope_rounding(
     outward, root = space.outward(), _tree.eps_of(coordinates) ** 0.5
     size = _tree.norm(outward)
     reach = root * _tree.norm(coordinates)
-    move = _tree.scale(reach / jnp.where(size > 0, size, 1), outward)
+    move = _tree.scale(reach / _tree.where(size > 0, size, 1), outward)
     growth = _tree.subtract(constraint(_tree.add(coordinates, move)), value)
     return space.shortfall(growth) > 0.05 / root * reach
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from manifoldflow import _tree
 from manifoldflow._types import Scalar
 
 State = TypeVar("State", bound=PyTree[Any])
@@ -49,9 +50,9 @@ def _next_end(begin: Any, size: Any, end: Any) -> Array:
     """
     way = end - begin
     # The last of equal steps must not be cut in two for a rounding error. A leg may be empty.
-    count = jnp.ceil(way / jnp.where(size > 0, size, 1) * (1 - 1e-6))
+    count = jnp.ceil(way / _tree.where(size > 0, size, 1) * (1 - 1e-6))
     count = jax.lax.stop_gradient(jnp.maximum(count, 1))
-    return jnp.where(count > 1, begin + way / count, end)
+    return _tree.where(count > 1, begin + way / count, end)
 
 
 class EqualSteps(dfx.AbstractStepSizeController):
@@ -114,7 +115,7 @@ class AdaptiveSteps(dfx.AbstractAdaptiveStepSizeController):
         )
         size = wanted - begin
         # A step that was cut short for a save does not make the next one short.
-        size = jnp.where(keeps & (t1 - t0 < before), jnp.maximum(size, before), size)
+        size = _tree.where(keeps & (t1 - t0 < before), jnp.maximum(size, before), size)
         return keeps, begin, _next_end(begin, size, end), made_jump, (inner, size, end), result
 
 

@@ -201,13 +201,13 @@ def _follow(
         frozen = stiffness(loss, point)
         remaining = frozen.remaining(loss.gradient(point))
         is_there = remaining <= rtol * _tree.norm(state.coordinates)
-        guess = jnp.where(state.num_steps == 0, 1 / frozen.largest(), state.step_size)
+        guess = _tree.where(state.num_steps == 0, 1 / frozen.largest(), state.step_size)
 
         def attempt(step_size: Scalar) -> tuple[Coordinates, Scalar, Scalar]:
             moved, error = _extrapolated_step(loss, frozen, state.coordinates, remainder, step_size)
             allowed = local_rtol * jnp.maximum(_tree.norm(moved), _tree.norm(state.coordinates))
             ratio = _tree.norm(error) / allowed
-            ratio = jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
+            ratio = _tree.where(jnp.isfinite(ratio), ratio, jnp.inf)
             return moved, ratio, step_size
 
         def rejected(trial: tuple) -> Flag:
@@ -263,10 +263,10 @@ def _landed(
     limit, info = land(manifold, end.coordinates, remainder)
     info = manifold.judged(limit, remainder, info)
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
-    result = RESULTS.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
-    result = RESULTS.where(reached, info.result, result)
+    result = _tree.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
+    result = _tree.where(reached, info.result, result)
     finite = jnp.isfinite(end.remaining) & _tree.all_finite(end.coordinates)
-    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    result = _tree.where(finite, result, RESULTS.nonfinite)
     factorizations = end.num_steps + 1 + info.num_factorizations
     return limit, Info(result, info.defect, end.num_steps, factorizations)
 
@@ -284,7 +284,7 @@ def _extrapolated_step(
     def substep(carry: tuple[Tangent, Tangent], which: tuple) -> tuple:
         displacement, table = carry
         row, count, is_first = which
-        displacement = jax.tree.map(lambda d: jnp.where(is_first, 0, d), displacement)
+        displacement = jax.tree.map(lambda d: _tree.where(is_first, 0, d), displacement)
         here = _tree.join(_tree.add(start, displacement), remainder)
         h = step_size / count.astype(step_size.dtype)
         move = frozen.resolvent(h, loss.gradient(here))

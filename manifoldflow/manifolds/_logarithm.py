@@ -179,6 +179,6 @@ def _once_jvp(primals: tuple, tangents: tuple) -> Any:
 def _info(shots: _Shots, gap: Array, size: int, num_steps: Array) -> Info:
     miss = jax.lax.stop_gradient(jnp.linalg.norm(gap[:size]))
     tol = 100 * _tree.eps_of(shots.coordinates) ** 0.6 * _tree.norm(shots.target)
-    result = RESULTS.where(miss <= tol, RESULTS.successful, RESULTS.no_geodesic)
-    result = RESULTS.where(jnp.isfinite(miss), result, RESULTS.nonfinite)
+    result = _tree.where(miss <= tol, RESULTS.successful, RESULTS.no_geodesic)
+    result = _tree.where(jnp.isfinite(miss), result, RESULTS.nonfinite)
     return Info(result, miss, num_steps, jnp.zeros_like(num_steps))

@@ -19,8 +19,8 @@ class AbstractNormalSpace(eqx.Module):
     """What the derivative J of a constraint f says at one point."""
 
     @abc.abstractmethod
-    def normal(self, vector: Tangent) -> Tangent:
-        """P⊥v, the part of a vector in the range of Jᵀ."""
+    def tangent(self, vector: Tangent) -> Tangent:
+        """P v = v − P⊥v."""
 
     @abc.abstractmethod
     def mv(self, vector: Tangent) -> Constraint:
@@ -77,14 +77,14 @@ class AbstractNormalSpace(eqx.Module):
         the largest, or √eps if that is more. For a point of the manifold, not on the way there.
         """
 
-    def tangent(self, vector: Tangent) -> Tangent:
-        """P v = v − P⊥v."""
-        return _tree.subtract(vector, self.normal(vector))
+    def normal(self, vector: Tangent) -> Tangent:
+        """P⊥v, the part of a vector in the range of Jᵀ."""
+        return _tree.subtract(vector, self.tangent(vector))
 
     def existence(self) -> RESULTS:
         """`rank_zero` where J vanishes, so that P would be the identity."""
         vanishes = self.largest_eigenvalue_bound() == 0
-        return RESULTS.where(vanishes, RESULTS.rank_zero, RESULTS.successful)
+        return _tree.where(vanishes, RESULTS.rank_zero, RESULTS.successful)
 
 
 class GramNormalSpace(AbstractNormalSpace):
@@ -94,8 +94,8 @@ class GramNormalSpace(AbstractNormalSpace):
     gram: linalg.AbstractGramSolve
     damping: Scalar | None = None
 
-    def normal(self, vector: Tangent) -> Tangent:
-        return linalg.normal_component(self.jacobian, self.gram, vector)
+    def tangent(self, vector: Tangent) -> Tangent:
+        return linalg.tangent_component(self.jacobian, self.gram, vector)
 
     def mv(self, vector: Tangent) -> Constraint:
         return self.jacobian.mv(vector)
@@ -157,11 +157,12 @@ class HessianNormalSpace(AbstractNormalSpace):
     @property
     def _size(self) -> Scalar:
         size = _tree.norm(self.hessian)
-        return jnp.where(size > 0, size, 1)
+        return _tree.where(size > 0, size, 1)
 
-    def normal(self, vector: Tangent) -> Tangent:
+    def tangent(self, vector: Tangent) -> Tangent:
+        flat = self._flat(vector)
         projector = linalg.range_projection(self.hessian, self.rank_rule)
-        return self._tangent(_matmul(projector, self._flat(vector)))
+        return self._tangent(flat - _matmul(projector, flat))
 
     def mv(self, vector: Tangent) -> Constraint:
         return self._tangent(_matmul(self.hessian, self._flat(vector)))
@@ -182,9 +183,9 @@ class HessianNormalSpace(AbstractNormalSpace):
         # Damped steps follow −∇L also where the Hessian still curves downwards; full ones are
         # Newton's, which find saddles as well, and then say so.
         damping = 0 if self.damping is None else self.damping
-        curvatures = jnp.where(damping > 0, jnp.abs(values), values) / self._size
-        curvatures = jnp.where(inside, curvatures, 1)
-        weights = jnp.where(inside, curvatures / (curvatures**2 + damping), 0)
+        curvatures = _tree.where(damping > 0, jnp.abs(values), values) / self._size
+        curvatures = _tree.where(inside, curvatures, 1)
+        weights = _tree.where(inside, curvatures / (curvatures**2 + damping), 0)
         lift = _matmul(vectors, weights * _matmul(vectors.T, flat)) / self._size
         return self._tangent(lift), self._tangent(flat - _matmul(self.hessian, lift))
 
@@ -192,7 +193,7 @@ class HessianNormalSpace(AbstractNormalSpace):
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
         # Of a number that was promised, those beyond it are told as well.
         counted = inside | isinstance(self.rank_rule, int)
-        return jnp.sort(jnp.where(counted, values**2, 0))
+        return jnp.sort(_tree.where(counted, values**2, 0))
 
     def rank(self) -> Int[Array, ""]:
         return linalg.numerical_rank(self.eigenvalues())
@@ -208,7 +209,7 @@ class HessianNormalSpace(AbstractNormalSpace):
 
     def is_minimum(self) -> Flag:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
-        return jnp.all(jnp.where(inside, values > 0, True))
+        return jnp.all(_tree.where(inside, values > 0, True))
 
     def curvature(self, tol: Any = None) -> RESULTS:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
@@ -220,9 +221,9 @@ class HessianNormalSpace(AbstractNormalSpace):
         else:
             noise = jnp.minimum(noise, self.rank_rule * jnp.max(jnp.abs(values)))
             has_more = jnp.asarray(False)
-        is_upwards = jnp.all(jnp.where(inside, values > 0, values >= -noise))
-        result = RESULTS.where(has_more, RESULTS.rank_too_small, RESULTS.successful)
-        return RESULTS.where(is_upwards, result, RESULTS.not_a_minimum)
+        is_upwards = jnp.all(_tree.where(inside, values > 0, values >= -noise))
+        result = _tree.where(has_more, RESULTS.rank_too_small, RESULTS.successful)
+        return _tree.where(is_upwards, result, RESULTS.not_a_minimum)
 
 
 def relative_rank_cutoff(dtype: Any) -> float:

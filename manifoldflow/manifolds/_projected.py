@@ -110,9 +110,9 @@ class Projected(dfx.AbstractWrappedSolver):
         )
         y1, info = self._project(y1)
         landed = info.is_successful
-        y1 = jax.tree.map(lambda leaf: jnp.where(landed, leaf, jnp.nan), y1)
+        y1 = jax.tree.map(lambda leaf: _tree.where(landed, leaf, jnp.nan), y1)
         if error is not None:
-            error = jax.tree.map(lambda leaf: jnp.where(landed, leaf, jnp.inf), error)
+            error = jax.tree.map(lambda leaf: _tree.where(landed, leaf, jnp.inf), error)
         if "y1" in dense_info:
             dense_info = {**dense_info, "y1": y1}
         state = _ProjectedState(

@@ -13,6 +13,7 @@ from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._closest import closest_point_with_info
 from manifoldflow.manifolds._limit_map import limit_map_with_info
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 
 _MAX_STEPS = 100
 
@@ -31,9 +32,17 @@ class AbstractRetraction(eqx.Module):
 
     @abc.abstractmethod
     def with_info(
-        self, manifold: AbstractManifold, point: Point, vector: Tangent
+        self,
+        manifold: AbstractManifold,
+        point: Point,
+        vector: Tangent,
+        *,
+        space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        """R_x(v), NaN where the search failed, and the `Info` of the search."""
+        """R_x(v), NaN where the search failed, and the `Info` of the search.
+
+        `space` is the normal space at the point, where that is known and the vector tangent.
+        """
 
     @abc.abstractmethod
     def inverse_with_info(
@@ -57,9 +66,14 @@ class NewtonRetraction(AbstractRetraction):
         return 2
 
     def with_info(
-        self, manifold: AbstractManifold, point: Point, vector: Tangent
+        self,
+        manifold: AbstractManifold,
+        point: Point,
+        vector: Tangent,
+        *,
+        space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        return manifold.retract_with_info(point, vector)
+        return manifold.retract_with_info(point, vector, space=space)
 
     def inverse_with_info(
         self, manifold: AbstractManifold, point: Point, other: Point
@@ -81,10 +95,17 @@ class AbstractLandingRetraction(AbstractRetraction):
         return 2
 
     def with_info(
-        self, manifold: AbstractManifold, point: Point, vector: Tangent
+        self,
+        manifold: AbstractManifold,
+        point: Point,
+        vector: Tangent,
+        *,
+        space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
         coordinates, remainder = manifold.split(point)
-        tangent = manifold.normal_space(point).tangent(_tree.as_tangent(coordinates, vector))
+        tangent = _tree.as_tangent(coordinates, vector)
+        if space is None:
+            tangent = manifold.normal_space(point).tangent(tangent)
         return self.land(manifold, _tree.join(_tree.add(coordinates, tangent), remainder))
 
     def inverse_with_info(

@@ -40,14 +40,18 @@ def retreat(
     remainder: Point,
     *,
     max_steps: Int[Array, ""] | int = MAX_STEPS,
+    base: AbstractNormalSpace | None = None,
 ) -> tuple[Coordinates, Info]:
     """From x + P v back along the normal space at x (the orthographic retraction).
 
     Each step is a Gauss-Newton step projected on the normal space at x; it shortens the
-    way by the squared sine of the angle between the normal spaces here and there.
+    way by the squared sine of the angle between the normal spaces here and there. If the one
+    at x is given as `base`, v must be tangent.
     """
-    base = manifold.normal_space(_tree.join(coordinates, remainder))
-    start = _tree.add(coordinates, base.tangent(vector))
+    if base is None:
+        base = manifold.normal_space(_tree.join(coordinates, remainder))
+        vector = base.tangent(vector)
+    start = _tree.add(coordinates, vector)
     floors = Floors(start)
 
     def going(state: _Retreat) -> Flag:
@@ -58,7 +62,8 @@ def retreat(
         space, value = manifold.normal_space(point), manifold.constraint(point)
         lift = space.pseudo_inverse(value)
         defect = _tree.norm(lift)
-        moved = _tree.subtract(state.coordinates, base.normal(lift))
+        back = base.pseudo_inverse(base.mv(lift))  # P⊥ of the lift
+        moved = _tree.subtract(state.coordinates, back)
         # At the floor of rounding, or on the way out: keep what is there.
         is_done = (defect <= floors.target) | ~(defect <= 0.9 * state.found.defect)
         return _Retreat(
@@ -70,21 +75,25 @@ def retreat(
 
     first = _Retreat(start, nothing_found(floors.target), jnp.asarray(0), jnp.asarray(False))
     end = jax.lax.while_loop(going, step, first)
-    result = end.found.verdict(end.coordinates, end.is_done, jnp.asarray(False))
+    result = end.found.verdict(end.is_done, jnp.asarray(False))
     return end.coordinates, Info(result, end.found.defect, end.num_steps, end.num_steps + 1)
 
 
 @retreat.def_jvp
 def _retreat_jvp(
-    primals: tuple, tangents: tuple, *, max_steps: Int[Array, ""] | int = MAX_STEPS
+    primals: tuple,
+    tangents: tuple,
+    *,
+    max_steps: Int[Array, ""] | int = MAX_STEPS,
+    base: AbstractNormalSpace | None = None,
 ) -> tuple:
     # The result y lies on the manifold and has P_x(y − x − v) = 0. Its derivative is
     # tangent at y (but for data that move the manifold) with
     # P_x dy = P_x(dx + dv) − dP_x(y − x − v).
     manifold, coordinates, vector, remainder = primals
     manifold_dot, coordinates_dot, vector_dot, remainder_dot = tangents
-    landed, info = retreat(*primals, max_steps=max_steps)
-    here = manifold.normal_space(_tree.join(coordinates, remainder))
+    landed, info = retreat(*primals, max_steps=max_steps, base=base)
+    here = manifold.normal_space(_tree.join(coordinates, remainder)) if base is None else base
     there = manifold.normal_space(_tree.join(landed, remainder))
     gap = _tree.subtract(_tree.subtract(landed, coordinates), vector)
 

@@ -42,32 +42,35 @@ class Floors(eqx.Module):
     root: Scalar  # as near as a search gets where J nearly loses rank
     rounding: Scalar
     each: Scalar  # of f, as a distance, from independent roundings of D coordinates
+    is_finite: Flag  # are all coordinates numbers, whose squares are numbers as well?
 
     def __init__(self, coordinates: Coordinates):
         eps, scale = _tree.eps_of(coordinates), _tree.norm(coordinates)
         self.target, self.near = 2 * eps * scale, tolerance(coordinates) * scale
         self.root, self.rounding = eps**0.5 * scale, 16 * eps * scale
         self.each = eps * scale / _tree.size(coordinates) ** 0.5
+        self.is_finite = jnp.isfinite(scale)
 
 
 class Found(eqx.Module):
     """What a search has found at a point: how far it is from the manifold, and what is there."""
 
     defect: Scalar
+    shortfall: Scalar
     has_normals: Flag
     is_minimum: Flag
     is_on: Flag
     is_stalled: Flag
+    is_finite: Flag
 
-    def verdict(self, coordinates: Coordinates, is_done: Flag, is_double: Flag) -> RESULTS:
+    def verdict(self, is_done: Flag, is_double: Flag) -> RESULTS:
         """How a search ends here."""
-        result = RESULTS.where(self.is_on, RESULTS.successful, RESULTS.not_on_manifold)
-        result = RESULTS.where(self.is_on & ~self.is_minimum, RESULTS.not_a_minimum, result)
+        result = _tree.where(self.is_on, RESULTS.successful, RESULTS.not_on_manifold)
+        result = _tree.where(self.is_on & ~self.is_minimum, RESULTS.not_a_minimum, result)
         is_double = self.is_on & is_double
-        result = RESULTS.where(is_double | ~self.has_normals, RESULTS.rank_zero, result)
-        result = RESULTS.where(is_done, result, RESULTS.max_steps_reached)
-        finite = _tree.all_finite(coordinates) & jnp.isfinite(self.defect)
-        return RESULTS.where(finite, result, RESULTS.nonfinite)
+        result = _tree.where(is_double | ~self.has_normals, RESULTS.rank_zero, result)
+        result = _tree.where(is_done, result, RESULTS.max_steps_reached)
+        return _tree.where(self.is_finite, result, RESULTS.nonfinite)
 
 
 def look(
@@ -80,13 +83,15 @@ def look(
     is_stalled = (left <= floors.rounding) | ((defect <= floors.root) & (left <= floors.near))
     is_on = ((defect <= floors.near) & (left <= floors.near)) | is_stalled
     has_normals = space.largest_eigenvalue_bound() > 0
-    return Found(defect, has_normals, space.is_minimum(), is_on, is_stalled)
+    is_finite = floors.is_finite & jnp.isfinite(defect)
+    return Found(defect, left, has_normals, space.is_minimum(), is_on, is_stalled, is_finite)
 
 
 def nothing_found(like: Scalar) -> Found:
     """Before the first look, in the precision of a length."""
     no = jnp.asarray(False)
-    return Found(jnp.full_like(like, jnp.inf), no, no, no, no)
+    infinite = jnp.full_like(like, jnp.inf)
+    return Found(infinite, infinite, no, no, no, no, no)
 
 
 def constraint_dot(

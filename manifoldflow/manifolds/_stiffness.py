@@ -53,7 +53,7 @@ class GaussNewtonStiffness(AbstractStiffness):
     def remaining(self, gradient: Tangent) -> Scalar:
         eps = jnp.finfo(self.values.dtype).eps
         kept = self.values > len(self.values) * eps * self.values[-1]
-        inverse = jnp.where(kept, 1 / jnp.where(kept, self.values, 1), 0)
+        inverse = _tree.where(kept, 1 / _tree.where(kept, self.values, 1), 0)
         return _tree.norm(inverse**1.5 * self._rotated(gradient))
 
     def largest(self) -> Scalar:
@@ -83,7 +83,7 @@ class HessianStiffness(AbstractStiffness):
         # Where the loss curves downwards the flow has not arrived, though it may be slow.
         sizes = jnp.abs(self.signed)
         kept = sizes > relative_rank_cutoff(sizes.dtype) * jnp.max(sizes)
-        inverse = jnp.where(kept, 1 / jnp.where(kept, sizes, 1), 0)
+        inverse = _tree.where(kept, 1 / _tree.where(kept, sizes, 1), 0)
         return _tree.norm(inverse * self._rotated(gradient))
 
     def largest(self) -> Scalar:

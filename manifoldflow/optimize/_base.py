@@ -29,17 +29,33 @@ class Iterate(eqx.Module):
         value: F.
         slope: ∇F, in the space around the manifold.
         gradient: P∇F, along the manifold.
+        space: the normal space, whose `tangent` is P.
+        gradient_norm: ‖P∇F‖, zero at a stationary point.
+        slope_norm: ‖∇F‖.
+        is_finite: whether F and its gradients are numbers.
     """
 
     coordinates: Coordinates
     value: Scalar
     slope: Tangent
     gradient: Tangent
+    space: AbstractNormalSpace
+    gradient_norm: Scalar
+    slope_norm: Scalar
+    is_finite: Flag
 
-    @property
-    def gradient_norm(self) -> Scalar:
-        """‖P∇F‖, zero at a stationary point."""
-        return _tree.norm(self.gradient)
+    def __init__(
+        self,
+        coordinates: Coordinates,
+        value: Scalar,
+        slope: Tangent,
+        gradient: Tangent,
+        space: AbstractNormalSpace,
+    ):
+        self.coordinates, self.value, self.space = coordinates, value, space
+        self.slope, self.gradient = slope, gradient
+        self.slope_norm, self.gradient_norm = _tree.norm(slope), _tree.norm(gradient)
+        self.is_finite = jnp.isfinite(value) & jnp.isfinite(self.gradient_norm)
 
 
 def _count(number: Any) -> Int[Array, ""]:
@@ -125,40 +141,42 @@ class Problem(eqx.Module):
     def at(self, coordinates: Coordinates) -> Iterate:
         """F and its gradients at a point; one gradient and one factorisation."""
         value, slope = jax.value_and_grad(self.value)(coordinates)
-        gradient = self.normal_space(coordinates).tangent(slope)
-        return Iterate(coordinates, value, slope, gradient)
+        space = self.normal_space(coordinates)
+        return Iterate(coordinates, value, slope, space.tangent(slope), space)
 
     def moved(self, retraction: AbstractRetraction, iterate: Iterate, vector: Tangent) -> Trial:
-        """F and its gradients at the point that is reached along a tangent."""
+        """F and its gradients at the point that is reached along a tangent vector."""
         here = iterate.coordinates
-        landed, info = retraction.with_info(self.manifold, self.point(here), vector)
+        landed, info = retraction.with_info(
+            self.manifold, self.point(here), vector, space=iterate.space
+        )
         is_on = info.is_successful
         # Where nothing was reached, evaluate at a point that is known to be harmless.
         trial = self.at(_tree.where(is_on, self.manifold.split(landed)[0], here))
-        is_fine = is_on & _tree.all_finite((trial.value, trial.gradient))
-        result = RESULTS.where(is_on, RESULTS.nonfinite, RESULTS.not_on_manifold)
+        is_fine = is_on & trial.is_finite
+        result = _tree.where(is_on, RESULTS.nonfinite, RESULTS.not_on_manifold)
         return Trial(
             trial,
             is_fine,
-            RESULTS.where(is_fine, RESULTS.successful, result),
-            Work(num_gradients=1, num_factorizations=2 + info.num_factorizations),
-            jnp.where(is_fine, info.defect, 0),
+            _tree.where(is_fine, RESULTS.successful, result),
+            # The one at the new point, for that at the start, which was there.
+            Work(num_gradients=1, num_factorizations=info.num_factorizations),
+            _tree.where(is_fine, info.defect, 0),
         )
 
     def hessian(self, iterate: Iterate) -> "Hessian":
-        """`covariant_hessian`, made for many products; one factorisation.
+        """`covariant_hessian`, made for many products.
 
         The Hessian of the Lagrangian F − λ·f, with the λ of ∇F at this point, linearised
         once; and without errors where there is no normal space.
         """
-        space = self.normal_space(iterate.coordinates)
-        multipliers = space.multipliers(iterate.slope)
+        multipliers = iterate.space.multipliers(iterate.slope)
 
         def lagrangian(x: Coordinates) -> Scalar:
             return self.value(x) - _tree.inner(multipliers, self.manifold.constraint(self.point(x)))
 
         _, product = jax.linearize(jax.grad(lagrangian), iterate.coordinates)
-        return Hessian(space, product)
+        return Hessian(iterate.space, product)
 
 
 class AbstractMethod(eqx.Module):
@@ -193,4 +211,4 @@ def shortest_step(iterate: Iterate) -> Scalar:
 def usual_step(iterate: Iterate) -> Scalar:
     """A first guess of how long a step should be: an eighth of the length of the point."""
     size = _tree.norm(iterate.coordinates)
-    return jnp.where(size > 0, size, 1) / 8
+    return _tree.where(size > 0, size, 1) / 8

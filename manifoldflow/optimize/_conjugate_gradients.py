@@ -72,10 +72,10 @@ def truncated_cg(
         image = product(direction)
         curvature = _tree.inner(direction, image)
         square = _tree.inner(residual, residual)
-        length = square / jnp.where(curvature > 0, curvature, 1)
+        length = square / _tree.where(curvature > 0, curvature, 1)
         ahead = _tree.add(vector, _tree.scale(length, direction))
         goes_out = ~(curvature > 0) | (_tree.norm(ahead) >= radius)
-        length = jnp.where(goes_out, _to_boundary(vector, direction, radius), length)
+        length = _tree.where(goes_out, _to_boundary(vector, direction, radius), length)
         new_residual = _tree.add(residual, _tree.scale(length, image))
         new_square = _tree.inner(new_residual, new_residual)
         turned = _tree.subtract(_tree.scale(new_square / square, direction), new_residual)
@@ -96,7 +96,7 @@ def truncated_cg(
             state,
             (jnp.asarray(True), state.num_products + 1),
         )
-        return jax.tree.map(lambda a, b: jnp.where(is_better, a, b), new, kept)
+        return _tree.where(is_better, new, kept)
 
     zero, false = _tree.zeros_like(gradient), jnp.asarray(False)
     start = _State(zero, zero, gradient, _tree.scale(-1, gradient), false, false, jnp.asarray(0))
@@ -120,4 +120,4 @@ def _to_boundary(vector: Tangent, direction: Tangent, radius: Scalar) -> Scalar:
     room = jnp.maximum(radius**2 - _tree.inner(vector, vector), 0)
     root = jnp.sqrt(b**2 + a * room)
     # Of the two ways to write the solution, the one that does not cancel.
-    return jnp.where(b > 0, room / jnp.where(b > 0, b + root, 1), (root - b) / a)
+    return _tree.where(b > 0, room / _tree.where(b > 0, b + root, 1), (root - b) / a)

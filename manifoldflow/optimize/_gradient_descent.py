@@ -17,7 +17,6 @@ from manifoldflow.optimize._base import (
     shortest_step,
     usual_step,
     value_rounding,
-    Work,
 )
 
 _SUFFICIENT = 1e-4
@@ -57,7 +56,7 @@ class RiemannianGradientDescent(AbstractMethod):
 
     def init(self, problem: Problem, iterate: Iterate) -> _State:
         size = iterate.gradient_norm
-        rate = usual_step(iterate) / jnp.where(size > 0, size, 1)
+        rate = usual_step(iterate) / _tree.where(size > 0, size, 1)
         return _State(rate, iterate.value, jnp.ones_like(rate), jnp.asarray(0))
 
     def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
@@ -68,14 +67,14 @@ class RiemannianGradientDescent(AbstractMethod):
         wanted = state.reference - _SUFFICIENT * rate * size**2
         is_accepted = trial.is_fine & (there.value <= wanted + slack)
         # The old gradient as a tangent at the new point.
-        old = problem.normal_space(there.coordinates).tangent(iterate.gradient)
+        old = there.space.tangent(iterate.gradient)
         change = _tree.subtract(there.gradient, old)
         turn = -_tree.inner(old, change)
         long = rate * _tree.inner(old, old) / turn
         short = rate * turn / _tree.inner(change, change)
-        guess = jnp.where(state.num_steps % 2 == 0, long, short)
+        guess = _tree.where(state.num_steps % 2 == 0, long, short)
         is_known = (turn > 0) & jnp.isfinite(guess)
-        guess = jnp.where(is_known, jnp.clip(guess, rate / 1e3, rate * 1e3), 4 * rate)
+        guess = _tree.where(is_known, jnp.clip(guess, rate / 1e3, rate * 1e3), 4 * rate)
         weight = _MEMORY * state.weight + 1
         reference = (_MEMORY * state.weight * state.reference + there.value) / weight
         is_lost = ~is_accepted & (rate * size <= shortest_step(iterate))
@@ -85,7 +84,7 @@ class RiemannianGradientDescent(AbstractMethod):
             _tree.where(is_accepted, there, iterate),
             _tree.where(is_accepted, going_on, again),
             is_accepted,
-            RESULTS.where(is_lost, RESULTS.stalled, RESULTS.successful),
-            trial.work + Work(num_factorizations=1),
-            jnp.where(is_accepted, trial.defect, 0),
+            _tree.where(is_lost, RESULTS.stalled, RESULTS.successful),
+            trial.work,
+            _tree.where(is_accepted, trial.defect, 0),
         )

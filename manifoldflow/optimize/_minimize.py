@@ -178,21 +178,28 @@ def _minimize(
             found |= _observed(problem, options, iterate.coordinates)
             jax.debug.callback(each, num_steps, iterate.coordinates, found)
 
-    def share(
-        num_attempts: Int[Array, ""], least_gradient: Scalar, slope: Scalar, is_done: Flag
-    ) -> Scalar:
-        """How much of the way is done, in the type that Diffrax's meters count in."""
+    def shown(
+        state: PyTree[Any],
+        num_attempts: Int[Array, ""],
+        least_gradient: Scalar,
+        slope: Scalar,
+        is_done: Flag,
+    ) -> PyTree[Any]:
+        """The meter's state once it shows how much of the way is done."""
+        if isinstance(meter, dfx.NoProgressMeter):
+            return state
         wanted = jnp.log(first.gradient_norm / tolerance(slope))
         fallen = jnp.nan_to_num(jnp.log(first.gradient_norm / least_gradient) / wanted)
-        shown = jnp.clip(jnp.maximum(fallen, num_attempts / options.max_steps), 0, 1)
-        return jnp.where(is_done, 1, shown).astype(float)
+        share = jnp.clip(jnp.maximum(fallen, num_attempts / options.max_steps), 0, 1)
+        # In the type that Diffrax's meters count in.
+        return meter.step(state, _tree.where(is_done, 1, share).astype(float))
 
     def judged(iterate: Iterate, slope: Scalar, result: RESULTS) -> tuple[RESULTS, Flag]:
         """How the search would end here, and whether it does."""
         is_there = iterate.gradient_norm <= tolerance(slope)
         is_lost = result != RESULTS.successful
-        ours = RESULTS.where(is_there, RESULTS.successful, RESULTS.max_steps_reached)
-        return RESULTS.where(is_lost & ~is_there, result, ours), is_there | is_lost
+        ours = _tree.where(is_there, RESULTS.successful, RESULTS.max_steps_reached)
+        return _tree.where(is_lost & ~is_there, result, ours), is_there | is_lost
 
     def going(state: _State) -> Flag:
         return ~state.is_done & (state.num_steps + state.num_rejected < options.max_steps)
@@ -201,8 +208,8 @@ def _minimize(
         attempt = method.step(problem, state.iterate, state.inner)
         num_idle = _idle(state, attempt)
         is_stalled = num_idle >= method.patience
-        result = RESULTS.where(is_stalled, RESULTS.stalled, attempt.result)
-        slope = jnp.maximum(state.largest_slope, _tree.norm(attempt.iterate.slope))
+        result = _tree.where(is_stalled, RESULTS.stalled, attempt.result)
+        slope = jnp.maximum(state.largest_slope, attempt.iterate.slope_norm)
         result, is_done = judged(attempt.iterate, slope, result)
         num_steps = state.num_steps + attempt.is_accepted
         num_rejected = state.num_rejected + ~attempt.is_accepted
@@ -220,28 +227,24 @@ def _minimize(
             least_gradient,
             slope,
             num_idle,
-            meter.step(
-                state.meter, share(num_steps + num_rejected, least_gradient, slope, is_done)
-            ),
+            shown(state.meter, num_steps + num_rejected, least_gradient, slope, is_done),
         )
 
-    result = RESULTS.where(
-        _tree.all_finite((first.value, first.gradient)), RESULTS.successful, RESULTS.nonfinite
-    )
-    result = RESULTS.where(is_on, result, info.result)
+    result = _tree.where(first.is_finite, RESULTS.successful, RESULTS.nonfinite)
+    result = _tree.where(is_on, result, info.result)
     is_fine = result == RESULTS.successful
-    slope = _tree.norm(first.slope)
+    slope = first.slope_norm
     verdict, is_done = judged(first, slope, result)
     zero = jnp.asarray(0)
     start = _State(
         first,
         method.init(problem, first),
-        RESULTS.where(is_fine, verdict, result),
+        _tree.where(is_fine, verdict, result),
         is_done | ~is_fine,
         zero,
         zero,
         Work(num_gradients=1, num_factorizations=info.num_factorizations + 1),
-        jnp.where(is_on, info.defect, 0),
+        _tree.where(is_on, info.defect, 0),
         first.gradient_norm,
         slope,
         zero,
@@ -259,10 +262,10 @@ def _idle(state: _State, attempt: Attempt) -> Int[Array, ""]:
     is_same = jnp.abs(after.value - before.value) <= 10 * value_rounding(before, after)
     has_fallen = after.gradient_norm <= 0.99 * state.least_gradient
     # Below the rounding of ∇F a gradient along the manifold means nothing.
-    is_real = after.gradient_norm > _tree.eps_of(after.slope) * _tree.norm(after.slope)
+    is_real = after.gradient_norm > _tree.eps_of(after.slope) * after.slope_norm
     is_idle = is_same & ~(has_fallen & is_real)
-    counted = jnp.where(is_idle, state.num_idle + 1, 0)
-    return jnp.where(attempt.is_accepted, counted, state.num_idle)
+    counted = _tree.where(is_idle, state.num_idle + 1, 0)
+    return _tree.where(attempt.is_accepted, counted, state.num_idle)
 
 
 def _observed(

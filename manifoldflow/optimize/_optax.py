@@ -13,7 +13,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Flag, Tangent
 from manifoldflow.manifolds import AbstractNormalSpace, AbstractRetraction, NewtonRetraction
-from manifoldflow.optimize._base import AbstractMethod, Attempt, Iterate, Problem, Work
+from manifoldflow.optimize._base import AbstractMethod, Attempt, Iterate, Problem
 
 
 class _State(eqx.Module):
@@ -66,18 +66,16 @@ class RiemannianOptax(AbstractMethod):
 
     def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
         update, inner = self._update(iterate, state.inner)
-        here = problem.normal_space(iterate.coordinates)
-        vector = here.tangent(_tree.as_tangent(iterate.coordinates, update, "The update"))
+        vector = iterate.space.tangent(_tree.as_tangent(iterate.coordinates, update, "The update"))
         trial = problem.moved(self.retraction, iterate, vector)
-        there = problem.normal_space(trial.iterate.coordinates)
-        inner = self._transported(there, inner, state.is_vector, update)
+        inner = self._transported(trial.iterate.space, inner, state.is_vector, update)
         inner = jax.tree.map(lambda new, old: new.astype(old.dtype), inner, state.inner)
         return Attempt(
             _tree.where(trial.is_fine, trial.iterate, iterate),
             _State(inner, state.is_vector),
             trial.is_fine,
             trial.result,
-            trial.work + Work(num_factorizations=2),
+            trial.work,
             trial.defect,
         )
 

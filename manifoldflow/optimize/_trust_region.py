@@ -77,15 +77,13 @@ class RiemannianTrustRegion(AbstractMethod):
     def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
         radius, size = state.radius, iterate.gradient_norm
         largest = jnp.maximum(state.largest_gradient, size)
-        share = size / jnp.where(largest > 0, largest, 1)
+        share = size / _tree.where(largest > 0, largest, 1)
         hessian, most = problem.hessian(iterate), self.max_products
         # No more digits than the gradient has.
-        floor = 10 * _tree.eps_of(iterate.slope) * _tree.norm(iterate.slope)
+        floor = 10 * _tree.eps_of(iterate.slope) * iterate.slope_norm
         model = truncated_cg(
             hessian,
-            # Projected again: where ∇F is nearly normal, the rounding of P∇F is a normal
-            # part that counts, in whose direction the model seems to have no curvature.
-            hessian.space.tangent(iterate.gradient),
+            iterate.gradient,
             radius,
             jnp.maximum(floor, size * jnp.minimum(self.kappa, share**self.theta)),
             _tree.size(iterate.coordinates) if most is None else most,
@@ -95,18 +93,18 @@ class RiemannianTrustRegion(AbstractMethod):
         # model knows better: there the ratio tends to one.
         slack = 1e3 * value_rounding(iterate, trial.iterate)
         actual = iterate.value - trial.iterate.value
-        ratio = jnp.where(trial.is_fine, (actual + slack) / (model.decrease + slack), -1)
+        ratio = _tree.where(trial.is_fine, (actual + slack) / (model.decrease + slack), -1)
         is_accepted = (ratio > 0.1) & (model.decrease > 0)
         shorter = jnp.minimum(radius, _tree.norm(model.vector)) / 4
-        wider = jnp.where((ratio > 0.75) & model.is_at_boundary, 2 * radius, radius)
-        radius = jnp.where((ratio >= 0.25) & (model.decrease > 0), wider, shorter)
+        wider = _tree.where((ratio > 0.75) & model.is_at_boundary, 2 * radius, radius)
+        radius = _tree.where((ratio >= 0.25) & (model.decrease > 0), wider, shorter)
         is_lost = ~is_accepted & (radius <= shortest_step(iterate))
-        spent = Work(num_hessian_products=model.num_products, num_factorizations=1)
+        spent = Work(num_hessian_products=model.num_products)
         return Attempt(
             _tree.where(is_accepted, trial.iterate, iterate),
             _State(radius, largest),
             is_accepted,
-            RESULTS.where(is_lost, RESULTS.stalled, RESULTS.successful),
+            _tree.where(is_lost, RESULTS.stalled, RESULTS.successful),
             trial.work + spent,
-            jnp.where(is_accepted, trial.defect, 0),
+            _tree.where(is_accepted, trial.defect, 0),
         )
