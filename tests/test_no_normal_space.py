@@ -55,3 +55,25 @@ def test_the_way_may_pass_there():
     gradient = manifolds.gradient_along(CONE, jnp.sum, TIP)
     close("∇F", gradient, jnp.ones(3), 1e-15)
     assert norm(manifolds.gradient_along(CONE, lambda x: jnp.sum(x**2), OTHER)) < 1e-15
+
+
+def test_an_equation_without_slope_that_does_not_hold():
+    """No step can lower it: such a point is not on the manifold, nor is any other."""
+    sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+    contradiction = mf.LevelSet(lambda x: jnp.array([jnp.sum(x**2) - 1, 0 * x[0] + 1e-3]))
+    for single in (False, True):
+        cast = lambda x, single=single: x.astype("float32" if single else "float64")
+        assert not bool(sphere.is_on(cast(TIP))), "the centre of a sphere"
+        assert bool(sphere.is_on(cast(OTHER)))
+        assert not bool(contradiction.is_on(cast(OTHER))), "a contradiction"
+        _, info = contradiction.project_with_info(cast(VECTOR))
+        assert info.result == mf.RESULTS.not_on_manifold, info.result
+    harmless = mf.LevelSet(lambda x: jnp.array([jnp.sum(x**2) - 1, 0 * x[0]]))
+    assert bool(harmless.is_on(harmless.project(VECTOR)))
+
+
+def test_a_path_off_the_manifold_inside_jit():
+    sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+    path = lambda size: lambda t: size * jnp.array([0.0, jnp.cos(t), jnp.sin(t)])
+    moved = jax.jit(lambda size: mf.parallel_transport(sphere, path(size), VECTOR, throw=False))
+    assert bool(jnp.all(jnp.isfinite(moved(1.0)))) and bool(jnp.all(jnp.isnan(moved(1.1))))

@@ -7,7 +7,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
-from manifoldflow.manifolds import AbstractManifold, limit_map_second_derivative_parts
+from manifoldflow.manifolds import AbstractManifold, bending_along
 
 
 class BrownianMotion(AbstractDiffusion):
@@ -35,10 +35,8 @@ class BrownianMotion(AbstractDiffusion):
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """½ tr II, half of the (not averaged) mean curvature vector."""
-        tangents = _tree.structure_of(self.split(point)[0])
-        identity = lx.IdentityLinearOperator(tangents)
-        parts = limit_map_second_derivative_parts(self.manifold, point, identity)
-        return _tree.scale(0.5, parts.tangent_part())
+        identity = lx.IdentityLinearOperator(_tree.structure_of(self.split(point)[0]))
+        return _tree.scale(0.5, bending_along(self.manifold, point).trace(identity))
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """P, as an operator on tangents."""

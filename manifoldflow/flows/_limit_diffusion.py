@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
@@ -11,9 +12,10 @@ from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.manifolds import (
     AbstractManifold,
+    AbstractNormalSpace,
     AbstractSecondDerivative,
-    gradient_along,
-    gradient_of_rows_along,
+    bending_along,
+    gradient_of_rows,
     LevelSet,
     limit_map_second_derivative_parts,
     MinimizerManifold,
@@ -94,9 +96,7 @@ class LimitDiffusion(AbstractDiffusion):
         if not self.is_stochastic:
             return self.normal_regularisation(point)
         if isinstance(self.noise, IsotropicNoise):
-            return _tree.add(
-                self.tangent_noise_compensation(point), self.normal_regularisation(point)
-            )
+            return _tree.add(*self._isotropic_parts(point))
         return _tree.scale(0.5, self._second_derivative(point).total())
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
@@ -118,6 +118,8 @@ class LimitDiffusion(AbstractDiffusion):
         """
         if not self.is_stochastic:
             return _tree.zeros_like(self.split(point)[0])
+        if isinstance(self.noise, IsotropicNoise):
+            return self._isotropic_parts(point)[0]
         return _tree.scale(0.5, self._second_derivative(point).tangent_part())
 
     @eqx.filter_jit
@@ -135,11 +137,10 @@ class LimitDiffusion(AbstractDiffusion):
             manifold = self.manifold
             assert isinstance(manifold, ZeroLossManifold)
             norms = lambda jacobian: jnp.sum(jacobian.row_norms_squared())
-            gradient = gradient_of_rows_along(manifold, norms, point)
-            return _tree.scale(-multiple * manifold.loss.scale / 4, gradient)
+            gradient, space = gradient_of_rows(manifold, norms, point)
+            return _tree.scale(-multiple * manifold.loss.scale / 4, space.tangent(gradient))
         if isinstance(self.noise, IsotropicNoise):
-            gradient = _log_determinant_gradient(self.manifold, point)
-            return _tree.scale(-(self.noise.std**2) / 4, gradient)
+            return self._isotropic_parts(point)[1]
         return _tree.scale(0.5, self._second_derivative(point).normal_part())
 
     @property
@@ -151,33 +152,39 @@ class LimitDiffusion(AbstractDiffusion):
             return None
         return self.noise.hessian_multiple(self.manifold.loss)
 
+    def _isotropic_parts(self, point: Point) -> tuple[Tangent, Tangent]:
+        """½ tr II and −¼ P∇ln|∇²L|₊, times the variance: from one normal space."""
+        assert isinstance(self.noise, IsotropicNoise)
+        factor = self.noise.factor(self.manifold.loss, point)
+        gradient, space = _log_determinant_gradient(self.manifold, point)
+        bent = bending_along(self.manifold, point, space).trace(factor)
+        regularised = _tree.scale(-(self.noise.std**2) / 4, space.tangent(gradient))
+        return _tree.scale(0.5, bent), regularised
+
     def _second_derivative(self, point: Point) -> AbstractSecondDerivative:
-        loss = self.manifold.loss
-        if isinstance(self.noise, IsotropicNoise):
-            tangents = _tree.structure_of(self.split(point)[0])
-            variance = (self.noise.std**2).astype(_tree.dtype_of(tangents))
-            covariance = variance * lx.IdentityLinearOperator(tangents)
-            return limit_map_second_derivative_parts(self.manifold, point, covariance)
-        factor = self.noise.factor(loss, point)
+        factor = self.noise.factor(self.manifold.loss, point)
         through_residuals = isinstance(factor, linalg.ResidualFactor)
         if through_residuals and isinstance(self.manifold, ZeroLossManifold):
             return normal_second_derivative_parts(self.manifold, point, factor.small)
         return limit_map_second_derivative_parts(self.manifold, point, factor, is_factor=True)
 
 
-def _log_determinant_gradient(manifold: AbstractManifold, point: Point) -> Tangent:
-    """P∇ln|∇²L|₊ on a manifold of minimisers."""
+def _log_determinant_gradient(
+    manifold: AbstractManifold, point: Point
+) -> tuple[Tangent, AbstractNormalSpace]:
+    """∇ln|∇²L|₊ on a manifold of minimisers, and the normal space."""
     if isinstance(manifold, ZeroLossManifold):
         volume = lambda jacobian: linalg.log_pseudo_determinant(jacobian.gram())
-        return gradient_of_rows_along(manifold, volume, point)
-
+        return gradient_of_rows(manifold, volume, point)
     rank = manifold.rank_rule if isinstance(manifold, MinimizerManifold) else None
 
-    def log_determinant(point: Point) -> Scalar:
-        coordinates, remainder = manifold.split(point)
-        flat, unravel = _tree.ravel(coordinates)
+    coordinates, remainder = manifold.split(point)
+    unravel = _tree.ravel(coordinates)[1]
+
+    def log_determinant(x: Array) -> Scalar:
         loss = lambda x: manifold.loss(_tree.join(unravel(x), remainder))
         rule = manifold.codimension(point) if rank is None else rank
-        return linalg.log_pseudo_determinant(jax.hessian(loss)(flat), rule)
+        return linalg.log_pseudo_determinant(jax.hessian(loss)(x), rule)
 
-    return gradient_along(manifold, log_determinant, point)
+    gradient = unravel(jax.grad(log_determinant)(_tree.ravel(coordinates)[0]))
+    return gradient, manifold.normal_space(point)

@@ -163,25 +163,32 @@ def columns(
 def sum_terms(
     term: Callable[[Int[Array, ""]], PyTree[Array]], count: int, chunk_size: int
 ) -> PyTree[Array]:
-    """Σ term(r) over r = 0 … count − 1, with the memory of `chunk_size` terms."""
-    chunk_size = min(chunk_size, count)
-    num_whole, rest = divmod(count, chunk_size)
+    """Σ term(r) over r = 0 … count − 1, with the memory of `chunk_size` terms.
 
-    def partial_sum(start: Int[Array, ""], size: int) -> PyTree[Array]:
+    In chunks of nearly the same size, at most `chunk_size`: one program for all of them. The
+    last may ask for terms beyond `count` − 1; these do not count, but must have a value.
+    """
+    num_chunks = -(-count // chunk_size)
+    size = -(-count // num_chunks)
+
+    def partial_sum(start: Int[Array, ""]) -> PyTree[Array]:
+        indices = start + jnp.arange(size)
         with jax.default_matmul_precision("highest"):  # the model's own products as well
-            terms = jax.vmap(term)(start + jnp.arange(size))
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), terms)
+            terms = jax.vmap(term)(indices)
 
-    total = partial_sum(jnp.asarray(0), chunk_size)
-    if num_whole > 1:
-        # Without the checkpoint, reverse mode would keep what every term computed.
-        step = jax.checkpoint(
-            lambda total, start: (_tree.add(total, partial_sum(start, chunk_size)), None)
-        )
-        total, _ = jax.lax.scan(step, total, chunk_size * jnp.arange(1, num_whole))
-    if rest:
-        total = _tree.add(total, partial_sum(jnp.asarray(chunk_size * num_whole), rest))
-    return total
+        def total(leaf: Array) -> Array:
+            counts = (indices < count).reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.sum(leaf if size * num_chunks == count else leaf * counts, axis=0)
+
+        return jax.tree.map(total, terms)
+
+    if num_chunks == 1:
+        return partial_sum(jnp.asarray(0))
+    structure = jax.eval_shape(partial_sum, jnp.asarray(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
+    # Without the checkpoint, reverse mode would keep what every term computed.
+    step = jax.checkpoint(lambda total, start: (_tree.add(total, partial_sum(start)), None))
+    return jax.lax.scan(step, zeros, size * jnp.arange(num_chunks))[0]
 
 
 def _chunk(chunk_size: int | None, tree: PyTree[Any]) -> int:

@@ -1,12 +1,13 @@
 """Manifolds of points: membership, projections, retractions, the limit of gradient flow."""
 
 from manifoldflow.manifolds._base import AbstractManifold as AbstractManifold
+from manifoldflow.manifolds._bending import bending_along as bending_along
 from manifoldflow.manifolds._calculus import (
     covariant_derivative as covariant_derivative,
     covariant_hessian as covariant_hessian,
     divergence as divergence,
     gradient_along as gradient_along,
-    gradient_of_rows_along as gradient_of_rows_along,
+    gradient_of_rows as gradient_of_rows,
     laplace_beltrami as laplace_beltrami,
     riemannian_gradient as riemannian_gradient,
 )

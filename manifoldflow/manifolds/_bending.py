@@ -40,6 +40,17 @@ class Bending(eqx.Module):
         lifted = self.space.pseudo_inverse(self.second_derivative(u, w))
         return _tree.scale(-1, lifted)
 
+    def trace(self, factor: lx.AbstractLinearOperator) -> Tangent:
+        """Σᵣ II(Pfᵣ, Pfᵣ) over the columns fᵣ of an operator to tangents: tr II for the identity.
+
+        One second directional derivative of the constraint for each column.
+        """
+        structure = _tree.structure_of(self.coordinates)
+        projection = lx.FunctionLinearOperator(self.space.tangent, structure, lx.symmetric_tag)
+        columns = projection @ factor
+        total = linalg.second_derivative_sum(self.constraint, self.coordinates, columns, columns)
+        return _tree.scale(-1, self.space.pseudo_inverse(total))
+
     def turn(self, multipliers: Constraint, vector: Tangent) -> Tangent:
         """∇²(λ·f) v."""
 
@@ -62,6 +73,18 @@ def bending(manifold: AbstractManifold, point: Point) -> Bending:
     is_bad: Array = ~(size > 0) | ~jnp.isfinite(size)
     # Where f is quadratic the coordinates do not matter, and a check of them would be dropped.
     coordinates, space = result.error_if((coordinates, space), is_bad)
+    return Bending(manifold, coordinates, remainder, space)
+
+
+def bending_along(
+    manifold: AbstractManifold, point: Point, space: AbstractNormalSpace | None = None
+) -> Bending:
+    """As `bending`, without an error, and with the normal space if that is known.
+
+    For the inside of loops, which may pass where rank is lost.
+    """
+    coordinates, remainder = manifold.split(point)
+    space = manifold.normal_space(point) if space is None else space
     return Bending(manifold, coordinates, remainder, space)
 
 

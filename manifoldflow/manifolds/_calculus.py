@@ -54,12 +54,12 @@ def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point
     return manifold.normal_space(point).tangent(gradient)
 
 
-def gradient_of_rows_along(
+def gradient_of_rows(
     manifold: ZeroLossManifold,
     fn: Callable[[linalg.AbstractJacobian], Scalar],
     point: Point,
-) -> Tangent:
-    """As `gradient_along`, for a function of the rows ∂r, which are formed once for all."""
+) -> tuple[Tangent, GramNormalSpace]:
+    """∇F for a function of the rows ∂r, and the normal space, from rows formed once for both."""
     coordinates, remainder = manifold.split(point)
 
     def of_rows(x: Coordinates) -> tuple[Scalar, linalg.AbstractJacobian]:
@@ -67,7 +67,7 @@ def gradient_of_rows_along(
         return fn(jacobian), jacobian
 
     gradient, jacobian = jax.grad(of_rows, has_aux=True)(coordinates)
-    return GramNormalSpace(jacobian, manifold.gram(jacobian)).tangent(gradient)
+    return gradient, GramNormalSpace(jacobian, manifold.gram(jacobian))
 
 
 class CovariantHessian(eqx.Module):

@@ -105,11 +105,7 @@ def mean_curvature(
     term = lambda vector: bend.form(vector, vector)
     if key is not None:
         return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
-    projection = lx.FunctionLinearOperator(
-        bend.space.tangent, _tree.structure_of(bend.coordinates), lx.symmetric_tag
-    )
-    total = linalg.second_derivative_sum(bend.constraint, bend.coordinates, projection, projection)
-    return _tree.scale(-1, bend.space.pseudo_inverse(total))
+    return bend.trace(lx.IdentityLinearOperator(_tree.structure_of(bend.coordinates)))
 
 
 @checked

@@ -20,7 +20,7 @@ from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
 from manifoldflow._jit import jit_part
 from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_step_limit
-from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
 from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step, over_legs
@@ -334,7 +334,8 @@ def parallel_transport(
 
     Raises:
         ValueError: the path leaves the manifold (checked at its ends and in its middle).
-        EquinoxRuntimeError: with the message of the `RESULTS` member.
+        EquinoxRuntimeError: with the message of the `RESULTS` member; under a trace, also where
+            the path leaves the manifold.
     """
     path = _tree.as_pytree_callable(path)
     ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]
@@ -349,6 +350,13 @@ def parallel_transport(
     coordinates, _ = manifold.split(ends[0])
     vector = _tree.as_tangent(coordinates, vector)
     return delivered(*_transported(manifold, path, vector, walk or Walk()), throw)
+
+
+def _is_on_path(manifold: AbstractManifold, path: Callable[..., Any], time: Scalar) -> Flag:
+    fixed, steady = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (manifold, path)
+    )
+    return fixed.is_on(steady(time), tol=1e-4)
 
 
 @eqx.filter_jit
@@ -375,4 +383,6 @@ def _transported(
     ended = _tree.cast_like(_last(solution.ys), vector)
     moved = manifold.normal_space(path(one)).tangent(ended)
     result = _result(solution.result, moved)
+    is_on = jax.lax.map(lambda time: _is_on_path(manifold, path, time), jnp.linspace(zero, one, 3))
+    result = _tree.where(jnp.all(is_on), result, RESULTS.not_on_manifold)
     return or_nan(moved, result == RESULTS.successful), result

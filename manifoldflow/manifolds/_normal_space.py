@@ -92,7 +92,17 @@ class GramNormalSpace(AbstractNormalSpace):
 
     jacobian: linalg.AbstractJacobian
     gram: linalg.AbstractGramSolve
-    damping: Scalar | None = None
+    damping: Scalar | None
+    units: Float[Array, " n"]  # of f, see `_units`
+
+    def __init__(
+        self,
+        jacobian: linalg.AbstractJacobian,
+        gram: linalg.AbstractGramSolve,
+        damping: Scalar | None = None,
+    ):
+        self.jacobian, self.gram, self.damping = jacobian, gram, damping
+        self.units = _units(gram.row_scale)
 
     def tangent(self, vector: Tangent) -> Tangent:
         return linalg.tangent_component(self.jacobian, self.gram, vector)
@@ -108,7 +118,9 @@ class GramNormalSpace(AbstractNormalSpace):
 
     def damped(self, damping: Scalar) -> "GramNormalSpace":
         damping = damping * self.jacobian.out_structure().size
-        return GramNormalSpace(self.jacobian, self.gram.damped(damping), damping)
+        where = lambda space: (space.gram, space.damping)
+        found = self.gram.damped(damping), damping
+        return eqx.tree_at(where, self, found, is_leaf=lambda leaf: leaf is None)
 
     def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
         found = linalg.refined_solve(self.jacobian, self.gram, constraint, self.damping)
@@ -129,8 +141,10 @@ class GramNormalSpace(AbstractNormalSpace):
         return self.jacobian.transpose_mv(self.gram.row_scale)
 
     def shortfall(self, constraint: Constraint) -> Scalar:
-        scale = self.gram.row_scale
-        return _tree.norm(scale * constraint) / len(scale) ** 0.5
+        weighted = self.units * constraint
+        # It has no derivative: `_tree.norm` would take care of one at zero.
+        return jnp.sqrt(_tree.inner(weighted, weighted) / len(weighted))
+
 
     def is_minimum(self) -> Flag:
         return jnp.asarray(True)
@@ -138,6 +152,16 @@ class GramNormalSpace(AbstractNormalSpace):
     def curvature(self, tol: Any = None) -> RESULTS:
         del tol
         return RESULTS.successful
+
+
+def _units(row_scale: Float[Array, " n"]) -> Float[Array, " n"]:
+    """One over the lengths of the rows of J; over that of the longest for rows without slope.
+
+    These can lower nothing: what is left there counts, without end where no row has a slope.
+    """
+    largest = jnp.asarray(float(jnp.finfo(row_scale.dtype).max) ** 0.4, row_scale.dtype)
+    longest = jnp.min(_tree.where(row_scale > 0, row_scale, largest))
+    return jnp.maximum(row_scale, longest)
 
 
 class HessianNormalSpace(AbstractNormalSpace):
