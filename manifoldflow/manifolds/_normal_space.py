@@ -145,7 +145,6 @@ class GramNormalSpace(AbstractNormalSpace):
         # It has no derivative: `_tree.norm` would take care of one at zero.
         return jnp.sqrt(_tree.inner(weighted, weighted) / len(weighted))
 
-
     def is_minimum(self) -> Flag:
         return jnp.asarray(True)
 
