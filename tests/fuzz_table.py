@@ -248,6 +248,12 @@ CALLS = {
     "losses.SquaredNorm": {"fn": sphere},
     "manifolds.closest_point_with_info": ON,
     "manifolds.gradient_along": {**ON, "fn": height},
+    "manifolds.gradient_of_rows": {
+        "manifold": ZERO,
+        "fn": lambda jacobian: jnp.sum(jacobian.row_norms_squared()),
+        "point": X,
+    },
+    "manifolds.bending_along": ON,
     "manifolds.limit_map_second_derivative_parts": {
         **ON, "covariance": OPERATOR, "is_factor": False
     },

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import pytest
 
 import manifoldflow as mf
@@ -55,6 +56,21 @@ def test_the_way_may_pass_there():
     gradient = manifolds.gradient_along(CONE, jnp.sum, TIP)
     close("∇F", gradient, jnp.ones(3), 1e-15)
     assert norm(manifolds.gradient_along(CONE, lambda x: jnp.sum(x**2), OTHER)) < 1e-15
+
+
+def test_what_loops_share():
+    """A gradient of rows with its normal space, and a bending with a space that is known."""
+    loss = mf.LeastSquares(jnp.eye(3)[:2], jnp.ones(2), predict=lambda p, x: jnp.dot(p**3, x))
+    manifold, point = mf.ZeroLossManifold(loss), jnp.array([1.0, 1.1, 0.4])
+    norms = lambda jacobian: loss.scale * jnp.sum(jacobian.row_norms_squared())
+    gradient, space = manifolds.gradient_of_rows(manifold, norms, point)
+    expected = jax.grad(loss.trace_gauss_newton)(point)
+    close("∇F", gradient, expected, 1e-14)
+    close("P∇F", space.tangent(gradient), manifold.tangent_projection(point, expected), 1e-14)
+    identity = lx.IdentityLinearOperator(jax.eval_shape(lambda: point))
+    for known in (None, space):
+        bent = manifolds.bending_along(manifold, point, known).trace(identity)
+        close("tr II", bent, mf.mean_curvature(manifold, point), 1e-14)
 
 
 def test_an_equation_without_slope_that_does_not_hold():

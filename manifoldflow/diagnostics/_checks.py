@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_positive
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.manifolds import (
     AbstractManifold,
@@ -194,6 +195,7 @@ def check_geodesic(
     coordinates, remainder = manifold.split(point)
     if tolerance is None:
         tolerance = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
+    tolerance = float(checked_positive("check_geodesic: tolerance", tolerance))
     velocity = manifold.tangent_projection(point, velocity)
     if path is None:
         walk = Walk(adjoint=dfx.ForwardMode())
@@ -260,7 +262,8 @@ def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
 def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent:
     vector = manifold.random_tangent(point, key)
     size = _tree.norm(vector)
-    if not float(size) > 0:
+    # Where there is no direction, what is left is rounding of a standard normal vector.
+    if not float(size) > 10 * _tree.eps_of(vector) * _tree.size(vector) ** 0.5:
         raise ValueError(
             f"There is no direction along the manifold: a random tangent has length {size}. Is its "
             "dimension 0, or the point not finite?"

@@ -230,7 +230,8 @@ def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:
 
 def _checked_leaves(params: PyTree[Any]) -> tuple[list[Array], Any]:
     leaves, treedef = jax.tree.flatten(params)
-    leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+    is_number = lambda leaf: isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc"
+    leaves = [jnp.asarray(leaf) if is_number(leaf) else leaf for leaf in leaves]
     for leaf in leaves:
         if not eqx.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(

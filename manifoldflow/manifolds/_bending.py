@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree, linalg
+from manifoldflow._boundary import checked
 from manifoldflow._solution import RESULTS
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
@@ -76,6 +77,7 @@ def bending(manifold: AbstractManifold, point: Point) -> Bending:
     return Bending(manifold, coordinates, remainder, space)
 
 
+@checked
 def bending_along(
     manifold: AbstractManifold, point: Point, space: AbstractNormalSpace | None = None
 ) -> Bending:

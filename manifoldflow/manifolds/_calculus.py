@@ -54,6 +54,7 @@ def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point
     return manifold.normal_space(point).tangent(gradient)
 
 
+@checked
 def gradient_of_rows(
     manifold: ZeroLossManifold,
     fn: Callable[[linalg.AbstractJacobian], Scalar],

@@ -126,7 +126,7 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
     """
     bend = bending(manifold, point)
     # Their lengths do not matter, but may have squares beyond the floating range.
-    u, v = (_of_size_one(_tangent_part(bend, _of_size_one(x))) for x in (u, v))
+    u, v = (_of_size_one(_tangent_part(bend, x)) for x in (u, v))
     # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
     square = _tree.inner(u, u)
     safe = jnp.where(square > 0, square, 1)
@@ -213,7 +213,8 @@ def _gauss(bend: Bending, u: Tangent, v: Tangent) -> Scalar:
 
 
 def _tangent_part(bend: Bending, vector: Tangent) -> Tangent:
-    """P v, and zero where that is only rounding of v."""
+    """P v, up to a factor, and zero where that is only rounding of v."""
+    vector = _of_size_one(_tree.as_tangent(bend.coordinates, vector))
     tangent = bend.tangent(vector)
     is_there = _tree.norm(tangent) > 10 * _tree.eps_of(vector) * _tree.norm(vector)
     return _tree.where(is_there, tangent, _tree.zeros_like(tangent))

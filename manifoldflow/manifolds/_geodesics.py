@@ -174,6 +174,8 @@ def _path(
         raise ValueError(f"times must be a sequence of numbers; got shape {shape}.")
     if known is not None:
         away = np.diff(np.abs(known), prepend=0)
+        if not np.all(np.isfinite(known)):
+            raise ValueError(f"times must be finite; got {times}.")
         if not (np.all(away >= 0) and np.all(known * known[-1] >= 0)):
             raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")
     times = jnp.asarray(times, _tree.dtype_of(coordinates))

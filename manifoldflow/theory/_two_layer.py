@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from manifoldflow._boundary import checked, checked_but
+from manifoldflow._errors import checked_count
 from manifoldflow.theory._arguments import finite, matrix, number
 
 _FARTHEST = 2.0**60
@@ -112,8 +113,7 @@ def two_layer_minimizer(
     y = finite("targets", targets)
     if y.ndim != 1:
         raise ValueError(f"targets: got shape {y.shape}, expected (n,); flatten it.")
-    if isinstance(width, bool) or int(width) != width or width < 1:
-        raise ValueError(f"width: got {width!r}, expected a number of neurons.")
+    width = checked_count("width", width)
     phi = _in_double(activation)
     if second_layer is None:
         features = [_inverse(phi, value / width, "activation") for value in y]
