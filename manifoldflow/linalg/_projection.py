@@ -7,7 +7,6 @@ to ten in float32, whose factorisation hardly has a correct digit at conditions 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -46,14 +45,13 @@ def tangent_component(
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
 
-    is_single = _tree.eps_of(vector) > 1e-10
+    def again(remainder: Tangent, solve: Callable[[Array], Array]) -> Tangent:
+        return _tree.subtract(remainder, jacobian.transpose_mv(solve(jacobian.mv(remainder))))
 
-    def again(_: Any, remainder: Tangent) -> Tangent:
-        value = jacobian.mv(remainder)
-        found = refined_solve(jacobian, gram, value) if is_single else gram.solve(value)
-        return _tree.subtract(remainder, jacobian.transpose_mv(found))
-
-    return jax.lax.fori_loop(0, 2, again, vector)
+    if _tree.eps_of(vector) < 1e-10:
+        return jax.lax.fori_loop(0, 2, lambda _, left: again(left, gram.solve), vector)
+    # What a plain solve leaves in single precision takes more than another one.
+    return again(again(vector, gram.solve), lambda value: refined_solve(jacobian, gram, value))
 
 
 @checked
