@@ -45,8 +45,8 @@ def tangent_component(
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
 
-    def again(remainder: Tangent, solve: Callable[[Array], Array]) -> Tangent:
-        return _tree.subtract(remainder, jacobian.transpose_mv(solve(jacobian.mv(remainder))))
+    def again(remainder: Tangent, inverse: Callable[[Array], Array]) -> Tangent:
+        return _tree.subtract(remainder, jacobian.transpose_mv(inverse(jacobian.mv(remainder))))
 
     if _tree.eps_of(vector) < 1e-10:
         return jax.lax.fori_loop(0, 2, lambda _, left: again(left, gram.solve), vector)

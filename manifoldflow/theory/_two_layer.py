@@ -113,7 +113,7 @@ def two_layer_minimizer(
     y = finite("targets", targets)
     if y.ndim != 1:
         raise ValueError(f"targets: got shape {y.shape}, expected (n,); flatten it.")
-    width = checked_count("width", width)
+    width = checked_count("width, the number of neurons,", width)
     phi = _in_double(activation)
     if second_layer is None:
         features = [_inverse(phi, value / width, "activation") for value in y]

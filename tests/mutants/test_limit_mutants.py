@@ -89,15 +89,17 @@ def test_the_nearest_point_for_the_limit_of_gradient_flow():
 class HalfForAQuarter(mf.LimitDiffusion):
     """−½P∇ln|H|₊ for isotropic noise."""
 
-    def normal_regularisation(self, point):
-        return 2 * super().normal_regularisation(point)
+    def _isotropic_parts(self, point):
+        bent, regularised = super()._isotropic_parts(point)
+        return bent, 2 * regularised
 
 
 class NoCompensation(mf.LimitDiffusion):
     """Isotropic noise as if the manifold were flat."""
 
-    def tangent_noise_compensation(self, point):
-        return jnp.zeros_like(point)
+    def _isotropic_parts(self, point):
+        bent, regularised = super()._isotropic_parts(point)
+        return jnp.zeros_like(bent), regularised
 
 
 def test_drifts_of_isotropic_noise():
