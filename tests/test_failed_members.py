@@ -105,3 +105,19 @@ def test_balance_of_noise():
     for members, others in zip(together, healthy):
         assert bool(jnp.all(jnp.isnan(members[0]))), members
         at_most("the other", jnp.max(jnp.abs(members[1] - others[1])), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_search_from_no_number_says_so(dtype):
+    """NaN, and numbers whose squares are none: not a point that is merely off the manifold."""
+    far = 1e30 if dtype == "float32" else 1e200
+    starts = jnp.array([[jnp.nan, 0.5], [far, far], [0.6, 0.9]], dtype)
+    searches = {
+        "project": lambda x: SPHERE.project_with_info(x)[1].result,
+        "retract": lambda x: SPHERE.retract_with_info(x, TANGENT.astype(dtype))[1].result,
+    }
+    for name, search in searches.items():
+        lost, beyond, found = (search(start) for start in starts)
+        assert lost == mf.RESULTS.nonfinite, (name, lost)
+        assert beyond == mf.RESULTS.nonfinite, (name, beyond)
+        assert found == mf.RESULTS.successful, (name, found)
