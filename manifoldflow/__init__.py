@@ -7,13 +7,16 @@ loss ─► manifold ─┬─► flow ─► solve ─► Solution
 from manifoldflow import (
     diagnostics as diagnostics,
     ensembles as ensembles,
+    geometry as geometry,
+    limits as limits,
     linalg as linalg,
+    manifolds as manifolds,
     models as models,
     optimize as optimize,
     symmetry as symmetry,
     theory as theory,
 )
-from manifoldflow._solution import Info as Info, RESULTS as RESULTS, Solution as Solution
+from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split
 from manifoldflow.diagnostics import explain as explain, plan as plan
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
@@ -30,6 +33,35 @@ from manifoldflow.flows import (
     Stationary as Stationary,
     subsampled_drift as subsampled_drift,
 )
+from manifoldflow.geometry import (
+    closest_point as closest_point,
+    covariant_derivative as covariant_derivative,
+    covariant_hessian as covariant_hessian,
+    distance as distance,
+    divergence as divergence,
+    exponential_map as exponential_map,
+    geodesic as geodesic,
+    laplace_beltrami as laplace_beltrami,
+    logarithm_map as logarithm_map,
+    mean_curvature as mean_curvature,
+    parallel_transport as parallel_transport,
+    ProjectionRetraction as ProjectionRetraction,
+    ricci_curvature as ricci_curvature,
+    riemannian_gradient as riemannian_gradient,
+    scalar_curvature as scalar_curvature,
+    second_fundamental_form as second_fundamental_form,
+    sectional_curvature as sectional_curvature,
+    shape_operator as shape_operator,
+    transport_along_geodesic as transport_along_geodesic,
+    Walk as Walk,
+)
+from manifoldflow.limits import (
+    limit_map as limit_map,
+    limit_map_derivative as limit_map_derivative,
+    limit_map_second_derivative as limit_map_second_derivative,
+    limit_map_with_info as limit_map_with_info,
+    LimitMapRetraction as LimitMapRetraction,
+)
 from manifoldflow.losses import (
     AbstractLoss as AbstractLoss,
     AbstractResidualLoss as AbstractResidualLoss,
@@ -41,36 +73,11 @@ from manifoldflow.losses import (
 from manifoldflow.manifolds import (
     AbstractManifold as AbstractManifold,
     AbstractRetraction as AbstractRetraction,
-    closest_point as closest_point,
-    covariant_derivative as covariant_derivative,
-    covariant_hessian as covariant_hessian,
-    distance as distance,
-    divergence as divergence,
-    exponential_map as exponential_map,
-    geodesic as geodesic,
     inverse_retract as inverse_retract,
-    laplace_beltrami as laplace_beltrami,
     LevelSet as LevelSet,
-    limit_map as limit_map,
-    limit_map_derivative as limit_map_derivative,
-    limit_map_second_derivative as limit_map_second_derivative,
-    limit_map_with_info as limit_map_with_info,
-    LimitMapRetraction as LimitMapRetraction,
-    logarithm_map as logarithm_map,
-    mean_curvature as mean_curvature,
     MinimizerManifold as MinimizerManifold,
     NewtonRetraction as NewtonRetraction,
-    parallel_transport as parallel_transport,
     Projected as Projected,
-    ProjectionRetraction as ProjectionRetraction,
-    ricci_curvature as ricci_curvature,
-    riemannian_gradient as riemannian_gradient,
-    scalar_curvature as scalar_curvature,
-    second_fundamental_form as second_fundamental_form,
-    sectional_curvature as sectional_curvature,
-    shape_operator as shape_operator,
-    transport_along_geodesic as transport_along_geodesic,
-    Walk as Walk,
     ZeroLossManifold as ZeroLossManifold,
 )
 from manifoldflow.noise import (

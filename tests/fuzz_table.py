@@ -246,21 +246,21 @@ CALLS = {
     "linalg.structured_jacobian": {"fn": outputs, "params": X, "inputs": jnp.asarray(INPUTS)},
     "linalg.sum_terms": {"term": lambda i: jnp.ones(2) * i, "count": 3, "chunk_size": 2},
     "losses.SquaredNorm": {"fn": sphere},
-    "manifolds.closest_point_with_info": ON,
-    "manifolds.gradient_along": {**ON, "fn": height},
-    "manifolds.gradient_of_rows": {
+    "geometry.closest_point_with_info": ON,
+    "geometry.gradient_along": {**ON, "fn": height},
+    "geometry.gradient_of_rows": {
         "manifold": ZERO,
         "fn": lambda jacobian: jnp.sum(jacobian.row_norms_squared()),
         "point": X,
     },
     "manifolds.bending_along": ON,
-    "manifolds.limit_map_second_derivative_parts": {
+    "limits.limit_map_second_derivative_parts": {
         **ON, "covariance": OPERATOR, "is_factor": False
     },
-    "manifolds.logarithm_map_with_info": {
+    "geometry.logarithm_map_with_info": {
         **ON, "other": jnp.array([0.8, 0.6, 0]), "throw": False
     },
-    "manifolds.normal_second_derivative_parts": {
+    "limits.normal_second_derivative_parts": {
         "manifold": ZERO, "point": X, "residual_factor": lx.MatrixLinearOperator(jnp.eye(2))
     },
     "models.DeepLinear": {"data": STREAM, "widths": [2]},

@@ -8,7 +8,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most
-from manifoldflow import manifolds, symmetry
+from manifoldflow import geometry, symmetry
 
 SPHERE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
 TANGENT = jnp.array([0.3, -0.2])
@@ -16,7 +16,7 @@ TANGENT = jnp.array([0.3, -0.2])
 STARTS = jnp.array([[0.0, 0.0], [0.6, 0.9]])
 FLOW = mf.RiemannianGradientFlow(SPHERE, lambda x: x[0] + x[1] ** 2)
 OTHER = jnp.array([0.8, 0.6])
-WALK = manifolds.Walk(solver=dfx.Heun(), step_size=0.5)
+WALK = geometry.Walk(solver=dfx.Heun(), step_size=0.5)
 
 
 def rotated(x, angle):

@@ -12,11 +12,11 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most, equal
-from manifoldflow import _tree, linalg, manifolds
+from manifoldflow import _tree, geometry, linalg
 
 CIRCLE = mf.LevelSet(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2) - 1)
 WELL = mf.MinimizerManifold(CIRCLE.loss, 1)
-WALK = manifolds.Walk(solver=dfx.Heun(), step_size=0.5)
+WALK = geometry.Walk(solver=dfx.Heun(), step_size=0.5)
 
 
 def first(p):
@@ -49,7 +49,7 @@ FUNCTIONS = {
     "logarithm_map": lambda p, o, t: mf.logarithm_map(CIRCLE, p, o),
     "transport": lambda p, o, t: mf.transport_along_geodesic(CIRCLE, p, t, t, 1.0, walk=WALK),
     "inverse_retract": lambda p, o, t: mf.inverse_retract(
-        manifolds.ProjectionRetraction(), CIRCLE, p, o
+        geometry.ProjectionRetraction(), CIRCLE, p, o
     ),
     "parallel_transport": lambda p, o, t: mf.parallel_transport(
         CIRCLE, lambda s: CIRCLE.project(_tree.add(p, _tree.scale(s, t))), t, walk=WALK

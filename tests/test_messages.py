@@ -20,7 +20,7 @@ TREES = {
 # Options that a `raise` names which are not those of the function or class that it stands in:
 # whose they are.
 WHOSE = {
-    ("_timescale.py", "num_steps_for"): {"num_steps": "simulate"},
+    ("_clock.py", "num_steps_for"): {"num_steps": "simulate"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
@@ -29,9 +29,9 @@ WHOSE = {
     ("losses/_per_example.py", "_roots_of_constant_rank"): {"minimizer_fn": "PerExampleLoss"},
     ("losses/_per_example.py", "_search_minimizer"): {"minimizer_fn": "PerExampleLoss"},
     ("losses/_predict.py", "call_point"): {"predict": "LeastSquares PerExampleLoss"},
-    ("manifolds/_forms.py", "check_form"): {"form": "AbstractFlow.terms"},
-    ("manifolds/_limit_map_derivatives.py", "_refuse_square"): {
-        "is_factor": "limit_map_second_derivative manifolds.limit_map_second_derivative_parts"
+    ("_run/_forms.py", "check_form"): {"form": "AbstractFlow.terms"},
+    ("limits/_limit_map_derivatives.py", "_refuse_square"): {
+        "is_factor": "limit_map_second_derivative limits.limit_map_second_derivative_parts"
     },
     ("noise/_online.py", "factor"): {"replacement": "MinibatchNoise"},
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
@@ -56,9 +56,9 @@ MEMBERS = {
     },
     "max_steps_reached": {
         "flows/_leg_by_diffrax.py": "solve",
-        "manifolds/_closest.py": "closest_point",
-        "manifolds/_geodesics.py": "",  # translated there by `without_step_limit`
-        "manifolds/_limit_map.py": "limit_map limit_map_with_info",
+        "geometry/_closest.py": "closest_point",
+        "geometry/_geodesics.py": "",  # translated there by `without_step_limit`
+        "limits/_limit_map.py": "limit_map limit_map_with_info",
         "manifolds/_search.py": "AbstractManifold.project AbstractManifold.retract",
         "optimize/_minimize.py": "minimize",
     },
@@ -175,7 +175,7 @@ def test_results_name_options_that_are_there(name):
         for file, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) == f"RESULTS.{name}"
-        if file != "_solution.py"
+        if file != "_results.py"
     }
     assert files == set(MEMBERS[name]), f"{name} is given in {files}"
     givers = [giver for names in MEMBERS[name].values() for giver in names.split()]

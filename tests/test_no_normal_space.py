@@ -9,7 +9,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import close, norm, refused
-from manifoldflow import manifolds
+from manifoldflow import geometry, manifolds
 
 CONE = mf.LevelSet(lambda x: jnp.sum(x**2))
 TIP, OTHER = jnp.zeros(3), jnp.array([0.0, 0.6, 0.8])
@@ -53,9 +53,9 @@ def test_inside_jit_it_is_an_error_too():
 
 def test_the_way_may_pass_there():
     """What loops use looks at nothing: P is then the identity."""
-    gradient = manifolds.gradient_along(CONE, jnp.sum, TIP)
+    gradient = geometry.gradient_along(CONE, jnp.sum, TIP)
     close("∇F", gradient, jnp.ones(3), 1e-15)
-    assert norm(manifolds.gradient_along(CONE, lambda x: jnp.sum(x**2), OTHER)) < 1e-15
+    assert norm(geometry.gradient_along(CONE, lambda x: jnp.sum(x**2), OTHER)) < 1e-15
 
 
 def test_what_loops_share():
@@ -63,7 +63,7 @@ def test_what_loops_share():
     loss = mf.LeastSquares(jnp.eye(3)[:2], jnp.ones(2), predict=lambda p, x: jnp.dot(p**3, x))
     manifold, point = mf.ZeroLossManifold(loss), jnp.array([1.0, 1.1, 0.4])
     norms = lambda jacobian: loss.scale * jnp.sum(jacobian.row_norms_squared())
-    gradient, space = manifolds.gradient_of_rows(manifold, norms, point)
+    gradient, space = geometry.gradient_of_rows(manifold, norms, point)
     expected = jax.grad(loss.trace_gauss_newton)(point)
     close("∇F", gradient, expected, 1e-14)
     close("P∇F", space.tangent(gradient), manifold.tangent_projection(point, expected), 1e-14)

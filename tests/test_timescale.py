@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from checks import at_most, close, refused
-from manifoldflow._timescale import gradient_flow_times, limit_times, num_steps_for
+from manifoldflow._clock import gradient_flow_times, limit_times, num_steps_for
 
 CLOCKS = {gradient_flow_times: 1, limit_times: 2}
 

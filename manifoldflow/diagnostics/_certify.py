@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from manifoldflow import _tree, theory
 from manifoldflow._boundary import checked
-from manifoldflow._solution import Solution
+from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.diagnostics._checks import counted_constraints
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss, LeastSquares

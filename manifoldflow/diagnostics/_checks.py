@@ -15,15 +15,17 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Key, Point, Tangent
-from manifoldflow.manifolds import (
-    AbstractManifold,
-    AbstractRetraction,
+from manifoldflow.geometry import (
     covariant_hessian,
     exponential_map,
-    NewtonRetraction,
     riemannian_gradient,
     transport_along_geodesic,
     Walk,
+)
+from manifoldflow.manifolds import (
+    AbstractManifold,
+    AbstractRetraction,
+    NewtonRetraction,
 )
 
 _NUM_SIZES = 41

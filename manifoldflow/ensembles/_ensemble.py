@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow._boundary import checked, checked_but
 from manifoldflow._errors import checked_count, shapes_of
-from manifoldflow._reports import meter_of
+from manifoldflow._run import meter_of
 from manifoldflow._types import Key
 from manifoldflow.ensembles._placement import mesh_of, placed
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Int
 
 from manifoldflow import _tree, linalg
 from manifoldflow._jit import jit_part
+from manifoldflow._run import AbstractVectorField, Form
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.manifolds import AbstractManifold
-from manifoldflow.manifolds._forms import AbstractVectorField, Form
 
 
 class AbstractFlow(eqx.Module):

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
-from manifoldflow._reports import Report
-from manifoldflow._solution import Solution
+from manifoldflow._results import Solution
+from manifoldflow._run import Report
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._here import at_start, begun, Here, Row, row_of, solution_of

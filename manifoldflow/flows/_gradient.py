@@ -9,8 +9,9 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
+from manifoldflow.geometry import gradient_along
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.manifolds import AbstractManifold, gradient_along
+from manifoldflow.manifolds import AbstractManifold
 
 
 class GradientFlow(AbstractFlow):

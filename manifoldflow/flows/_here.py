@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._solution import or_nan, RESULTS, Solution
+from manifoldflow._results import or_nan, RESULTS, Solution
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import Start

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from manifoldflow import _tree
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
+from manifoldflow._run import AdaptiveSteps, EqualSteps, form_of, next_step
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import added, Here
 from manifoldflow.flows._options import Options
 from manifoldflow.flows._task import Task
 from manifoldflow.manifolds import Projected
-from manifoldflow.manifolds._forms import form_of
-from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step
 
 
 def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array
 
 from manifoldflow import _tree
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import Here

@@ -10,16 +10,15 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
+from manifoldflow.geometry import gradient_of_rows
+from manifoldflow.limits import limit_map_second_derivative_parts, normal_second_derivative_parts
 from manifoldflow.manifolds import (
     AbstractManifold,
     AbstractNormalSpace,
     AbstractSecondDerivative,
     bending_along,
-    gradient_of_rows,
     LevelSet,
-    limit_map_second_derivative_parts,
     MinimizerManifold,
-    normal_second_derivative_parts,
     ZeroLossManifold,
 )
 from manifoldflow.noise import AbstractDataNoise, AbstractNoise, IsotropicNoise

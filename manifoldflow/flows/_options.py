@@ -20,10 +20,9 @@ from manifoldflow._errors import (
     is_traced,
     real_numbers,
 )
-from manifoldflow._reports import Report
+from manifoldflow._run import form_of, Report
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, is_stochastic
-from manifoldflow.manifolds._forms import form_of
 
 
 def _tolerance(value: Any) -> Scalar:

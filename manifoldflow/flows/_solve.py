@@ -14,8 +14,8 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._journal import Place
-from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import delivered_solution, Observables, Solution
+from manifoldflow._results import delivered_solution, Observables, Solution
+from manifoldflow._run import checked_observables, meter_of, over_legs, row_reports
 from manifoldflow._types import Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._checkpointed import solve_to_file
@@ -32,7 +32,6 @@ from manifoldflow.flows._options import (
     tolerance,
 )
 from manifoldflow.flows._task import task_of
-from manifoldflow.manifolds._legs import over_legs
 
 
 @checked_but("flow", "solver", "observe")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lanczos import lanczos, target
 from manifoldflow.linalg._lapack import eigh

@@ -17,7 +17,7 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._jit import jit_part
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._land import land

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
-from manifoldflow._solution import Info
+from manifoldflow._results import Info
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 from manifoldflow.manifolds._search import (

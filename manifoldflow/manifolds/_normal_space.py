@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree, linalg
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Coordinates, Flag, Scalar, Tangent
 
 Constraint = PyTree[Array]

@@ -14,9 +14,9 @@ from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import Info
+from manifoldflow._results import Info
+from manifoldflow._run import check_form
 from manifoldflow._types import Coordinates, Point, Scalar
-from manifoldflow.manifolds._forms import check_form
 
 
 @runtime_checkable

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._closest import closest_point_with_info
-from manifoldflow.manifolds._limit_map import limit_map_with_info
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 
 _MAX_STEPS = 100
@@ -112,20 +110,6 @@ class AbstractLandingRetraction(AbstractRetraction):
         self, manifold: AbstractManifold, point: Point, other: Point
     ) -> tuple[Tangent, Info]:
         return _inverse(self, manifold, point, other)
-
-
-class ProjectionRetraction(AbstractLandingRetraction):
-    """The closest point of the manifold to x + Pv."""
-
-    def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
-        return closest_point_with_info(manifold, point)
-
-
-class LimitMapRetraction(AbstractLandingRetraction):
-    """Φ(x + Pv), the limit of gradient flow of the loss that the manifold minimises."""
-
-    def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
-        return limit_map_with_info(manifold, point)
 
 
 @checked

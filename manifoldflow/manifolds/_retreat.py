@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
-from manifoldflow._solution import Info, or_nan
+from manifoldflow._results import Info, or_nan
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
+from manifoldflow.linalg._tangent_solve import tangent_solve
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 from manifoldflow.manifolds._search import (
     Constrained,
@@ -20,7 +21,6 @@ from manifoldflow.manifolds._search import (
     no_tangent,
     nothing_found,
 )
-from manifoldflow.manifolds._tangent_solve import tangent_solve
 
 
 class _Retreat(eqx.Module):

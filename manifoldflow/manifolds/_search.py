@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
 

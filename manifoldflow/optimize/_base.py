@@ -16,9 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
-from manifoldflow.manifolds import AbstractManifold, AbstractNormalSpace, AbstractRetraction
+from manifoldflow.manifolds import (
+    AbstractManifold,
+    AbstractNormalSpace,
+    AbstractRetraction,
+)
 
 
 class Iterate(eqx.Module):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
 from manifoldflow.optimize._base import (

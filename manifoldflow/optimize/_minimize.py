@@ -12,8 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_nonnegative
-from manifoldflow._reports import checked_observables, meter_of, Report, row_reports
-from manifoldflow._solution import (
+from manifoldflow._results import (
     delivered_solution,
     Info,
     Observables,
@@ -21,6 +20,7 @@ from manifoldflow._solution import (
     RESULTS,
     Solution,
 )
+from manifoldflow._run import checked_observables, meter_of, Report, row_reports
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.optimize._base import (

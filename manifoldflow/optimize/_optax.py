@@ -12,7 +12,11 @@ from jaxtyping import Array, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Flag, Tangent
-from manifoldflow.manifolds import AbstractNormalSpace, AbstractRetraction, NewtonRetraction
+from manifoldflow.manifolds import (
+    AbstractNormalSpace,
+    AbstractRetraction,
+    NewtonRetraction,
+)
 from manifoldflow.optimize._base import AbstractMethod, Attempt, Iterate, Problem
 
 

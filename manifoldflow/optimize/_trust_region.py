@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
 from manifoldflow._errors import checked_count, checked_nonnegative, checked_positive
-from manifoldflow._solution import RESULTS
+from manifoldflow._results import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.manifolds import AbstractRetraction, NewtonRetraction
 from manifoldflow.optimize._base import (

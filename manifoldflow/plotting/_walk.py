@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from manifoldflow._boundary import checked
-from manifoldflow._solution import Solution
+from manifoldflow._results import Solution
 
 SHARPNESS_COLOUR, TEST_COLOUR, BEFORE_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
 

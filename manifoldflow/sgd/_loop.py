@@ -13,8 +13,8 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._reports import Report
-from manifoldflow._solution import RESULTS, Solution
+from manifoldflow._results import RESULTS, Solution
+from manifoldflow._run import Report
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractNoise

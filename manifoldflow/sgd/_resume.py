@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from manifoldflow import _tree
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import Identity, Journal, parts_of, Place, program, store_of
-from manifoldflow._solution import Solution
+from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.sgd._loop import Problem, Row, share, solution_of, State, Stepper, steps_of_saves

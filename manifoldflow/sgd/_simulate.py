@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
+from manifoldflow._clock import limit_times, num_steps_for
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._journal import Place
-from manifoldflow._reports import checked_observables, meter_of, row_reports
-from manifoldflow._solution import delivered_solution, Observables, Solution
-from manifoldflow._timescale import limit_times, num_steps_for
+from manifoldflow._results import delivered_solution, Observables, Solution
+from manifoldflow._run import checked_observables, meter_of, row_reports
 from manifoldflow._types import Key, Point
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractNoise

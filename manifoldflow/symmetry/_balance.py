@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import is_traced
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Point
 from manifoldflow.losses import AbstractExampleLoss
 from manifoldflow.symmetry._equilibrium import noise_equilibrium_with_info

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import checked_noise, drift
 from manifoldflow.symmetry._generators import (

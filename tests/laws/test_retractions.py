@@ -7,6 +7,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most, close, refused
+from manifoldflow import manifolds
 
 RETRACTIONS = [mf.NewtonRetraction(), mf.ProjectionRetraction(), mf.LimitMapRetraction()]
 NAMES = ["Newton", "projection", "limit map"]
@@ -117,7 +118,7 @@ def test_one_failed_member_of_a_batch():
     targets = jnp.array([[1.2, 0.9, 0.5], [jnp.nan, 0.0, 0.0]])
     found = jax.vmap(lambda x: mf.closest_point(ellipsoid, x, throw=False))(targets)
     assert bool(jnp.isfinite(found[0]).all()) and bool(jnp.isnan(found[1]).all())
-    _, info = jax.vmap(lambda x: mf.manifolds.closest_point_with_info(ellipsoid, x))(targets)
+    _, info = jax.vmap(lambda x: mf.geometry.closest_point_with_info(ellipsoid, x))(targets)
     assert info.is_successful.tolist() == [True, False]
 
 
@@ -133,3 +134,18 @@ def test_reverse_mode_in_single_precision():
     close("project, over a batch", slopes, expected, 1e-5)
     slope = jax.grad(lambda v: mf.exponential_map(sphere, point, v)[0])(vector)
     close("exponential map", slope[0], jnp.cos(0.5), 1e-4)
+
+
+class RadialRetraction(manifolds.AbstractLandingRetraction):
+    """Back to the unit sphere along the radius."""
+
+    def land(self, manifold, point):
+        landed = point / jnp.linalg.norm(point)
+        return landed, mf.Info(mf.RESULTS.successful, manifold.defect(landed), jnp.asarray(1))
+
+
+def test_a_landing_of_ones_own():
+    sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+    point = jnp.array([0.0, 0.6, 0.8])
+    check = mf.diagnostics.check_retraction(sphere, RadialRetraction(), point, jr.key(0))
+    assert check and abs(check.slope - 3) <= 0.1, check

@@ -14,7 +14,7 @@ import limit_laws
 import manifoldflow as mf
 from checks import close
 from limit_laws import EQUATIONS, EXAMPLES, problem, SIZE
-from manifoldflow import manifolds
+from manifoldflow import limits
 
 rejected = pytest.raises(AssertionError, match="above the bound")
 NAME = "least squares"
@@ -27,7 +27,7 @@ def parts():
 
     @jax.jit
     def three(x):
-        found = manifolds.limit_map_second_derivative_parts(here.manifold, x, covariance)
+        found = limits.limit_map_second_derivative_parts(here.manifold, x, covariance)
         return found.tangent_part(), found.mixed_part(), found.normal_part()
 
     return three(here.point)

@@ -26,7 +26,7 @@ from limit_laws import (
     short_form_law,
     TARGETS,
 )
-from manifoldflow import linalg, manifolds
+from manifoldflow import limits, linalg, manifolds
 
 CASES = ["least squares", "per example", "softmax", "function"]
 
@@ -173,7 +173,7 @@ def test_label_noise_is_an_ordinary_differential_equation():
 
     @jax.jit
     def through_residuals(x):
-        parts = manifolds.normal_second_derivative_parts(here.manifold, x, residual_factor)
+        parts = limits.normal_second_derivative_parts(here.manifold, x, residual_factor)
         assert isinstance(parts, manifolds.AbstractSecondDerivative)
         return parts.total()
 
@@ -287,7 +287,7 @@ def test_no_array_has_a_tangent_for_each_residual():
     columns = jax.tree.map(lambda leaf: jnp.ones((*leaf.shape, 2)), coordinates)
 
     def drift(x):
-        parts = manifolds.limit_map_second_derivative_parts(
+        parts = limits.limit_map_second_derivative_parts(
             manifold, eqx.combine(x, remainder), columns
         )
         return parts.total()

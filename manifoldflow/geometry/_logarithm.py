@@ -12,10 +12,10 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow.geometry._geodesics import Walk, walk_along
 from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._geodesics import Walk, walk_along
 
 _MAX_SHOTS = 64
 

@@ -19,11 +19,11 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
 from manifoldflow._jit import jit_part
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS, without_step_limit
+from manifoldflow._results import delivered, Info, or_nan, RESULTS, without_step_limit
+from manifoldflow._run import AdaptiveSteps, EqualSteps, next_step, over_legs
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._legs import AdaptiveSteps, EqualSteps, next_step, over_legs
 from manifoldflow.manifolds._projected import Projected
 
 MAX_STEPS = 16**4

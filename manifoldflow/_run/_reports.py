@@ -7,7 +7,7 @@ import diffrax as dfx
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
-from manifoldflow._solution import Observables
+from manifoldflow._results import Observables
 from manifoldflow._types import Coordinates, Point
 
 Report = Callable[[Any, Coordinates, PyTree[Array]], None]

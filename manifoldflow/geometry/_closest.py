@@ -8,11 +8,11 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow.linalg._tangent_solve import tangent_solve
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._tangent_solve import tangent_solve
 
 _MAX_STEPS = 100
 

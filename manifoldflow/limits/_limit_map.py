@@ -17,8 +17,9 @@ from jaxtyping import Array, ArrayLike, Int
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive, is_traced
-from manifoldflow._solution import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow.limits._stiffness import AbstractStiffness, stiffness
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._land import land
@@ -26,7 +27,6 @@ from manifoldflow.manifolds._level_set import ZeroLossManifold
 from manifoldflow.manifolds._minimizer import MinimizerManifold
 from manifoldflow.manifolds._normal_space import relative_rank_cutoff
 from manifoldflow.manifolds._search import constraint_dot, filled, no_tangent
-from manifoldflow.manifolds._stiffness import AbstractStiffness, stiffness
 
 ORDER = 7
 

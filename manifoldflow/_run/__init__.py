@@ -1,0 +1,20 @@
+"""How a run goes from save to save, what it shows on its way, and which integral it solves."""
+
+from manifoldflow._run._forms import (
+    AbstractVectorField as AbstractVectorField,
+    check_form as check_form,
+    Form as Form,
+    form_of as form_of,
+)
+from manifoldflow._run._legs import (
+    AdaptiveSteps as AdaptiveSteps,
+    EqualSteps as EqualSteps,
+    next_step as next_step,
+    over_legs as over_legs,
+)
+from manifoldflow._run._reports import (
+    checked_observables as checked_observables,
+    meter_of as meter_of,
+    Report as Report,
+    row_reports as row_reports,
+)

@@ -1,0 +1,13 @@
+"""Where gradient flow ends, Φ, and its derivatives there."""
+
+from manifoldflow.limits._limit_map import (
+    limit_map as limit_map,
+    limit_map_with_info as limit_map_with_info,
+)
+from manifoldflow.limits._limit_map_derivatives import (
+    limit_map_derivative as limit_map_derivative,
+    limit_map_second_derivative as limit_map_second_derivative,
+    limit_map_second_derivative_parts as limit_map_second_derivative_parts,
+    normal_second_derivative_parts as normal_second_derivative_parts,
+)
+from manifoldflow.limits._retraction import LimitMapRetraction as LimitMapRetraction
