@@ -141,7 +141,8 @@ class RadialRetraction(manifolds.AbstractLandingRetraction):
 
     def land(self, manifold, point):
         landed = point / jnp.linalg.norm(point)
-        return landed, mf.Info(mf.RESULTS.successful, manifold.defect(landed), jnp.asarray(1))
+        one, defect = jnp.asarray(1), manifold.defect(landed)
+        return landed, mf.Info(mf.RESULTS.successful, defect, one, one)
 
 
 def test_a_landing_of_ones_own():
