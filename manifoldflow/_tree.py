@@ -142,6 +142,11 @@ def eps_of(tree: PyTree[Any]) -> float:
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree))
 
 
+def relative_rank_cutoff(dtype: Any) -> float:
+    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
+    return float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+
 def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
     """Floating leaves in `dtype`, so that data never promote the point's precision."""
 

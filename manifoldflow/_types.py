@@ -19,3 +19,4 @@ Example: TypeAlias = PyTree[Any]
 Scalar: TypeAlias = Float[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]
 Key: TypeAlias = PRNGKeyArray
+Constraint = PyTree[Array]

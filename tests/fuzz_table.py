@@ -1,7 +1,4 @@
-"""One valid call of every public function and class, for `fuzz`: its arguments by name.
-
-`HEAVY` calls compile for long: there only what is refused beforehand is tried in the suite.
-"""
+"""One valid call of every public function and class, for `fuzz`: its arguments by name."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -196,6 +193,10 @@ CALLS = {
     "linalg.AutoGram": {"memory": 10**6, "preconditioner_rank": 2},
     "linalg.DenseGram": {},
     "linalg.IterativeGram": {"rtol": 1e-3, "max_steps": 5, "preconditioner_rank": 1},
+    "linalg.as_sigma": {"coordinates": X, "given": OPERATOR, "is_factor": False},
+    "linalg.Covariance": {"operator": OPERATOR},
+    "linalg.Factor": {"operator": OPERATOR},
+    "linalg.NormalFactor": {"operator": OPERATOR},
     "linalg.chunked_jacobian": {
         "fn": outputs, "coordinates": X, "data": jnp.asarray(INPUTS), "chunk_size": 1
     },
@@ -248,12 +249,7 @@ CALLS = {
     "losses.SquaredNorm": {"fn": sphere},
     "geometry.closest_point_with_info": ON,
     "geometry.gradient_along": {**ON, "fn": height},
-    "geometry.gradient_of_rows": {
-        "manifold": ZERO,
-        "fn": lambda jacobian: jnp.sum(jacobian.row_norms_squared()),
-        "point": X,
-    },
-    "manifolds.bending_along": ON,
+    "geometry.potential_gradient": {**ON, "potential": lambda local: local.hessian_trace()},
     "limits.limit_map_second_derivative_parts": {
         **ON, "covariance": OPERATOR, "is_factor": False
     },
@@ -263,6 +259,13 @@ CALLS = {
     "limits.normal_second_derivative_parts": {
         "manifold": ZERO, "point": X, "residual_factor": lx.MatrixLinearOperator(jnp.eye(2))
     },
+    "noise.ShortLimit": {
+        "potential": lambda local: local.hessian_trace(), "rate": 1.0, "is_ode": True,
+        "at_zero_loss": False,
+    },
+    "noise.hessian_trace": {"local": SPHERE.local(X)},
+    "noise.log_determinant": {"local": SPHERE.local(X)},
+    "noise.short_limit": {"noise": mf.IsotropicNoise(), "loss": LOSS},
     "models.DeepLinear": {"data": STREAM, "widths": [2]},
     "models.Ellipsoid": {"axes": [1.0, 2.0]},
     "models.FiniteData": {"inputs": INPUTS, "targets": TARGETS[:, None]},
@@ -379,20 +382,3 @@ CALLS = {
     },
     "theory.weighted_l1_interpolant": TALL,
 }  # fmt: skip
-
-# What users read and never build, or build by the functions above.
-RESULT_CLASSES = {
-    "Info", "Solution", "RESULTS", "diagnostics.Certificate", "diagnostics.Certificates",
-    "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
-    "diagnostics.Plan", "diagnostics.SlopeCheck", "ensembles.Estimate", "ensembles.Statistics",
-    "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
-    "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor",
-    "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
-    "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
-    "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
-    "theory.RestrictedIsometry",
-}  # fmt: skip
-# Their arguments are files and pictures, which have tests of their own.
-ELSEWHERE = {"load_checkpoint", "plotting.plot_walk"}
-HEAVY: set[tuple[str, str]] = set()

@@ -8,7 +8,7 @@ import lineax as lx
 
 import checks
 import manifoldflow as mf
-from manifoldflow import diagnostics, flows, linalg, losses, manifolds
+from manifoldflow import diagnostics, flows, linalg, losses, manifolds, noise
 
 
 class DoubleWell(mf.AbstractLoss):
@@ -37,6 +37,22 @@ class Circle(mf.AbstractManifold):
         return manifolds.GramNormalSpace(jacobian, linalg.DenseGram()(jacobian))
 
 
+class Interpolants(mf.AbstractManifold):
+    """The zero-loss manifold of a residual loss, written anew."""
+
+    loss: losses.AbstractResidualLoss
+
+    def codimension(self, point):
+        return self.loss.residual(point).size
+
+    def constraint(self, point):
+        return self.loss.residual(point)
+
+    def normal_space(self, point):
+        jacobian = self.loss.jacobian(point)
+        return manifolds.GramNormalSpace(jacobian, linalg.DenseGram()(jacobian))
+
+
 class Rotation(mf.AbstractFlow):
     """Unit speed round the circle."""
 
@@ -59,6 +75,27 @@ class DiagonalNoise(mf.AbstractNoise):
 
     def factor(self, loss, point):
         return lx.DiagonalLinearOperator(self.weights)
+
+
+class HessianSquaredNoise(noise.AbstractShortNoise):
+    """Noise with the covariance (∇²L)², by a symmetric factor, for losses with residuals.
+
+    𝓛_H⁻¹(H²) = H/2, so that its limit is Y' = −⅛ P∇tr(∇²L)².
+    """
+
+    def gradient(self, loss, point, key):
+        factor = self.factor(loss, point)
+        drawn = jr.normal(key, factor.in_structure().shape)
+        return jax.tree.map(jnp.add, loss.gradient(point), factor.mv(drawn))
+
+    def factor(self, loss, point):
+        jacobian = loss.jacobian(point)
+        root = jnp.linalg.cholesky(jacobian.gram())
+        return linalg.ResidualFactor(jacobian, lx.MatrixLinearOperator(loss.scale * root))
+
+    def short_limit(self, loss):
+        squares = lambda local: jnp.sum(local.hessian_eigenvalues() ** 2)
+        return noise.ShortLimit(squares, jnp.asarray(1 / 8), is_ode=True, at_zero_loss=True)
 
 
 class EigenSolve(linalg.AbstractGramSolve):
@@ -123,6 +160,44 @@ def test_a_new_manifold_and_flow():
     assert isinstance(info, mf.Info)
     radius = jnp.hypot(START["x"], START["y"])
     checks.close("gradient flow is radial", limit["x"], START["x"] / radius, 1e-6)
+
+
+def network(width):
+    """A network with two inputs and four examples that it fits."""
+    model = eqx.nn.MLP(2, 1, width, 1, activation=jnp.tanh, key=jr.key(1))
+    inputs = jr.normal(jr.key(2), (4, 2))
+    return model, mf.LeastSquares(inputs, jax.vmap(model)(inputs))
+
+
+def test_a_new_manifold_has_the_short_limit_of_label_noise():
+    """An ordinary differential equation, by the kind of its loss, and nothing of D×D numbers."""
+    model, loss = network(60)
+    labels = mf.LabelNoise(0.5, batch_size=1)
+    flow = mf.LimitDiffusion(Interpolants(loss), labels)
+    assert not flow.is_stochastic
+    expected = mf.LimitDiffusion(mf.ZeroLossManifold(loss), labels).drift(model)
+    for found, known in zip(jax.tree.leaves(flow.drift(model)), jax.tree.leaves(expected)):
+        checks.close("drift", found, known, 1e-12)
+    size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+    text = eqx.filter_jit(flow.drift).lower(model).as_text()
+    assert f"{size}x{size}" not in text, f"a matrix of D×D numbers, D = {size}"
+    walk = mf.solve(flow, model, end_time=0.1)
+    checks.at_most("the defect after a walk", walk.stats["max_defect"], 1e-8)
+
+
+def test_a_new_noise_with_a_short_limit():
+    """Against the general formula for the same covariance."""
+    model, loss = network(5)
+    manifold, new = mf.ZeroLossManifold(loss), HessianSquaredNoise()
+    flow = mf.LimitDiffusion(manifold, new)
+    assert not flow.is_stochastic
+    general = mf.LimitDiffusion(manifold, mf.CustomNoise(lambda p: new.factor(loss, p)))
+    assert general.is_stochastic
+    drifts = [jax.tree.leaves(each.drift(model)) for each in (flow, general)]
+    for found, known in zip(*drifts):
+        checks.close("drift", found, known, 1e-10)
+    twice = mf.LimitDiffusion(mf.MinimizerManifold(loss, 4), new)
+    assert twice.is_stochastic, "it holds at zero loss only"
 
 
 class Langevin(flows.AbstractDiffusion):

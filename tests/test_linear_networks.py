@@ -147,11 +147,11 @@ def test_online_batches_keep_precision_and_frozen_leaves():
 
 def test_online_batches_have_no_covariance():
     net = NETS["two"]
-    point, noise = net.initial(jr.key(0)), net.noise(2)
+    noise = net.noise(2)
     with refused(ValueError, "OnlineBatch has no covariance", "CustomNoise"):
-        noise.covariance(net.loss, point)
+        mf.LimitDiffusion(net.manifold, noise)
     with refused(ValueError, "samples only"):
-        mf.LimitDiffusion(net.manifold, noise).drift(net.equilibrium(jr.key(0)))
+        mf.SGDDiffusion(net.loss, noise, 0.1)
 
 
 def test_bad_input():

@@ -30,10 +30,13 @@ WHOSE = {
     ("losses/_per_example.py", "_search_minimizer"): {"minimizer_fn": "PerExampleLoss"},
     ("losses/_predict.py", "call_point"): {"predict": "LeastSquares PerExampleLoss"},
     ("_run/_forms.py", "check_form"): {"form": "AbstractFlow.terms"},
-    ("limits/_limit_map_derivatives.py", "_refuse_square"): {
+    ("linalg/_sigma.py", "_refuse_square"): {
         "is_factor": "limit_map_second_derivative limits.limit_map_second_derivative_parts"
     },
-    ("noise/_online.py", "factor"): {"replacement": "MinibatchNoise"},
+    ("noise/_base.py", "checked_noise"): {
+        "replacement": "MinibatchNoise",
+        "std": "LabelNoise",
+    },
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
         ("batch_size", "is_likelihood"), "ResampledLabels"
     ),

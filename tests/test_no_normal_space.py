@@ -4,12 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 import pytest
 
 import manifoldflow as mf
 from checks import close, norm, refused
-from manifoldflow import geometry, manifolds
+from manifoldflow import geometry
 
 CONE = mf.LevelSet(lambda x: jnp.sum(x**2))
 TIP, OTHER = jnp.zeros(3), jnp.array([0.0, 0.6, 0.8])
@@ -59,17 +58,16 @@ def test_the_way_may_pass_there():
 
 
 def test_what_loops_share():
-    """A gradient of rows with its normal space, and a bending with a space that is known."""
+    """A gradient with its local geometry, and a local geometry with a space that is known."""
     loss = mf.LeastSquares(jnp.eye(3)[:2], jnp.ones(2), predict=lambda p, x: jnp.dot(p**3, x))
     manifold, point = mf.ZeroLossManifold(loss), jnp.array([1.0, 1.1, 0.4])
-    norms = lambda jacobian: loss.scale * jnp.sum(jacobian.row_norms_squared())
-    gradient, space = geometry.gradient_of_rows(manifold, norms, point)
+    trace = lambda local: local.hessian_trace()
+    gradient, local = geometry.potential_gradient(manifold, trace, point)
     expected = jax.grad(loss.trace_gauss_newton)(point)
     close("∇F", gradient, expected, 1e-14)
-    close("P∇F", space.tangent(gradient), manifold.tangent_projection(point, expected), 1e-14)
-    identity = lx.IdentityLinearOperator(jax.eval_shape(lambda: point))
-    for known in (None, space):
-        bent = manifolds.bending_along(manifold, point, known).trace(identity)
+    close("P∇F", local.space.tangent(gradient), manifold.tangent_projection(point, expected), 1e-14)
+    for known in (None, local.space):
+        bent = manifold.local(point, space=known).mean_curvature()
         close("tr II", bent, mf.mean_curvature(manifold, point), 1e-14)
 
 

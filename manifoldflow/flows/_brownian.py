@@ -7,7 +7,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
-from manifoldflow.manifolds import AbstractManifold, bending_along
+from manifoldflow.manifolds import AbstractManifold
 
 
 class BrownianMotion(AbstractDiffusion):
@@ -35,8 +35,7 @@ class BrownianMotion(AbstractDiffusion):
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """½ tr II, half of the (not averaged) mean curvature vector."""
-        identity = lx.IdentityLinearOperator(_tree.structure_of(self.split(point)[0]))
-        return _tree.scale(0.5, bending_along(self.manifold, point).trace(identity))
+        return _tree.scale(0.5, self.manifold.local(point).mean_curvature())
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """P, as an operator on tangents."""

@@ -1,27 +1,18 @@
 """Where SGD goes after the loss is zero, in the limit of small learning rates."""
 
+from typing import Any
+
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
-from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
-from manifoldflow.geometry import gradient_of_rows
-from manifoldflow.limits import limit_map_second_derivative_parts, normal_second_derivative_parts
-from manifoldflow.manifolds import (
-    AbstractManifold,
-    AbstractNormalSpace,
-    AbstractSecondDerivative,
-    bending_along,
-    LevelSet,
-    MinimizerManifold,
-    ZeroLossManifold,
-)
-from manifoldflow.noise import AbstractDataNoise, AbstractNoise, IsotropicNoise
+from manifoldflow.geometry import potential_gradient
+from manifoldflow.losses import SquaredNorm
+from manifoldflow.manifolds import AbstractLocalGeometry, AbstractManifold
+from manifoldflow.noise import AbstractNoise, checked_noise, short_limit, ShortLimit
 
 
 class LimitDiffusion(AbstractDiffusion):
@@ -67,24 +58,32 @@ class LimitDiffusion(AbstractDiffusion):
     manifold: AbstractManifold
     noise: AbstractNoise
 
-    @checked_but("manifold")
-    def __init__(self, manifold: AbstractManifold, noise: AbstractNoise):
-        if not isinstance(manifold, AbstractManifold) or isinstance(manifold, LevelSet):
+    @checked_but("manifold", "noise")
+    def __init__(self, manifold: AbstractManifold, noise: Any):
+        # A bare level set has a loss that stands in for one.
+        if not isinstance(manifold, AbstractManifold) or isinstance(manifold.loss, SquaredNorm):
             raise ValueError(
                 "LimitDiffusion needs the manifold of minimisers of a loss, as "
                 f"ZeroLossManifold(loss); got {type(manifold).__name__}, which does not say "
                 "what the noise perturbs. For a flow on it use RiemannianGradientFlow."
             )
-        if isinstance(noise, AbstractDataNoise):
-            noise.checked(manifold.loss)  # raises if the noise does not fit the loss
-            noise.hessian_multiple(manifold.loss)
+        self.noise = checked_noise("LimitDiffusion", noise)
+        short_limit(self.noise, manifold.loss)  # raises if the noise does not fit the loss
         self.manifold = manifold
-        self.noise = noise
+
+    @property
+    def short_limit(self) -> ShortLimit | None:
+        """The short form of the limit, where this noise has one on this manifold."""
+        limit = short_limit(self.noise, self.manifold.loss)
+        if limit is not None and limit.at_zero_loss and self.manifold.residual_loss is None:
+            return None
+        return limit
 
     @property
     def is_stochastic(self) -> bool:
         """Whether the limit is a stochastic differential equation: by types, never by values."""
-        return self._hessian_multiple is None
+        limit = self.short_limit
+        return limit is None or not limit.is_ode
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
@@ -92,11 +91,13 @@ class LimitDiffusion(AbstractDiffusion):
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """½ ∂²Φ[Σ], the drift in the sense of Itô: the sum of the three parts."""
-        if not self.is_stochastic:
-            return self.normal_regularisation(point)
-        if isinstance(self.noise, IsotropicNoise):
-            return _tree.add(*self._isotropic_parts(point))
-        return _tree.scale(0.5, self._second_derivative(point).total())
+        limit = self.short_limit
+        if limit is not None:
+            along, local = self._short(limit, point)
+            return along if limit.is_ode else _tree.add(along, self._bent(local, point))
+        local, sigma = self.manifold.local(point).prepared(), self._sigma(point)
+        along = _tree.add(local.mixed_part(sigma), local.normal_part(sigma))
+        return _tree.scale(0.5, _tree.add(local.tangent_part(sigma), along))
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """PF, from the space of the noise to tangents; zero where the noise is normal.
@@ -117,73 +118,37 @@ class LimitDiffusion(AbstractDiffusion):
         """
         if not self.is_stochastic:
             return _tree.zeros_like(self.split(point)[0])
-        if isinstance(self.noise, IsotropicNoise):
-            return self._isotropic_parts(point)[0]
-        return _tree.scale(0.5, self._second_derivative(point).tangent_part())
+        return self._bent(self.manifold.local(point), point)
 
     @eqx.filter_jit
     def mixed_regularisation(self, point: Point) -> Tangent:
         """−P∂²(∇L)[H†P⊥ΣP], what correlations of normal and tangent noise cause."""
-        if not self.is_stochastic or isinstance(self.noise, IsotropicNoise):
+        if self.short_limit is not None:
             return _tree.zeros_like(self.split(point)[0])
-        return _tree.scale(0.5, self._second_derivative(point).mixed_part())
+        local = self.manifold.local(point)
+        return _tree.scale(0.5, local.mixed_part(self._sigma(point)))
 
     @eqx.filter_jit
     def normal_regularisation(self, point: Point) -> Tangent:
         """−½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)], what normal noise causes: all of it for label noise."""
-        multiple = self._hessian_multiple
-        if multiple is not None:
-            manifold = self.manifold
-            assert isinstance(manifold, ZeroLossManifold)
-            norms = lambda jacobian: jnp.sum(jacobian.row_norms_squared())
-            gradient, space = gradient_of_rows(manifold, norms, point)
-            return _tree.scale(-multiple * manifold.loss.scale / 4, space.tangent(gradient))
-        if isinstance(self.noise, IsotropicNoise):
-            return self._isotropic_parts(point)[1]
-        return _tree.scale(0.5, self._second_derivative(point).normal_part())
+        limit = self.short_limit
+        if limit is not None:
+            return self._short(limit, point)[0]
+        local = self.manifold.local(point)
+        return _tree.scale(0.5, local.normal_part(self._sigma(point)))
 
-    @property
-    def _hessian_multiple(self) -> Scalar | None:
-        """The c of Σ = c∇²L on the manifold, or None."""
-        if not isinstance(self.manifold, ZeroLossManifold):
-            return None
-        if not isinstance(self.noise, AbstractDataNoise):
-            return None
-        return self.noise.hessian_multiple(self.manifold.loss)
+    def _short(self, limit: ShortLimit, point: Point) -> tuple[Tangent, AbstractLocalGeometry]:
+        """−rate·P∇potential, and the local geometry that it took."""
+        gradient, local = potential_gradient(self.manifold, limit.potential, point)
+        rate = limit.rate.astype(_tree.dtype_of(local.coordinates))
+        return _tree.scale(-rate, local.space.tangent(gradient)), local
 
-    def _isotropic_parts(self, point: Point) -> tuple[Tangent, Tangent]:
-        """½ tr II and −¼ P∇ln|∇²L|₊, times the variance: from one normal space."""
-        assert isinstance(self.noise, IsotropicNoise)
+    def _bent(self, local: AbstractLocalGeometry, point: Point) -> Tangent:
+        return _tree.scale(0.5, local.tangent_part(self._sigma(point)))
+
+    def _sigma(self, point: Point) -> linalg.AbstractSigma:
+        """The covariance of the noise, through the residuals where it acts through them."""
         factor = self.noise.factor(self.manifold.loss, point)
-        gradient, space = _log_determinant_gradient(self.manifold, point)
-        bent = bending_along(self.manifold, point, space).trace(factor)
-        regularised = _tree.scale(-(self.noise.std**2) / 4, space.tangent(gradient))
-        return _tree.scale(0.5, bent), regularised
-
-    def _second_derivative(self, point: Point) -> AbstractSecondDerivative:
-        factor = self.noise.factor(self.manifold.loss, point)
-        through_residuals = isinstance(factor, linalg.ResidualFactor)
-        if through_residuals and isinstance(self.manifold, ZeroLossManifold):
-            return normal_second_derivative_parts(self.manifold, point, factor.small)
-        return limit_map_second_derivative_parts(self.manifold, point, factor, is_factor=True)
-
-
-def _log_determinant_gradient(
-    manifold: AbstractManifold, point: Point
-) -> tuple[Tangent, AbstractNormalSpace]:
-    """∇ln|∇²L|₊ on a manifold of minimisers, and the normal space."""
-    if isinstance(manifold, ZeroLossManifold):
-        volume = lambda jacobian: linalg.log_pseudo_determinant(jacobian.gram())
-        return gradient_of_rows(manifold, volume, point)
-    rank = manifold.rank_rule if isinstance(manifold, MinimizerManifold) else None
-
-    coordinates, remainder = manifold.split(point)
-    unravel = _tree.ravel(coordinates)[1]
-
-    def log_determinant(x: Array) -> Scalar:
-        loss = lambda x: manifold.loss(_tree.join(unravel(x), remainder))
-        rule = manifold.codimension(point) if rank is None else rank
-        return linalg.log_pseudo_determinant(jax.hessian(loss)(x), rule)
-
-    gradient = unravel(jax.grad(log_determinant)(_tree.ravel(coordinates)[0]))
-    return gradient, manifold.normal_space(point)
+        if isinstance(factor, linalg.ResidualFactor) and self.manifold.residual_loss is not None:
+            return linalg.NormalFactor(factor.small)
+        return linalg.as_sigma(self.split(point)[0], factor, is_factor=True)

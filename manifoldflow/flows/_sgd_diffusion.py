@@ -6,12 +6,12 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise import AbstractDataNoise, AbstractNoise
+from manifoldflow.noise import AbstractNoise, checked_noise, short_limit
 
 
 class SGDDiffusion(AbstractDiffusion):
@@ -33,12 +33,11 @@ class SGDDiffusion(AbstractDiffusion):
     noise: AbstractNoise
     learning_rate: Scalar
 
-    @checked
-    def __init__(self, loss: AbstractLoss, noise: AbstractNoise, learning_rate: Any):
-        if isinstance(noise, AbstractDataNoise):
-            noise.checked(loss)
+    @checked_but("noise")
+    def __init__(self, loss: AbstractLoss, noise: Any, learning_rate: Any):
         self.loss = loss
-        self.noise = noise
+        self.noise = checked_noise("SGDDiffusion", noise)
+        short_limit(noise, loss)  # raises if the noise does not fit the loss
         self.learning_rate = checked_nonnegative(
             "SGDDiffusion: learning_rate", learning_rate, "It is a step size."
         )

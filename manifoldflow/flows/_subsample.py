@@ -12,8 +12,8 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.flows._limit_diffusion import LimitDiffusion
-from manifoldflow.losses import LeastSquares
-from manifoldflow.noise import LabelNoise
+from manifoldflow.losses import AbstractExampleLoss
+from manifoldflow.noise import hessian_trace
 
 
 class DriftEstimate(NamedTuple):
@@ -57,13 +57,15 @@ def subsampled_drift(
     Raises:
         ValueError: another noise, a subset larger than the data or not divisible.
     """
-    loss = flow.manifold.loss
-    if not isinstance(flow.noise, LabelNoise) or not isinstance(loss, LeastSquares):
+    loss, limit = flow.manifold.loss, flow.short_limit
+    is_trace = limit is not None and limit.is_ode and limit.potential is hessian_trace
+    if limit is None or not is_trace or not isinstance(loss, AbstractExampleLoss):
         raise ValueError(
-            "subsampled_drift is for LabelNoise on LeastSquares, whose drift is the gradient "
-            f"of a mean over examples; got {type(flow.noise).__name__} on {type(loss).__name__}."
+            "subsampled_drift is for a drift −rate·P∇tr∇²L, the gradient of a mean over examples, "
+            "as LabelNoise has on LeastSquares; got "
+            f"{type(flow.noise).__name__} on {type(loss).__name__}."
         )
-    total = len(loss.targets)
+    total = loss.num_examples
     num_examples = checked_count("subsampled_drift: num_examples", num_examples)
     if num_examples > total or num_examples % num_groups or num_groups < 2:
         raise ValueError(
@@ -90,6 +92,6 @@ def subsampled_drift(
     # Drawn without replacement, all of the examples leave no error.
     left = 1 - num_examples / total
     variance = left * jnp.maximum(spread, 0) / (num_groups * (num_groups - 1))
-    factor = (flow.noise.strength(loss) / 4).astype(variance.dtype)
+    rate = limit.rate.astype(variance.dtype)
     tangent = flow.manifold.normal_space(point).tangent(mean) if projected else mean
-    return DriftEstimate(_tree.scale(-factor, tangent), factor * jnp.sqrt(variance))
+    return DriftEstimate(_tree.scale(-rate, tangent), rate * jnp.sqrt(variance))

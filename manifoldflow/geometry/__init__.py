@@ -5,8 +5,8 @@ from manifoldflow.geometry._calculus import (
     covariant_hessian as covariant_hessian,
     divergence as divergence,
     gradient_along as gradient_along,
-    gradient_of_rows as gradient_of_rows,
     laplace_beltrami as laplace_beltrami,
+    potential_gradient as potential_gradient,
     riemannian_gradient as riemannian_gradient,
 )
 from manifoldflow.geometry._closest import (

@@ -11,11 +11,12 @@ from jaxtyping import PyTree
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
-from manifoldflow.manifolds._level_set import ZeroLossManifold
-from manifoldflow.manifolds._normal_space import Constraint, GramNormalSpace
+from manifoldflow._types import Constraint, Coordinates, Key, Point, Scalar, Tangent
+from manifoldflow.geometry._local import checked_local, sum_over_tangents, tangent_of
+from manifoldflow.manifolds import (
+    AbstractLocalGeometry,
+    AbstractManifold,
+)
 
 
 @checked
@@ -55,36 +56,43 @@ def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point
 
 
 @checked
-def gradient_of_rows(
-    manifold: ZeroLossManifold,
-    fn: Callable[[linalg.AbstractJacobian], Scalar],
-    point: Point,
-) -> tuple[Tangent, GramNormalSpace]:
-    """∇F for a function of the rows ∂r, and the normal space, from rows formed once for both."""
+@jit_part
+def potential_gradient(
+    manifold: AbstractManifold, potential: Callable[[AbstractLocalGeometry], Scalar], point: Point
+) -> tuple[Tangent, AbstractLocalGeometry]:
+    """∇ of a function of the local geometry, and that geometry, which is made once for both.
+
+    Args:
+        manifold: the manifold.
+        potential: a number from a local geometry, such as `lambda local: local.hessian_trace()`.
+        point: a point of the manifold.
+
+    Returns:
+        The gradient in the space of points, normal part included, and `manifold.local(point)`.
+    """
     coordinates, remainder = manifold.split(point)
 
-    def of_rows(x: Coordinates) -> tuple[Scalar, linalg.AbstractJacobian]:
-        jacobian = manifold.loss.jacobian(_tree.join(x, remainder))
-        return fn(jacobian), jacobian
+    def value(x: Coordinates) -> tuple[Scalar, AbstractLocalGeometry]:
+        local = manifold.local(_tree.join(x, remainder))
+        return potential(local), local
 
-    gradient, jacobian = jax.grad(of_rows, has_aux=True)(coordinates)
-    return gradient, GramNormalSpace(jacobian, manifold.gram(jacobian))
+    return eqx.filter_grad(value, has_aux=True)(coordinates)
 
 
 class CovariantHessian(eqx.Module):
     """v ↦ P(∇²F − Σλᵢ∇²fᵢ)Pv with λ = J†ᵀ∇F, the Lagrange multipliers of F."""
 
     fn: Callable[..., Any]
-    bending: Bending
+    local: AbstractLocalGeometry
     multipliers: Constraint
 
     @eqx.filter_jit
     def __call__(self, vector: Tangent) -> Tangent:
-        bend = self.bending
-        tangent = bend.tangent(vector)
-        gradient = jax.grad(lambda x: self.fn(_tree.join(x, bend.remainder)))
-        along = jax.jvp(gradient, (bend.coordinates,), (tangent,))[1]
-        return bend.space.tangent(_tree.subtract(along, bend.turn(self.multipliers, tangent)))
+        local = self.local
+        tangent = tangent_of(local, vector)
+        gradient = jax.grad(lambda x: self.fn(_tree.join(x, local.remainder)))
+        along = jax.jvp(gradient, (local.coordinates,), (tangent,))[1]
+        return local.space.tangent(_tree.subtract(along, local.turn(self.multipliers, tangent)))
 
 
 @checked
@@ -119,9 +127,9 @@ def covariant_hessian(
 def _covariant_hessian(
     manifold: AbstractManifold, fn: Callable[..., Any], point: Point
 ) -> CovariantHessian:
-    bend = bending(manifold, point)
-    gradient = jax.grad(lambda x: fn(_tree.join(x, bend.remainder)))(bend.coordinates)
-    return CovariantHessian(fn, bend, bend.space.multipliers(gradient))
+    local = checked_local(manifold, point)
+    gradient = jax.grad(lambda x: fn(_tree.join(x, local.remainder)))(local.coordinates)
+    return CovariantHessian(fn, local, local.space.multipliers(gradient))
 
 
 @checked
@@ -139,8 +147,8 @@ def covariant_derivative(
         point: a point of the manifold.
         vector: V; its tangent part counts.
     """
-    bend = bending(manifold, point)
-    vector, space = bend.tangent(vector), bend.space
+    local = checked_local(manifold, point)
+    vector, space = tangent_of(local, vector), local.space
     return space.tangent(_along(manifold, field, point, vector))
 
 
@@ -165,12 +173,12 @@ def divergence(
     Returns:
         A number, or with a key an `Estimate` with its standard error.
     """
-    bend = bending(manifold, point)
+    local = checked_local(manifold, point)
 
     def term(vector: Tangent) -> Scalar:
         return _tree.inner(vector, _along(manifold, field, point, vector))
 
-    return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
+    return sum_over_tangents(local, term, key, num_samples)
 
 
 @checked
@@ -196,8 +204,8 @@ def laplace_beltrami(
     """
     product = _covariant_hessian(manifold, _tree.as_pytree_callable(fn), point)
     term = lambda vector: _tree.inner(vector, product(vector))
-    bend = product.bending
-    return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
+    local = product.local
+    return sum_over_tangents(local, term, key, num_samples)
 
 
 def _along(

@@ -11,8 +11,9 @@ from manifoldflow._errors import checked_count
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.linalg._tangent_solve import tangent_solve
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending
+from manifoldflow.manifolds import (
+    AbstractManifold,
+)
 
 _MAX_STEPS = 100
 
@@ -89,13 +90,13 @@ def _step(
 ) -> Tangent:
     """Newton's step for ½|target − y|² along the manifold: (P − S_n)w = P(target − y)."""
     space = manifold.normal_space(_tree.join(y, remainder))
-    bend = Bending(manifold, y, remainder, space)
+    local = manifold.local(_tree.join(y, remainder), space=space)
     gap = _tree.subtract(target, y)
     multipliers = jax.lax.stop_gradient(space.multipliers(gap))
 
     def mv(w: Tangent) -> Tangent:
         tangent = space.tangent(w)
-        turned = space.tangent(bend.turn(multipliers, tangent))
+        turned = space.tangent(local.turn(multipliers, tangent))
         return _tree.add(w, turned)
 
     max_steps = 10 * min(100, _tree.size(y))

@@ -14,10 +14,12 @@ from jaxtyping import Array
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._types import Key, Point, Scalar, Tangent
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending, bending, sum_over_tangents
-from manifoldflow.manifolds._normal_space import Constraint
+from manifoldflow._types import Constraint, Key, Point, Scalar, Tangent
+from manifoldflow.geometry._local import checked_local, sum_over_tangents, tangent_of
+from manifoldflow.manifolds import (
+    AbstractLocalGeometry,
+    AbstractManifold,
+)
 
 
 @checked
@@ -40,20 +42,20 @@ def second_fundamental_form(
         EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
             finite. So for all functions of curvature.
     """
-    bend = bending(manifold, point)
-    return bend.form(bend.tangent(u), bend.tangent(v))
+    local = checked_local(manifold, point)
+    return local.form(tangent_of(local, u), tangent_of(local, v))
 
 
 class ShapeOperator(eqx.Module):
     """u ↦ −P∇²(λ·f)Pu with λ = J†ᵀn."""
 
-    bending: Bending
+    local: AbstractLocalGeometry
     multipliers: Constraint
 
     @eqx.filter_jit
     def __call__(self, vector: Tangent) -> Tangent:
-        turned = self.bending.turn(self.multipliers, self.bending.tangent(vector))
-        return _tree.scale(-1, self.bending.space.tangent(turned))
+        turned = self.local.turn(self.multipliers, tangent_of(self.local, vector))
+        return _tree.scale(-1, self.local.space.tangent(turned))
 
 
 @checked
@@ -77,9 +79,9 @@ def shape_operator(
 
 @eqx.filter_jit
 def _shape_operator(manifold: AbstractManifold, point: Point, normal: Tangent) -> ShapeOperator:
-    bend = bending(manifold, point)
-    normal = _tree.as_tangent(bend.coordinates, normal, "normal")
-    return ShapeOperator(bend, bend.space.multipliers(normal))
+    local = checked_local(manifold, point)
+    normal = _tree.as_tangent(local.coordinates, normal, "normal")
+    return ShapeOperator(local, local.space.multipliers(normal))
 
 
 @checked
@@ -101,11 +103,11 @@ def mean_curvature(
     Returns:
         A normal vector, or with a key an `Estimate` of it.
     """
-    bend = bending(manifold, point)
-    term = lambda vector: bend.form(vector, vector)
+    local = checked_local(manifold, point)
+    term = lambda vector: local.form(vector, vector)
     if key is not None:
-        return sum_over_tangents(bend.space, bend.coordinates, term, key, num_samples)
-    return bend.trace(lx.IdentityLinearOperator(_tree.structure_of(bend.coordinates)))
+        return sum_over_tangents(local, term, key, num_samples)
+    return local.mean_curvature()
 
 
 @checked
@@ -124,9 +126,9 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
     Raises:
         EquinoxRuntimeError: the tangent parts are parallel to working precision.
     """
-    bend = bending(manifold, point)
+    local = checked_local(manifold, point)
     # Their lengths do not matter, but may have squares beyond the floating range.
-    u, v = (_of_size_one(_tangent_part(bend, x)) for x in (u, v))
+    u, v = (_of_size_one(_tangent_part(local, x)) for x in (u, v))
     # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
     square = _tree.inner(u, u)
     safe = jnp.where(square > 0, square, 1)
@@ -136,7 +138,7 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
     area = eqx.error_if(
         area, is_flat, "sectional_curvature needs two independent tangents; got parallel ones."
     )
-    return _gauss(bend, u, across) / area**2
+    return _gauss(local, u, across) / area**2
 
 
 @checked
@@ -162,11 +164,9 @@ def ricci_curvature(
     Returns:
         A number, or with a key an `Estimate` of it.
     """
-    bend = bending(manifold, point)
-    u = bend.tangent(u)
-    return sum_over_tangents(
-        bend.space, bend.coordinates, lambda v: _gauss(bend, u, v), key, num_samples
-    )
+    local = checked_local(manifold, point)
+    u = tangent_of(local, u)
+    return sum_over_tangents(local, lambda v: _gauss(local, u, v), key, num_samples)
 
 
 @checked
@@ -186,36 +186,36 @@ def scalar_curvature(
     Returns:
         A number, or with a key an `Estimate` of it.
     """
-    bend = bending(manifold, point)
+    local = checked_local(manifold, point)
     if key is not None:
 
         def sample(key: Key) -> Scalar:
             pair = [
-                bend.space.tangent(_tree.random_normal_like(k, bend.coordinates))
+                local.space.tangent(_tree.random_normal_like(k, local.coordinates))
                 for k in jax.random.split(key)
             ]
-            return _gauss(bend, *pair)
+            return _gauss(local, *pair)
 
         return linalg.estimate(sample, key, num_samples)
 
     def of_one(u: Tangent) -> Array:
-        square = lambda v: _square(bend.form(u, v))
-        return sum_over_tangents(bend.space, bend.coordinates, square, None, 0)
+        square = lambda v: _square(local.form(u, v))
+        return sum_over_tangents(local, square, None, 0)
 
-    squares = sum_over_tangents(bend.space, bend.coordinates, of_one, None, 0)
-    trace = sum_over_tangents(bend.space, bend.coordinates, lambda u: bend.form(u, u), None, 0)
+    squares = sum_over_tangents(local, of_one, None, 0)
+    trace = sum_over_tangents(local, lambda u: local.form(u, u), None, 0)
     return _square(trace) - squares
 
 
-def _gauss(bend: Bending, u: Tangent, v: Tangent) -> Scalar:
+def _gauss(local: AbstractLocalGeometry, u: Tangent, v: Tangent) -> Scalar:
     """⟨II(u, u), II(v, v)⟩ − |II(u, v)|², the Gauss equation."""
-    return _tree.inner(bend.form(u, u), bend.form(v, v)) - _square(bend.form(u, v))
+    return _tree.inner(local.form(u, u), local.form(v, v)) - _square(local.form(u, v))
 
 
-def _tangent_part(bend: Bending, vector: Tangent) -> Tangent:
+def _tangent_part(local: AbstractLocalGeometry, vector: Tangent) -> Tangent:
     """P v, up to a factor, and zero where that is only rounding of v."""
-    vector = _of_size_one(_tree.as_tangent(bend.coordinates, vector))
-    tangent = bend.tangent(vector)
+    vector = _of_size_one(_tree.as_tangent(local.coordinates, vector))
+    tangent = tangent_of(local, vector)
     is_there = _tree.norm(tangent) > 10 * _tree.eps_of(vector) * _tree.norm(vector)
     return _tree.where(is_there, tangent, _tree.zeros_like(tangent))
 

@@ -22,9 +22,10 @@ from manifoldflow._jit import jit_part
 from manifoldflow._results import delivered, Info, or_nan, RESULTS, without_step_limit
 from manifoldflow._run import AdaptiveSteps, EqualSteps, next_step, over_legs
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._bending import Bending
-from manifoldflow.manifolds._projected import Projected
+from manifoldflow.manifolds import (
+    AbstractManifold,
+    Projected,
+)
 
 MAX_STEPS = 16**4
 # Of the whole time: Diffrax would evaluate the field twice to choose one.
@@ -195,8 +196,8 @@ class _Field(eqx.Module):
         del t
         x, vectors = y
         space = self.manifold.normal_space(_tree.join(x, self.remainder))
-        bend = Bending(self.manifold, x, self.remainder, space)
-        slopes = vectors[0], tuple(bend.form(vectors[0], vector) for vector in vectors)
+        local = self.manifold.local(_tree.join(x, self.remainder), space=space)
+        slopes = vectors[0], tuple(local.form(vectors[0], vector) for vector in vectors)
         return _tree.scale(args, slopes)
 
 
@@ -309,7 +310,7 @@ class _TransportField(eqx.Module):
         space = self.manifold.normal_space(_tree.join(x, remainder))
         # Diffrax keeps one precision for all leaves.
         vector, velocity = _tree.cast_like(y, x), _tree.cast_like(velocity, x)
-        return Bending(self.manifold, x, remainder, space).form(velocity, vector)
+        return self.manifold.local(_tree.join(x, remainder), space=space).form(velocity, vector)
 
 
 @checked

@@ -15,7 +15,9 @@ from manifoldflow._boundary import checked
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.geometry._geodesics import Walk, walk_along
-from manifoldflow.manifolds._base import AbstractManifold
+from manifoldflow.manifolds import (
+    AbstractManifold,
+)
 
 _MAX_SHOTS = 64
 

@@ -9,5 +9,6 @@ from manifoldflow.limits._limit_map_derivatives import (
     limit_map_second_derivative as limit_map_second_derivative,
     limit_map_second_derivative_parts as limit_map_second_derivative_parts,
     normal_second_derivative_parts as normal_second_derivative_parts,
+    SecondDerivative as SecondDerivative,
 )
 from manifoldflow.limits._retraction import LimitMapRetraction as LimitMapRetraction

@@ -17,16 +17,12 @@ from jaxtyping import Array, ArrayLike, Int
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive, is_traced
+from manifoldflow._jvp import constraint_dot, filled, no_tangent
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.limits._stiffness import AbstractStiffness, stiffness
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._land import land
-from manifoldflow.manifolds._level_set import ZeroLossManifold
-from manifoldflow.manifolds._minimizer import MinimizerManifold
-from manifoldflow.manifolds._normal_space import relative_rank_cutoff
-from manifoldflow.manifolds._search import constraint_dot, filled, no_tangent
+from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLossManifold
 
 ORDER = 7
 
@@ -105,7 +101,7 @@ def _manifold(what: AbstractLoss | AbstractManifold, point: Point) -> AbstractMa
         return ZeroLossManifold(what)
     if isinstance(what, AbstractLoss):
         dtype = _tree.dtype_of(what.split(point)[0])
-        return MinimizerManifold(what, relative_rank_cutoff(dtype))
+        return MinimizerManifold(what, _tree.relative_rank_cutoff(dtype))
     raise ValueError(
         f"limit_map needs a loss or a manifold; got {type(what).__name__}. Wrap a plain "
         "function of the point in FunctionLoss."
@@ -260,8 +256,8 @@ def _step_factor(ratio: Scalar) -> Scalar:
 def _landed(
     manifold: AbstractManifold, end: _State, remainder: Point, rtol: Scalar
 ) -> tuple[Coordinates, Info]:
-    limit, info = land(manifold, end.coordinates, remainder)
-    info = manifold.judged(limit, remainder, info)
+    landed, info = manifold.gauss_newton_project(_tree.join(end.coordinates, remainder))
+    limit = manifold.split(landed)[0]
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
     result = _tree.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
     result = _tree.where(reached, info.result, result)

@@ -1,27 +1,13 @@
 """What Φ, the limit map of gradient flow, does to second order around its manifold."""
 
-import math
-from typing import Any
-
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._errors import shapes_of
-from manifoldflow._types import Coordinates, Point, Tangent
-from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._level_set import LevelSet, ZeroLossManifold
-from manifoldflow.manifolds._second_derivative import (
-    AbstractSecondDerivative,
-    Covariance,
-    Factor,
-    NormalFactor,
-    second_derivative_of,
-)
+from manifoldflow._types import Point, Tangent
+from manifoldflow.manifolds import AbstractLocalGeometry, AbstractManifold
 
 
 @checked
@@ -82,6 +68,30 @@ def limit_map_second_derivative(
     return parts.total()
 
 
+class SecondDerivative(eqx.Module):
+    """∂²Φ[Σ] at a point of a manifold, in parts, each computed when it is asked for."""
+
+    local: AbstractLocalGeometry
+    sigma: linalg.AbstractSigma
+
+    def tangent_part(self) -> Tangent:
+        """−H†∂²(∇L)[PΣP], the trace of the second fundamental form against PΣP."""
+        return self.local.tangent_part(self.sigma)
+
+    def mixed_part(self) -> Tangent:
+        """−2P∂²(∇L)[H†Σ⊥∥]."""
+        return self.local.mixed_part(self.sigma)
+
+    def normal_part(self) -> Tangent:
+        """−P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)]."""
+        return self.local.normal_part(self.sigma)
+
+    def total(self) -> Tangent:
+        """∂²Φ[Σ]."""
+        along = _tree.add(self.mixed_part(), self.normal_part())
+        return _tree.add(self.tangent_part(), along)
+
+
 @checked
 def limit_map_second_derivative_parts(
     manifold: AbstractManifold,
@@ -89,16 +99,16 @@ def limit_map_second_derivative_parts(
     covariance: lx.AbstractLinearOperator | PyTree[Array],
     *,
     is_factor: bool | None = None,
-) -> AbstractSecondDerivative:
+) -> SecondDerivative:
     """The parts of `limit_map_second_derivative`, each computed when it is asked for."""
-    coordinates, _ = manifold.split(point)
-    return second_derivative_of(manifold, point, _as_sigma(coordinates, covariance, is_factor))
+    sigma = linalg.as_sigma(manifold.split(point)[0], covariance, is_factor)
+    return SecondDerivative(manifold.local(point).prepared(), sigma)
 
 
 @checked
 def normal_second_derivative_parts(
-    manifold: LevelSet | ZeroLossManifold, point: Point, residual_factor: lx.AbstractLinearOperator
-) -> AbstractSecondDerivative:
+    manifold: AbstractManifold, point: Point, residual_factor: lx.AbstractLinearOperator
+) -> SecondDerivative:
     """The parts of ∂²Φ[F Fᵀ] for F = JᵀG, noise that acts through the manifold's residuals.
 
     All but the normal part vanish, and that needs nothing but n×n matrices.
@@ -107,63 +117,14 @@ def normal_second_derivative_parts(
         manifold: the zero set of residuals with the Jacobian J.
         point: a point of the manifold.
         residual_factor: G, from any space to Rⁿ.
+
+    Raises:
+        ValueError: the manifold is not the zero set of residuals.
     """
-    return second_derivative_of(manifold, point, NormalFactor(residual_factor))
-
-
-def _as_sigma(coordinates: Coordinates, given: Any, is_factor: bool | None) -> Covariance | Factor:
-    tangents = _tree.structure_of(coordinates)
-    if not isinstance(given, lx.AbstractLinearOperator):
-        _refuse_square(tangents, given)
-        return Factor(linalg.factor_operator(coordinates, given))
-    if not _have_shapes(given.out_structure(), tangents):
+    if manifold.residual_loss is None:
         raise ValueError(
-            "The covariance must be an operator to tangents, which are like the point's "
-            f"coordinates {shapes_of(tangents)}; this one maps to "
-            f"{shapes_of(given.out_structure())}."
+            "normal_second_derivative_parts needs the zero set of residuals, such as a "
+            f"ZeroLossManifold; got a {type(manifold).__name__}. Use "
+            "limit_map_second_derivative_parts with the factor of the covariance."
         )
-    acts_on_tangents = _have_shapes(given.in_structure(), tangents)
-    if is_factor is False and not acts_on_tangents:
-        raise ValueError(
-            "A covariance acts on tangents, which are like the point's coordinates "
-            f"{shapes_of(tangents)}; this operator takes {shapes_of(given.in_structure())}. "
-            "Leave out is_factor=False if it is a factor F of Σ = F Fᵀ."
-        )
-    if is_factor or not acts_on_tangents:
-        return Factor(_cast(given, given.in_structure(), tangents))
-    symmetric = given if lx.is_symmetric(given) else (given + given.T) / 2
-    return Covariance(_cast(symmetric, tangents, tangents))
-
-
-def _cast(
-    operator: lx.AbstractLinearOperator, inputs: PyTree[Any], outputs: PyTree[Any]
-) -> lx.AbstractLinearOperator:
-    """The operator between spaces of these dtypes, for data in another precision."""
-    given = operator.in_structure(), operator.out_structure()
-    if _dtypes(given) == _dtypes((inputs, outputs)):
-        return operator
-
-    def cast(tree: PyTree[Array], like: PyTree[Any]) -> PyTree[Array]:
-        return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
-
-    return lx.FunctionLinearOperator(
-        lambda v: cast(operator.mv(cast(v, given[0])), outputs), inputs
-    )
-
-
-def _dtypes(tree: PyTree[Any]) -> list[Any]:
-    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
-
-
-def _refuse_square(tangents: PyTree[Any], given: PyTree[Any]) -> None:
-    leaves, like = jax.tree.leaves(given), jax.tree.leaves(tangents)
-    if len(leaves) == len(like) == 1 and jnp.shape(leaves[0]) == (math.prod(like[0].shape),) * 2:
-        raise ValueError(
-            f"A plain square array {jnp.shape(leaves[0])} can be a covariance or a factor. Hand "
-            "over lineax.MatrixLinearOperator(array), for a factor with is_factor=True."
-        )
-
-
-def _have_shapes(structure: PyTree[Any], like: PyTree[Any]) -> bool:
-    shapes = lambda tree: (jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)])
-    return shapes(structure) == shapes(like)
+    return SecondDerivative(manifold.local(point), linalg.NormalFactor(residual_factor))

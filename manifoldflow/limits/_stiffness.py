@@ -14,7 +14,6 @@ from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.linalg._lapack import eigh
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
-from manifoldflow.manifolds._normal_space import relative_rank_cutoff
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -82,7 +81,7 @@ class HessianStiffness(AbstractStiffness):
     def remaining(self, gradient: Tangent) -> Scalar:
         # Where the loss curves downwards the flow has not arrived, though it may be slow.
         sizes = jnp.abs(self.signed)
-        kept = sizes > relative_rank_cutoff(sizes.dtype) * jnp.max(sizes)
+        kept = sizes > _tree.relative_rank_cutoff(sizes.dtype) * jnp.max(sizes)
         inverse = _tree.where(kept, 1 / _tree.where(kept, sizes, 1), 0)
         return _tree.norm(inverse * self._rotated(gradient))
 

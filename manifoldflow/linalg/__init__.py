@@ -46,7 +46,7 @@ from manifoldflow.linalg._iterative import (
     IterativeGram as IterativeGram,
 )
 from manifoldflow.linalg._jacobian import jacobian as jacobian
-from manifoldflow.linalg._lapack import one_by_one as one_by_one
+from manifoldflow.linalg._lapack import eigh as eigh, one_by_one as one_by_one
 from manifoldflow.linalg._operator import (
     AbstractJacobian as AbstractJacobian,
     gauss_newton as gauss_newton,
@@ -65,6 +65,13 @@ from manifoldflow.linalg._range import (
     pseudo_inverse as pseudo_inverse,
     range_projection as range_projection,
     range_spectrum as range_spectrum,
+)
+from manifoldflow.linalg._sigma import (
+    AbstractSigma as AbstractSigma,
+    as_sigma as as_sigma,
+    Covariance as Covariance,
+    Factor as Factor,
+    NormalFactor as NormalFactor,
 )
 from manifoldflow.linalg._spectrum import (
     gram_largest_eigenvalue as gram_largest_eigenvalue,

@@ -1,11 +1,16 @@
 """Manifolds of points: a constraint, its normal space, and ways back to it."""
 
-from manifoldflow.manifolds._base import AbstractManifold as AbstractManifold
-from manifoldflow.manifolds._bending import bending_along as bending_along
+from manifoldflow.manifolds._base import (
+    AbstractManifold as AbstractManifold,
+    AbstractStationaryManifold as AbstractStationaryManifold,
+)
 from manifoldflow.manifolds._level_set import (
     LevelSet as LevelSet,
     ZeroLossManifold as ZeroLossManifold,
 )
+from manifoldflow.manifolds._local import AbstractLocalGeometry as AbstractLocalGeometry
+from manifoldflow.manifolds._local_gram import GramGeometry as GramGeometry
+from manifoldflow.manifolds._local_hessian import HessianGeometry as HessianGeometry
 from manifoldflow.manifolds._minimizer import MinimizerManifold as MinimizerManifold
 from manifoldflow.manifolds._normal_space import (
     AbstractNormalSpace as AbstractNormalSpace,
@@ -18,7 +23,4 @@ from manifoldflow.manifolds._retractions import (
     AbstractRetraction as AbstractRetraction,
     inverse_retract as inverse_retract,
     NewtonRetraction as NewtonRetraction,
-)
-from manifoldflow.manifolds._second_derivative import (
-    AbstractSecondDerivative as AbstractSecondDerivative,
 )

@@ -18,10 +18,16 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._jit import jit_part
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
-from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
-from manifoldflow.losses import AbstractLoss
+from manifoldflow._types import Constraint, Coordinates, Flag, Key, Point, Scalar, Tangent
+from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds._land import land
-from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+from manifoldflow.manifolds._local import AbstractLocalGeometry
+from manifoldflow.manifolds._local_gram import GramGeometry
+from manifoldflow.manifolds._local_hessian import HessianGeometry
+from manifoldflow.manifolds._normal_space import (
+    AbstractNormalSpace,
+    GramNormalSpace,
+)
 from manifoldflow.manifolds._retreat import retreat
 from manifoldflow.manifolds._search import MAX_STEPS, tolerance
 
@@ -44,9 +50,41 @@ class AbstractManifold(eqx.Module):
     def codimension(self, point: Point) -> int:
         """How many independent constraints there are, a Python integer."""
 
+    @property
+    def residual_loss(self) -> AbstractResidualLoss | None:
+        """The loss, if the manifold is the zero set of its residuals; by types, never by values.
+
+        So it is wherever a loss has residuals, except on manifolds of stationary points: the
+        constraint is then taken to be the residual, in the same order.
+        """
+        loss = self.loss
+        is_residual = isinstance(loss, AbstractResidualLoss)
+        return None if isinstance(self, AbstractStationaryManifold) or not is_residual else loss
+
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         """`(coordinates, remainder)` of a point."""
         return self.loss.split(point)
+
+    @checked
+    def local(
+        self, point: Point, *, space: AbstractNormalSpace | None = None
+    ) -> AbstractLocalGeometry:
+        """The manifold at a point up to second order: what curvature, flows and limits ask.
+
+        Args:
+            point: a point of the manifold; off it, all is evaluated where it stands.
+            space: the normal space there, if it is known.
+        """
+        coordinates, remainder = self.split(point)
+        space = self.normal_space(point) if space is None else space
+        loss = self.residual_loss
+        if loss is None or not isinstance(space, GramNormalSpace):
+            return HessianGeometry(
+                manifold=self, coordinates=coordinates, remainder=remainder, space=space
+            )
+        return GramGeometry(
+            manifold=self, loss=loss, coordinates=coordinates, remainder=remainder, space=space
+        )
 
     def dimension(self, point: Point) -> int:
         """Number of coordinates less the codimension, a Python integer."""
@@ -134,12 +172,19 @@ class AbstractManifold(eqx.Module):
 
     @eqx.filter_jit
     def _landed(self, point: Point, max_steps: Int[Array, ""]) -> tuple[Point, Info]:
+        landed, info = self.gauss_newton_project(point, max_steps=max_steps)
+        coordinates, remainder = self.split(landed)
+        return _tree.join(or_nan(coordinates, info.is_successful), remainder), info
+
+    def gauss_newton_project(
+        self, point: Point, *, max_steps: Int[Array, ""] | int = MAX_STEPS
+    ) -> tuple[Point, Info]:
+        """As `project_with_info`, but where it fails with the point that it has come to."""
         coordinates, remainder = self.split(point)
         landed, info = land(self, coordinates, remainder, max_steps=max_steps)
-        info = self.judged(landed, remainder, info)
-        return _tree.join(or_nan(landed, info.is_successful), remainder), info
+        return _tree.join(landed, remainder), self._judged(landed, remainder, info)
 
-    def judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
+    def _judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
         """As a search that landed here, unless it is a stationary point that is no minimum."""
         if not isinstance(self, AbstractStationaryManifold):
             return info
@@ -208,7 +253,7 @@ class AbstractManifold(eqx.Module):
         vector = _tree.as_tangent(coordinates, vector)
         base = jax.lax.stop_gradient(base)
         landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps, base=base)
-        info = self.judged(landed, remainder, info)
+        info = self._judged(landed, remainder, info)
         return _tree.join(or_nan(landed, info.is_successful), remainder), info
 
     @checked

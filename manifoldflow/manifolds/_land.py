@@ -8,18 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from manifoldflow import _tree
+from manifoldflow._jvp import constraint_dot, filled, no_tangent
 from manifoldflow._results import Info
-from manifoldflow._types import Coordinates, Flag, Point, Scalar
-from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+from manifoldflow._types import Constraint, Coordinates, Flag, Point, Scalar
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 from manifoldflow.manifolds._search import (
     Constrained,
-    constraint_dot,
-    filled,
     Floors,
     Found,
     look,
     MAX_STEPS,
-    no_tangent,
     nothing_found,
 )
 

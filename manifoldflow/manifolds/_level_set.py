@@ -12,10 +12,10 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import is_traced, shapes_of
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Coordinates, Point
+from manifoldflow._types import Constraint, Coordinates, Point
 from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
 from manifoldflow.manifolds._base import AbstractManifold
-from manifoldflow.manifolds._normal_space import Constraint, GramNormalSpace
+from manifoldflow.manifolds._normal_space import GramNormalSpace
 
 
 class LevelSet(AbstractManifold):

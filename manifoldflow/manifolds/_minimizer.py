@@ -8,10 +8,10 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Point
+from manifoldflow._types import Constraint, Point
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.manifolds._base import AbstractStationaryManifold
-from manifoldflow.manifolds._normal_space import Constraint, HessianNormalSpace
+from manifoldflow.manifolds._normal_space import HessianNormalSpace
 
 
 class MinimizerManifold(AbstractStationaryManifold):

@@ -6,13 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from manifoldflow import _tree, linalg
 from manifoldflow._results import RESULTS
-from manifoldflow._types import Coordinates, Flag, Scalar, Tangent
-
-Constraint = PyTree[Array]
+from manifoldflow._types import Constraint, Coordinates, Flag, Scalar, Tangent
 
 
 class AbstractNormalSpace(eqx.Module):
@@ -247,11 +245,6 @@ class HessianNormalSpace(AbstractNormalSpace):
         is_upwards = jnp.all(_tree.where(inside, values > 0, values >= -noise))
         result = _tree.where(has_more, RESULTS.rank_too_small, RESULTS.successful)
         return _tree.where(is_upwards, result, RESULTS.not_a_minimum)
-
-
-def relative_rank_cutoff(dtype: Any) -> float:
-    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero."""
-    return float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
 def _matmul(matrix: Array, vector: Array) -> Array:

@@ -5,17 +5,15 @@ differentiated through; each has a derivative rule that follows from what its re
 satisfies, so that forward and reverse mode both work.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from manifoldflow import _tree
 from manifoldflow._results import RESULTS
-from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
-from manifoldflow.manifolds._normal_space import AbstractNormalSpace, Constraint
+from manifoldflow._types import Constraint, Coordinates, Flag, Point, Scalar
+from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 
 MAX_STEPS = 100
 
@@ -92,34 +90,3 @@ def nothing_found(like: Scalar) -> Found:
     no = jnp.asarray(False)
     infinite = jnp.full_like(like, jnp.inf)
     return Found(infinite, infinite, no, no, no, no, no)
-
-
-def constraint_dot(
-    manifold: Constrained,
-    manifold_dot: PyTree[Any],
-    coordinates: Coordinates,
-    remainder: Point,
-    remainder_dot: PyTree[Any],
-) -> Constraint | None:
-    """How the constraint changes at a fixed point when data (or frozen leaves) do."""
-    if not jax.tree.leaves((manifold_dot, remainder_dot)):
-        return None
-
-    def value(manifold: Constrained, remainder: Point) -> Constraint:
-        return manifold.constraint(_tree.join(coordinates, remainder))
-
-    return eqx.filter_jvp(value, (manifold, remainder), (manifold_dot, remainder_dot))[1]
-
-
-def filled(tangent: PyTree[Any], like: Coordinates) -> Tangent:
-    """Zeros where a tangent is symbolically zero (None)."""
-    return jax.tree.map(
-        lambda x, dx: jnp.zeros_like(x) if dx is None and x is not None else dx,
-        like,
-        tangent,
-        is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def no_tangent(tree: PyTree[Any]) -> PyTree[None]:
-    return jax.tree.map(lambda _: None, tree)

@@ -9,10 +9,11 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise._base import AbstractNoise
+from manifoldflow.noise._base import AbstractShortNoise
+from manifoldflow.noise._short_limit import log_determinant, ShortLimit
 
 
-class IsotropicNoise(AbstractNoise):
+class IsotropicNoise(AbstractShortNoise):
     """∇L + std·ξ with ξ standard normal in every coordinate; covariance std²·I.
 
     Args:
@@ -37,3 +38,8 @@ class IsotropicNoise(AbstractNoise):
         coordinates, _ = loss.split(point)
         std = self.std.astype(_tree.dtype_of(coordinates))
         return std * lx.IdentityLinearOperator(_tree.structure_of(coordinates))
+
+    def short_limit(self, loss: AbstractLoss) -> ShortLimit:
+        """−(std²/4) P∇ln|∇²L|₊, beside a Brownian motion of speed std²."""
+        del loss
+        return ShortLimit(log_determinant, self.std**2 / 4, is_ode=False)

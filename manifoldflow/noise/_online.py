@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
@@ -14,15 +13,16 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise._base import AbstractNoise
+from manifoldflow.noise._base import AbstractStochasticGradient
 
 
-class OnlineBatch(AbstractNoise):
+class OnlineBatch(AbstractStochasticGradient):
     """The mean gradient of an example's loss over B examples that are drawn anew.
 
     For `simulate`: SGD on a stream of data. Of the loss it is given to it takes no more than
     which leaves of a point may move; that loss should be the mean of `example_loss` over all
-    data, up to a constant, for the gradient to be unbiased.
+    data, up to a constant, for the gradient to be unbiased. It has no covariance, which would
+    be an integral over all data: flows take other noises.
 
     Args:
         sample_fn: (key, B) ↦ B examples, a PyTree of arrays with a leading axis of B.
@@ -30,8 +30,7 @@ class OnlineBatch(AbstractNoise):
         batch_size: B.
 
     Raises:
-        ValueError: a batch size below 1. `factor` and `covariance` always: they would be
-            integrals over all data.
+        ValueError: a batch size below 1.
     """
 
     sample_fn: Callable[..., Any]
@@ -65,11 +64,3 @@ class OnlineBatch(AbstractNoise):
             return jnp.mean(jax.vmap(lambda example: self.example_loss(point, example))(batch))
 
         return jax.grad(mean_loss)(coordinates)
-
-    def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """Always an error."""
-        raise ValueError(
-            "OnlineBatch has no covariance: it knows its data by samples only. For flows, draw a "
-            "data set and use MinibatchNoise(batch_size, replacement=True), or give the factor to "
-            "CustomNoise."
-        )

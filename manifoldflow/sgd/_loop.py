@@ -17,9 +17,8 @@ from manifoldflow._results import RESULTS, Solution
 from manifoldflow._run import Report
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise import AbstractNoise
+from manifoldflow.noise import AbstractStochasticGradient
 from manifoldflow.sgd._optimizer import check_clock, transform_of, updated
-from manifoldflow.sgd._sam import SAMGradient
 
 _DIVERGED = 1e8
 _METER_UPDATES = 1000
@@ -29,7 +28,7 @@ class Problem(eqx.Module):
     """What stays the same all through a run, ready to be passed through jit."""
 
     loss: AbstractLoss
-    noise: AbstractNoise | SAMGradient
+    noise: AbstractStochasticGradient
     optimizer: Callable[..., Any]
     learning_rate: Scalar | Callable[..., Any]
     remainder: Point

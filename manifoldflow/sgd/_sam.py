@@ -12,10 +12,10 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise import AbstractNoise
+from manifoldflow.noise import AbstractStochasticGradient
 
 
-class SAMGradient(eqx.Module):
+class SAMGradient(AbstractStochasticGradient):
     """The mean over some draws of g(θ + ρ g(θ)/‖g(θ)‖): every draw of a gradient climbs alone.
 
     Given to `simulate` in the place of a noise. Near the zero-loss manifold and for a small
@@ -35,12 +35,12 @@ class SAMGradient(eqx.Module):
         ValueError: a negative radius, fewer draws than one.
     """
 
-    noise: AbstractNoise
+    noise: AbstractStochasticGradient
     radius: Scalar
     num_draws: int = eqx.field(static=True)
 
     @checked
-    def __init__(self, noise: AbstractNoise, radius: Any, num_draws: int = 1):
+    def __init__(self, noise: AbstractStochasticGradient, radius: Any, num_draws: int = 1):
         self.noise = noise
         self.radius = checked_nonnegative("SAMGradient: radius", radius, "It is a length.")
         self.num_draws = checked_count("SAMGradient: num_draws", num_draws)

@@ -19,7 +19,7 @@ from manifoldflow._results import delivered_solution, Observables, Solution
 from manifoldflow._run import checked_observables, meter_of, row_reports
 from manifoldflow._types import Key, Point
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise import AbstractNoise
+from manifoldflow.noise import AbstractStochasticGradient
 from manifoldflow.sgd._loop import Problem, steps_of_saves, whole_run
 from manifoldflow.sgd._optimizer import checked_optimizer
 from manifoldflow.sgd._resume import resumable_run
@@ -29,7 +29,7 @@ from manifoldflow.sgd._sam import SAMGradient
 @checked_but("loss", "noise", "optimizer", "key")
 def simulate(
     loss: AbstractLoss,
-    noise: AbstractNoise | SAMGradient,
+    noise: AbstractStochasticGradient,
     optimizer: Callable[..., Any],
     point: Point,
     *,
@@ -151,7 +151,7 @@ def _check_kinds(loss: Any, noise: Any) -> None:
             f"simulate lowers a loss, e.g. LeastSquares(inputs, targets); got a "
             f"{type(loss).__name__}."
         )
-    if not isinstance(noise, AbstractNoise | SAMGradient):
+    if not isinstance(noise, AbstractStochasticGradient):
         raise ValueError(
             "simulate draws its gradients from a noise, e.g. LabelNoise(std, batch_size), or "
             f"from SAMGradient; got a {type(noise).__name__}. IsotropicNoise(0.0) gives full "

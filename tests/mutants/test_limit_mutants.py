@@ -89,17 +89,16 @@ def test_the_nearest_point_for_the_limit_of_gradient_flow():
 class HalfForAQuarter(mf.LimitDiffusion):
     """−½P∇ln|H|₊ for isotropic noise."""
 
-    def _isotropic_parts(self, point):
-        bent, regularised = super()._isotropic_parts(point)
-        return bent, 2 * regularised
+    def _short(self, limit, point):
+        regularised, local = super()._short(limit, point)
+        return 2 * regularised, local
 
 
 class NoCompensation(mf.LimitDiffusion):
     """Isotropic noise as if the manifold were flat."""
 
-    def _isotropic_parts(self, point):
-        bent, regularised = super()._isotropic_parts(point)
-        return jnp.zeros_like(bent), regularised
+    def _bent(self, local, point):
+        return jnp.zeros_like(super()._bent(local, point))
 
 
 def test_drifts_of_isotropic_noise():

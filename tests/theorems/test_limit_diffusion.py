@@ -26,7 +26,7 @@ from limit_laws import (
     short_form_law,
     TARGETS,
 )
-from manifoldflow import limits, linalg, manifolds
+from manifoldflow import limits, linalg
 
 CASES = ["least squares", "per example", "softmax", "function"]
 
@@ -174,7 +174,7 @@ def test_label_noise_is_an_ordinary_differential_equation():
     @jax.jit
     def through_residuals(x):
         parts = limits.normal_second_derivative_parts(here.manifold, x, residual_factor)
-        assert isinstance(parts, manifolds.AbstractSecondDerivative)
+        assert isinstance(parts, limits.SecondDerivative)
         return parts.total()
 
     close("by n×n matrices", through_residuals(here.point) / 2, flow.drift(here.point), 1e-9)

@@ -1,0 +1,19 @@
+"""Public names that the table of calls does not try, and why not."""
+
+# What users read and never build, or build by the functions above.
+RESULT_CLASSES = {
+    "Info", "Solution", "RESULTS", "diagnostics.Certificate", "diagnostics.Certificates",
+    "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
+    "diagnostics.Plan", "diagnostics.SlopeCheck", "ensembles.Estimate", "ensembles.Statistics",
+    "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
+    "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
+    "linalg.ResidualFactor",
+    "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
+    "noise.LocalHessian",
+    "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
+    "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
+    "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
+    "theory.RestrictedIsometry",
+}  # fmt: skip
+# Their arguments are files and pictures, or values of any kind; they have tests of their own.
+ELSEWHERE = {"load_checkpoint", "plotting.plot_walk", "noise.checked_noise"}
