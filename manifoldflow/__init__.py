@@ -15,6 +15,14 @@ from manifoldflow import (
     optimize as optimize,
     symmetry as symmetry,
     theory as theory,
+    updates as updates,
+)
+from manifoldflow._clock import (
+    AbstractClock as AbstractClock,
+    DecayClock as DecayClock,
+    GradientClock as GradientClock,
+    LimitClock as LimitClock,
+    SAMClock as SAMClock,
 )
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split

@@ -82,7 +82,7 @@ KINDS["nonnegative"] = KINDS["number"] | {"negative": -1.0}
 ARGUMENTS = {
     "instance": "manifold loss flow noise retraction solver adjoint method gram walk mesh jacobian"
     " operator left right multipliers tangents residual_factor hessian check mlp"
-    " loss_or_manifold symmetry symmetries until network_ optimizer local",
+    " loss_or_manifold symmetry symmetries until network_ optimizer local update",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential",
     "point": "point other network coordinates params like",

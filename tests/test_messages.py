@@ -20,7 +20,7 @@ TREES = {
 # Options that a `raise` names which are not those of the function or class that it stands in:
 # whose they are.
 WHOSE = {
-    ("_clock.py", "num_steps_for"): {"num_steps": "simulate"},
+    ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},

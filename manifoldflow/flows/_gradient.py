@@ -7,6 +7,7 @@ import equinox as eqx
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
+from manifoldflow._clock import GradientClock
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.geometry import gradient_along
@@ -27,6 +28,11 @@ class GradientFlow(AbstractFlow):
 
     def __check_init__(self):
         checked_fields(self)
+
+    @property
+    def clock(self) -> GradientClock:
+        """Ση, that of gradient flow."""
+        return GradientClock()
 
     @property
     def manifold(self) -> None:

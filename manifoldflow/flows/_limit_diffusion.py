@@ -7,12 +7,14 @@ import lineax as lx
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
+from manifoldflow._clock import AbstractClock
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.geometry import potential_gradient
 from manifoldflow.losses import SquaredNorm
 from manifoldflow.manifolds import AbstractLocalGeometry, AbstractManifold
 from manifoldflow.noise import AbstractNoise, checked_noise, short_limit, ShortLimit
+from manifoldflow.updates import AbstractUpdate, SGD
 
 
 class LimitDiffusion(AbstractDiffusion):
@@ -36,10 +38,14 @@ class LimitDiffusion(AbstractDiffusion):
     manifold of speed std² with the drift −(std²/4) P∇ln|∇²L|₊, |·|₊ being the product of
     the non-zero eigenvalues.
 
+    The update adds PG, where it has a slow drift G: −wPY for a weight decay λ = wη of plain SGD.
+
     Args:
         manifold: the minimisers of a loss: `ZeroLossManifold` or, with dense D×D matrices,
             `MinimizerManifold`.
-        noise: any noise.
+        noise: any noise with a covariance.
+        update: the optimiser, such as `updates.SGD(momentum, weight_decay)`; plain SGD by
+            default.
 
     Raises:
         ValueError: a bare level set has no loss that noise could perturb; a noise of data
@@ -57,9 +63,12 @@ class LimitDiffusion(AbstractDiffusion):
 
     manifold: AbstractManifold
     noise: AbstractNoise
+    update: AbstractUpdate
 
     @checked_but("manifold", "noise")
-    def __init__(self, manifold: AbstractManifold, noise: Any):
+    def __init__(
+        self, manifold: AbstractManifold, noise: Any, update: AbstractUpdate | None = None
+    ):
         # A bare level set has a loss that stands in for one.
         if not isinstance(manifold, AbstractManifold) or isinstance(manifold.loss, SquaredNorm):
             raise ValueError(
@@ -70,6 +79,12 @@ class LimitDiffusion(AbstractDiffusion):
         self.noise = checked_noise("LimitDiffusion", noise)
         short_limit(self.noise, manifold.loss)  # raises if the noise does not fit the loss
         self.manifold = manifold
+        self.update = SGD() if update is None else update
+
+    @property
+    def clock(self) -> AbstractClock:
+        """The clock of the update."""
+        return self.update.clock
 
     @property
     def short_limit(self) -> ShortLimit | None:
@@ -90,14 +105,17 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        """½ ∂²Φ[Σ], the drift in the sense of Itô: the sum of the three parts."""
+        """½ ∂²Φ[Σ] + PG, the drift in the sense of Itô: three parts and the update's own."""
         limit = self.short_limit
         if limit is not None:
             along, local = self._short(limit, point)
-            return along if limit.is_ode else _tree.add(along, self._bent(local, point))
-        local, sigma = self.manifold.local(point).prepared(), self._sigma(point)
-        along = _tree.add(local.mixed_part(sigma), local.normal_part(sigma))
-        return _tree.scale(0.5, _tree.add(local.tangent_part(sigma), along))
+            total = along if limit.is_ode else _tree.add(along, self._bent(local, point))
+        else:
+            local, sigma = self.manifold.local(point).prepared(), self._sigma(point)
+            along = _tree.add(local.mixed_part(sigma), local.normal_part(sigma))
+            total = _tree.scale(0.5, _tree.add(local.tangent_part(sigma), along))
+        slow = self.update.slow_drift(local.coordinates)
+        return total if slow is None else _tree.add(total, local.space.tangent(slow))
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """PF, from the space of the noise to tangents; zero where the noise is normal.
@@ -136,6 +154,14 @@ class LimitDiffusion(AbstractDiffusion):
             return self._short(limit, point)[0]
         local = self.manifold.local(point)
         return _tree.scale(0.5, local.normal_part(self._sigma(point)))
+
+    @eqx.filter_jit
+    def slow_drift(self, point: Point) -> Tangent:
+        """PG, what the update adds: weight decay."""
+        local = self.manifold.local(point)
+        slow = self.update.slow_drift(local.coordinates)
+        zeros = _tree.zeros_like(local.coordinates)
+        return zeros if slow is None else local.space.tangent(slow)
 
     def _short(self, limit: ShortLimit, point: Point) -> tuple[Tangent, AbstractLocalGeometry]:
         """−rate·P∇potential, and the local geometry that it took."""

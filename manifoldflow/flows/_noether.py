@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
+from manifoldflow._clock import GradientClock
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.manifolds import AbstractManifold
@@ -74,6 +75,11 @@ class NoetherFlow(AbstractFlow):
                 f"ZeroLossManifold, or None; got {type(manifold).__name__}."
             )
         self.manifold = manifold
+
+    @property
+    def clock(self) -> GradientClock:
+        """Ση, that of gradient flow."""
+        return GradientClock()
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return _tree.split(point)

@@ -7,6 +7,7 @@ import lineax as lx
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
+from manifoldflow._clock import LimitClock
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
@@ -41,6 +42,11 @@ class SGDDiffusion(AbstractDiffusion):
         self.learning_rate = checked_nonnegative(
             "SGDDiffusion: learning_rate", learning_rate, "It is a step size."
         )
+
+    @property
+    def clock(self) -> LimitClock:
+        """Ση², that of the limit."""
+        return LimitClock()
 
     @property
     def manifold(self) -> None:

@@ -1,4 +1,6 @@
-"""The clocks of SGD: steps k, the gradient flow's Σηⱼ, the limit's Σηⱼ², and the way back.
+"""Sums of powers of learning rates, and the way back from a time to a number of steps.
+
+The clocks of SGD: steps k, the gradient flow's Σηⱼ, the limit's Σηⱼ².
 
 Momentum β makes SGD move like plain SGD with learning rate η/(1−β), so that the first clock
 runs (1−β)⁻¹ and the second (1−β)⁻² faster. SAM's clock kηρ² is ρ² times the gradient flow's.
@@ -38,7 +40,7 @@ def limit_times(learning_rate: Any, num_steps: int, momentum: Any = 0.0) -> Floa
 
     References: [LiWangArora2022, Theorem 4.6].
     """
-    return _times(learning_rate, num_steps, momentum, power=2)
+    return step_times(learning_rate, num_steps, 2, (1 - checked_momentum(momentum)) ** -2)
 
 
 def gradient_flow_times(
@@ -48,7 +50,7 @@ def gradient_flow_times(
 
     Args, Returns and Raises as for `limit_times`.
     """
-    return _times(learning_rate, num_steps, momentum, power=1)
+    return step_times(learning_rate, num_steps, 1, 1 / (1 - checked_momentum(momentum)))
 
 
 def num_steps_for(
@@ -57,7 +59,7 @@ def num_steps_for(
     momentum: Any = 0.0,
     max_steps: int = 10**8,
     *,
-    clock: Callable[..., Any] = limit_times,
+    clock: Any = limit_times,
     advice: str = "Raise the learning rate or max_steps, or ask for an earlier end",
 ) -> int:
     """The smallest number of steps after which the clock shows at least `end_time`.
@@ -70,20 +72,22 @@ def num_steps_for(
         end_time: positive and finite.
         momentum: β in [0, 1).
         max_steps: more steps than these are an error.
-        clock: `limit_times` or `gradient_flow_times`.
+        clock: `limit_times`, `gradient_flow_times`, or any clock's value, which then knows its
+            momentum.
         advice: what to do where the end is too far, for callers with other options.
 
     Raises:
         ValueError: values that are traced or out of range; an end time that is not reached
             within `max_steps`, or never because the schedule decays.
     """
-    max_steps, power = checked_count("max_steps", max_steps), 1 + (clock is limit_times)
-    if is_traced((learning_rate, end_time, momentum)):
+    max_steps = checked_count("max_steps", max_steps)
+    if is_traced((learning_rate, end_time, momentum, clock)):
         raise ValueError(_TRACED)
+    power, gain = _power_and_gain(clock, momentum)
     known = np.asarray(real_numbers("end_time", end_time), float)
     if known.ndim or not 0 < known < math.inf:
         raise ValueError(f"end_time must be one positive, finite number; got {end_time!r}.")
-    end = float(end_time) * (1 - _checked_momentum(momentum)) ** power
+    end = float(end_time) / gain
     rounding = 8 * max(_eps(value) for value in (learning_rate, end_time, momentum))
     if not callable(learning_rate):
         step = _checked_rate(learning_rate) ** power
@@ -115,13 +119,21 @@ _TRACED = (
 )
 
 
-def _times(learning_rate: Any, num_steps: int, momentum: Any, power: int) -> Array:
+def _power_and_gain(clock: Any, momentum: Any) -> tuple[int, float]:
+    if hasattr(clock, "power"):
+        return clock.power, float(clock.gain)
+    power = 1 + (clock is limit_times)
+    return power, (1 - checked_momentum(momentum)) ** -power
+
+
+def step_times(learning_rate: Any, num_steps: int, power: int, gain: Any) -> Array:
+    """gain·Σηᵖ after 0, 1, …, num_steps steps."""
     num_steps = checked_count("num_steps", num_steps)
     if callable(learning_rate):
         sums = _schedule_sums(learning_rate, num_steps, power)
     else:
         sums = np.arange(num_steps + 1, dtype=np.float64) * _checked_rate(learning_rate) ** power
-    return jnp.asarray(sums / (1 - _checked_momentum(momentum)) ** power, float)
+    return jnp.asarray(sums * gain, float)
 
 
 def _schedule_sums(schedule: Callable[[Any], Any], num_steps: int, power: int) -> Any:
@@ -182,7 +194,7 @@ def _checked_rate(value: Any) -> Any:
     return _checked(value, lambda rate: (rate > 0) & (rate < jnp.inf), message)
 
 
-def _checked_momentum(value: Any) -> Any:
+def checked_momentum(value: Any) -> Any:
     message = "momentum must be a number in [0, 1)"
     return _checked(value, lambda momentum: (momentum >= 0) & (momentum < 1), message)
 

@@ -1,0 +1,34 @@
+"""What an update is: the transform that runs it, the clock that it runs on, its slow drift."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import optax
+
+from manifoldflow._clock import AbstractClock
+from manifoldflow._types import Coordinates, Tangent
+
+
+class AbstractUpdate(eqx.Module):
+    """An optimiser as a value: `simulate` runs it, `LimitDiffusion` takes its limit.
+
+    One step with the learning rate η and the stochastic gradient g is
+
+        θ ← θ − η(F(θ) + noise) + η²G(θ),
+
+    where F vanishes on the zero-loss manifold and G is slow: weight decay, say.
+    """
+
+    @property
+    @abc.abstractmethod
+    def clock(self) -> AbstractClock:
+        """The clock of the limit."""
+
+    @abc.abstractmethod
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        """The Optax transform that does it, for a learning rate or a schedule step ↦ η."""
+
+    @abc.abstractmethod
+    def slow_drift(self, coordinates: Coordinates) -> Tangent | None:
+        """G per unit of the clock, None where there is none."""

@@ -1,0 +1,135 @@
+"""Optimisers as values, and clocks: what they are, and what they do to the limit."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import manifoldflow as mf
+from checks import at_most, close, equal, refused
+from manifoldflow import updates
+
+CLOCKS = {
+    "limit": (mf.LimitClock(), 2, 1.0),
+    "limit, momentum": (mf.LimitClock(0.5), 2, 4.0),
+    "gradient": (mf.GradientClock(), 1, 1.0),
+    "gradient, momentum": (mf.GradientClock(0.9), 1, 10.0),
+    "sam": (mf.SAMClock(0.1), 1, 0.01),
+    "decay": (mf.DecayClock(1e-3), 1, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_times_and_back(name):
+    clock, power, gain = CLOCKS[name]
+    assert isinstance(clock, mf.AbstractClock)
+    equal("power", clock.power, power)
+    close("times", clock.times(0.2, 5), gain * 0.2**power * np.arange(6), 1e-12)
+    schedule = optax.linear_schedule(0.2, 0.1, 10)
+    rates = np.asarray([float(schedule(k)) for k in range(10)])
+    expected = gain * np.concatenate([[0], np.cumsum(rates**power)])
+    close("a schedule", clock.times(schedule, 10), expected, 1e-6)
+    end = float(expected[7])
+    equal("steps", clock.num_steps(schedule, end), 7)
+    assert clock.formula.startswith("Ση")
+
+
+class HalfClock(mf.AbstractClock):
+    """Half of the gradient flow's: a clock of one's own."""
+
+    power = 1
+    gain = 0.5
+    formula = "½Ση"
+
+
+def test_a_new_clock_is_one_value():
+    close("times", HalfClock().times(0.2, 3), [0, 0.1, 0.2, 0.3], 1e-12)
+    equal("steps", HalfClock().num_steps(0.2, 1.0), 10)
+
+
+def test_bad_clocks():
+    for wrong in (-0.1, 1.0, "a"):
+        with refused(ValueError, "momentum must be a number in [0, 1)"):
+            mf.LimitClock(wrong)
+        with refused(ValueError, "momentum must be a number in [0, 1)"):
+            updates.SGD(momentum=wrong)
+    with refused(ValueError, "SAMClock: radius must be positive"):
+        mf.SAMClock(0.0)
+    with refused(ValueError, "weight_decay must be finite and not negative"):
+        updates.SGD(weight_decay=-1.0)
+    with refused(ValueError, "max_steps"):
+        mf.DecayClock(1e-6).num_steps(0.1, 1.0, max_steps=10)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_sgd_is_optax_with_decoupled_decay(momentum):
+    """By hand: m ← βm + g, θ ← θ − η·m − η²wθ."""
+    update = updates.SGD(momentum, weight_decay=0.7)
+    assert isinstance(update, updates.AbstractUpdate)
+    schedule = optax.linear_schedule(0.3, 0.1, 4)
+    for rate in (0.2, schedule):
+        transform, theta = update.transform(rate), jnp.array([1.0, -2.0])
+        state, by_hand, m = transform.init(theta), np.array([1.0, -2.0]), np.zeros(2)
+        for k in range(4):
+            g = jnp.sin(theta)
+            step, state = transform.update(g, state, theta)
+            eta = 0.2 if rate == 0.2 else float(schedule(k))
+            m = momentum * m + np.sin(by_hand)
+            by_hand = by_hand - eta * m - eta**2 * 0.7 * by_hand
+            theta = optax.apply_updates(theta, step)
+        close("θ", theta, by_hand, 1e-6)
+    assert updates.SGD().weight_decay is None
+    assert updates.SGD().slow_drift(jnp.ones(2)) is None
+
+
+def product(p, x):
+    return p[0] * p[1] * x
+
+
+LOSS = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=product, scale=1.0)
+GAMMA = mf.ZeroLossManifold(LOSS)
+POINT = jnp.array([2.0, 0.5, 0.3])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("noise", [mf.LabelNoise(0.5), mf.IsotropicNoise(0.5)], ids=["ode", "sde"])
+def test_decay_adds_its_tangent_part(noise, momentum):
+    plain = mf.LimitDiffusion(GAMMA, noise)
+    flow = mf.LimitDiffusion(GAMMA, noise, updates.SGD(momentum, weight_decay=0.3))
+    expected = -0.3 * (1 - momentum) ** 2 * GAMMA.tangent_projection(POINT, POINT)
+    close("added", flow.drift(POINT) - plain.drift(POINT), expected, 1e-12)
+    close("alone", flow.slow_drift(POINT), expected, 1e-12)
+    at_most("none", jnp.max(jnp.abs(plain.slow_drift(POINT))), 0.0)
+    assert flow.is_stochastic == plain.is_stochastic
+    close("gain", flow.clock.gain, (1 - momentum) ** -2, 1e-12)
+
+
+def test_the_limit_of_sgd_with_decay():
+    """Simulated from the flow's start, at two step sizes; the bias of η falls with it."""
+    noise, update = mf.LabelNoise(1.0), updates.SGD(weight_decay=0.5)
+    flow = mf.LimitDiffusion(GAMMA, noise, update)
+    end = mf.solve(flow, POINT, end_time=1.0).final
+    errors = []
+    for rate in (0.05, 0.025):
+        steps = update.clock.num_steps(rate, 1.0)
+
+        def run(key, rate=rate, steps=steps):
+            transform = update.transform(rate)
+
+            def step(carry, key):
+                theta, state = carry
+                change, state = transform.update(noise.gradient(LOSS, theta, key), state, theta)
+                return (optax.apply_updates(theta, change), state), None
+
+            return jax.lax.scan(step, (POINT, transform.init(POINT)), jr.split(key, steps))[0][0]
+
+        ends = jax.jit(jax.vmap(run))(jr.split(jr.key(0), 2000))
+        mean, error = jnp.mean(ends, 0), jnp.std(ends, 0) / 2000**0.5
+        errors.append((mean - end, error))
+    extrapolated = 2 * errors[1][0] - errors[0][0]
+    bound = 4 * jnp.sqrt(4 * errors[1][1] ** 2 + errors[0][1] ** 2) + 2e-3
+    assert bool(jnp.all(jnp.abs(extrapolated) <= bound)), (extrapolated, bound)
+    plain = mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=1.0).final
+    assert float(jnp.linalg.norm(plain - end)) > 10 * float(jnp.max(bound)), "decay is seen"
