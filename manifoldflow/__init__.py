@@ -24,6 +24,7 @@ from manifoldflow.flows import (
     AbstractFlow as AbstractFlow,
     BrownianMotion as BrownianMotion,
     GradientFlow as GradientFlow,
+    IterationLimit as IterationLimit,
     LimitDiffusion as LimitDiffusion,
     load_checkpoint as load_checkpoint,
     NoetherFlow as NoetherFlow,
@@ -32,6 +33,7 @@ from manifoldflow.flows import (
     solve as solve,
     Stationary as Stationary,
     subsampled_drift as subsampled_drift,
+    WeightDecayFlow as WeightDecayFlow,
 )
 from manifoldflow.geometry import (
     closest_point as closest_point,
