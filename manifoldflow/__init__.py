@@ -32,6 +32,7 @@ from manifoldflow.flows import (
     AbstractFlow as AbstractFlow,
     BrownianMotion as BrownianMotion,
     GradientFlow as GradientFlow,
+    IterationLimit as IterationLimit,
     LimitDiffusion as LimitDiffusion,
     load_checkpoint as load_checkpoint,
     NoetherFlow as NoetherFlow,
@@ -40,6 +41,7 @@ from manifoldflow.flows import (
     solve as solve,
     Stationary as Stationary,
     subsampled_drift as subsampled_drift,
+    WeightDecayFlow as WeightDecayFlow,
 )
 from manifoldflow.geometry import (
     closest_point as closest_point,

@@ -10,6 +10,10 @@ from manifoldflow.flows._gradient import (
     GradientFlow as GradientFlow,
     RiemannianGradientFlow as RiemannianGradientFlow,
 )
+from manifoldflow.flows._iteration_limit import (
+    IterationCheck as IterationCheck,
+    IterationLimit as IterationLimit,
+)
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
 from manifoldflow.flows._noether import NoetherFlow as NoetherFlow
 from manifoldflow.flows._options import Stationary as Stationary
@@ -19,3 +23,4 @@ from manifoldflow.flows._subsample import (
     DriftEstimate as DriftEstimate,
     subsampled_drift as subsampled_drift,
 )
+from manifoldflow.flows._weight_decay import WeightDecayFlow as WeightDecayFlow

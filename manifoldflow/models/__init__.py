@@ -14,6 +14,7 @@ from manifoldflow.models._matrix_manifolds import (
     SpecialOrthogonal as SpecialOrthogonal,
     Stiefel as Stiefel,
 )
+from manifoldflow.models._modular_addition import ModularAddition as ModularAddition
 from manifoldflow.models._motor import KPhaseMotor as KPhaseMotor
 from manifoldflow.models._quadratic import (
     OverparametrizedLinear as OverparametrizedLinear,
