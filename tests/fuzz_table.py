@@ -328,6 +328,15 @@ CALLS = {
     "symmetry.low_rank": {"point": X, "directions": np.ones((3, 2)), "values": [1.0, 2.0]},
     "symmetry.mlp_rescaling": {"mlp": MLP, "layer": 0, "neuron": 0, "degree": 1.0},
     "symmetry.noether_charge": {"symmetry": SYMMETRY, "point": PAIR},
+    "symmetry.SGDNoise": {
+        "example_loss": pair_loss, "data": NUMBERS, "noise_scale": 0.1, "weight_decay": 0.1,
+        "throw": True,
+    },
+    "symmetry.orbit_velocity": {
+        "symmetry": SYMMETRY, "point": PAIR,
+        "noise": symmetry.SGDNoise(pair_loss, NUMBERS, noise_scale=0.1),
+    },
+    "symmetry.symmetries_of": {"symmetry": SYMMETRY},
     "symmetry.noether_drift": {**NOISY, "noise_scale": 0.1, "weight_decay": 0.1},
     "symmetry.noise_equilibrium": {
         **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False

@@ -1,23 +1,23 @@
 """The flow along the orbit of a symmetry that SGD's noise drives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._clock import GradientClock
-from manifoldflow._types import Coordinates, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.manifolds import AbstractManifold
-from manifoldflow.symmetry import ExponentialSymmetry
-from manifoldflow.symmetry._drift import checked_noise, drift
-from manifoldflow.symmetry._gradients import checked_examples
-from manifoldflow.symmetry._orbit import semidefinite_solve
-from manifoldflow.symmetry._symmetry import as_tuple, Symmetries
+from manifoldflow.symmetry import (
+    ExponentialSymmetry,
+    orbit_velocity,
+    SGDNoise,
+    symmetries_of,
+)
 
 
 class NoetherFlow(AbstractFlow):
@@ -46,16 +46,13 @@ class NoetherFlow(AbstractFlow):
     """
 
     symmetries: tuple[ExponentialSymmetry, ...]
-    example_loss: Callable[..., Any]
-    data: PyTree[Array]
-    noise_scale: Scalar
-    weight_decay: Scalar
+    noise: SGDNoise
     manifold: AbstractManifold | None
 
     @checked_but("manifold")
     def __init__(
         self,
-        symmetry: Symmetries,
+        symmetry: ExponentialSymmetry | Sequence[ExponentialSymmetry],
         example_loss: Callable[..., Any],
         data: PyTree[Any],
         *,
@@ -63,11 +60,13 @@ class NoetherFlow(AbstractFlow):
         weight_decay: Any = 0.0,
         manifold: AbstractManifold | None = None,
     ):
-        self.symmetries = as_tuple(symmetry)
-        self.example_loss = _tree.as_pytree_callable(example_loss)
-        self.data = checked_examples(data)
-        self.noise_scale, self.weight_decay = checked_noise(
-            "NoetherFlow", noise_scale, weight_decay
+        self.symmetries = symmetries_of(symmetry)
+        self.noise = SGDNoise(
+            example_loss,
+            data,
+            noise_scale=noise_scale,
+            weight_decay=weight_decay,
+            name="NoetherFlow",
         )
         if not isinstance(manifold, AbstractManifold | None):
             raise ValueError(
@@ -86,19 +85,4 @@ class NoetherFlow(AbstractFlow):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        rates = drift(
-            self.symmetries,
-            self.example_loss,
-            point,
-            self.data,
-            self.noise_scale,
-            self.weight_decay,
-        )
-        along = [symmetry.velocity(point) for symmetry in self.symmetries]
-        gram = jnp.stack([jnp.stack([_tree.inner(u, v) for v in along]) for u in along])
-        # A fixed point of a symmetry, Aθ = 0, has no orbit to move on and stays.
-        speeds = semidefinite_solve(gram, rates, jnp.ones(rates.shape, bool))
-        total = _tree.zeros_like(along[0])
-        for speed, v in zip(speeds, along):
-            total = _tree.add(total, _tree.scale(speed, v))
-        return total
+        return orbit_velocity(self.symmetries, self.noise, point)

@@ -21,6 +21,7 @@ from manifoldflow.symmetry._drift import (
     charge_drift as charge_drift,
     discrete_noether_drift as discrete_noether_drift,
     noether_drift as noether_drift,
+    orbit_velocity as orbit_velocity,
 )
 from manifoldflow.symmetry._equilibrium import (
     noise_equilibrium as noise_equilibrium,
@@ -31,8 +32,10 @@ from manifoldflow.symmetry._find import (
     Rescaling as Rescaling,
 )
 from manifoldflow.symmetry._gradients import examples_of as examples_of
+from manifoldflow.symmetry._sgd_noise import SGDNoise as SGDNoise
 from manifoldflow.symmetry._symmetry import (
     act_together as act_together,
     ExponentialSymmetry as ExponentialSymmetry,
     noether_charge as noether_charge,
+    symmetries_of as symmetries_of,
 )

@@ -20,14 +20,9 @@ from manifoldflow.symmetry._gradients import (
     LeafSquares,
     num_examples,
 )
-from manifoldflow.symmetry._symmetry import as_tuple, like, noether_charge, Symmetries
-
-
-def checked_noise(name: str, noise_scale: Any, weight_decay: Any) -> tuple[Array, Array]:
-    return (
-        checked_nonnegative(f"{name}: noise_scale", noise_scale, "It is σ² = η/(2S)."),
-        checked_nonnegative(f"{name}: weight_decay", weight_decay, "It is the γ of γ‖θ‖²."),
-    )
+from manifoldflow.symmetry._orbit import semidefinite_solve
+from manifoldflow.symmetry._sgd_noise import checked_decay, SGDNoise
+from manifoldflow.symmetry._symmetry import like, noether_charge, Symmetries, symmetries_of
 
 
 @checked
@@ -60,36 +55,28 @@ def charge_drift(
     References:
         [Ziyin2024, eqs. (5), (7), (20)].
     """
-    noise_scale, weight_decay = checked_noise("charge_drift", noise_scale, weight_decay)
-    return _charge_drift(
-        _tree.as_pytree_callable(charge),
-        _tree.as_pytree_callable(example_loss),
-        point,
-        checked_examples(data),
-        noise_scale,
-        weight_decay,
+    noise = SGDNoise(
+        example_loss,
+        data,
+        noise_scale=noise_scale,
+        weight_decay=weight_decay,
+        name="charge_drift",
     )
+    return _charge_drift(_tree.as_pytree_callable(charge), noise, point)
 
 
 @eqx.filter_jit
-def _charge_drift(
-    charge: Callable[..., Any],
-    example_loss: ExampleLoss,
-    point: Point,
-    data: PyTree[Array],
-    noise_scale: Array,
-    weight_decay: Array,
-) -> Scalar:
+def _charge_drift(charge: Callable[..., Any], noise: SGDNoise, point: Point) -> Scalar:
     coordinates, remainder = _tree.split(point)
     gradient = jax.grad(lambda x: jnp.asarray(charge(_tree.join(x, remainder))))
 
     def bend(vector: Tangent) -> Scalar:
         return _tree.inner(vector, jax.jvp(gradient, (coordinates,), (vector,))[1])
 
-    mean, trace = gradient_moments(example_loss, point, data, bend)
+    mean, trace = gradient_moments(noise.example_loss, point, noise.data, bend)
     slope = gradient(coordinates)
-    steady = _tree.inner(slope, mean) + 2 * weight_decay * _tree.inner(slope, coordinates)
-    return (noise_scale * trace - steady).astype(trace.dtype)
+    decay = 2 * noise.weight_decay * _tree.inner(slope, coordinates)
+    return (noise.noise_scale * trace - _tree.inner(slope, mean) - decay).astype(trace.dtype)
 
 
 @checked
@@ -128,25 +115,45 @@ def noether_drift(
     References:
         [Ziyin2024, eq. (7)].
     """
-    noise_scale, weight_decay = checked_noise("noether_drift", noise_scale, weight_decay)
-    example_loss = _tree.as_pytree_callable(example_loss)
-    data = checked_examples(data)
-    return like(symmetry, drift(symmetry, example_loss, point, data, noise_scale, weight_decay))
+    noise = SGDNoise(
+        example_loss,
+        data,
+        noise_scale=noise_scale,
+        weight_decay=weight_decay,
+        name="noether_drift",
+    )
+    return like(symmetry, drift(symmetry, noise, point))
 
 
 @eqx.filter_jit
-def drift(
-    symmetry: Symmetries,
-    example_loss: ExampleLoss,
-    point: Point,
-    data: PyTree[Array],
-    noise_scale: Array,
-    weight_decay: Array,
-) -> Float[Array, " k"]:
+def drift(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Float[Array, " k"]:
     """G for every symmetry."""
-    _, traces = noise_traces(symmetry, example_loss, point, data)
-    charges = noether_charge(as_tuple(symmetry), point)
-    return (noise_scale * traces - 4 * weight_decay * charges).astype(traces.dtype)
+    _, traces = noise_traces(symmetry, noise.example_loss, point, noise.data)
+    charges = noether_charge(symmetries_of(symmetry), point)
+    return (noise.noise_scale * traces - 4 * noise.weight_decay * charges).astype(traces.dtype)
+
+
+@checked
+@eqx.filter_jit
+def orbit_velocity(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Tangent:
+    """The θ' in the span of all A_iθ with dC_i/dt = G_i: along the orbit, as the charges go.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k that commute.
+        noise: what moves the charges.
+        point: θ; a fixed point of a symmetry, Aθ = 0, has no orbit to move on and stays.
+
+    References:
+        [Ziyin2024, eq. (7)].
+    """
+    rates = drift(symmetry, noise, point)
+    along = [one.velocity(point) for one in symmetries_of(symmetry)]
+    gram = jnp.stack([jnp.stack([_tree.inner(u, v) for v in along]) for u in along])
+    speeds = semidefinite_solve(gram, rates, jnp.ones(rates.shape, bool))
+    total = _tree.zeros_like(along[0])
+    for speed, v in zip(speeds, along):
+        total = _tree.add(total, _tree.scale(speed, v))
+    return total
 
 
 def noise_traces(
@@ -154,7 +161,7 @@ def noise_traces(
 ) -> tuple[Tangent, Float[Array, " k"]]:
     """∇L, and tr(ΣA) for every symmetry."""
     coordinates, _ = _tree.split(point)
-    generators = [one.at(point) for one in as_tuple(symmetry)]
+    generators = [one.at(point) for one in symmetries_of(symmetry)]
     if not is_leafwise(generators, coordinates):
         return gradient_moments(example_loss, point, data, quadratic_forms(symmetry, point))
     mean, squares = gradient_moments(example_loss, point, data, LeafSquares())
@@ -166,7 +173,7 @@ def quadratic_forms(
     symmetry: Symmetries, point: Point
 ) -> Callable[[Coordinates], Float[Array, " k"]]:
     """v ↦ vᵀAv for every symmetry."""
-    generators = [one.at(point) for one in as_tuple(symmetry)]
+    generators = [one.at(point) for one in symmetries_of(symmetry)]
     return lambda v: jnp.stack([_tree.inner(v, generator.mv(v)) for generator in generators])
 
 
@@ -210,7 +217,7 @@ def discrete_noether_drift(
     """
     name = "discrete_noether_drift"
     eta = checked_nonnegative(f"{name}: learning_rate", learning_rate, "It is a step size.")
-    decay = checked_noise(name, 0.0, weight_decay)[1]
+    decay = checked_decay(name, weight_decay)
     size, data = checked_count("batch_size", batch_size), checked_examples(data)
     count = num_examples(data)
     if size > count and not replacement:
@@ -236,4 +243,4 @@ def _discrete(
     mean, traces = noise_traces(symmetry, example_loss, point, data)
     kicks = learning_rate**2 / 2 * (spread * traces + forms(mean))
     shrinking = (1 - 2 * learning_rate * weight_decay) ** 2 - 1
-    return (shrinking * noether_charge(as_tuple(symmetry), point) + kicks).astype(traces.dtype)
+    return (shrinking * noether_charge(symmetries_of(symmetry), point) + kicks).astype(traces.dtype)

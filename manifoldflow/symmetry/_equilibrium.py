@@ -13,14 +13,13 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
-from manifoldflow.symmetry._drift import checked_noise, drift
+from manifoldflow.symmetry._drift import drift
 from manifoldflow.symmetry._generators import (
     AbstractGenerator,
     AbstractSpectralGenerator,
     Elementwise,
 )
 from manifoldflow.symmetry._gradients import (
-    checked_examples,
     example_value,
     ExampleLoss,
     gradient_moments,
@@ -30,12 +29,12 @@ from manifoldflow.symmetry._gradients import (
 from manifoldflow.symmetry._orbit import (
     Local,
     moved,
-    Noise,
     Orbit,
     orbit_of,
     semidefinite_solve,
 )
-from manifoldflow.symmetry._symmetry import as_tuple, like, Symmetries
+from manifoldflow.symmetry._sgd_noise import SGDNoise
+from manifoldflow.symmetry._symmetry import like, Symmetries, symmetries_of
 
 MAX_STEPS = 200
 # Symmetries that hold up to this share of what they cancel are taken as such: scaling
@@ -117,31 +116,32 @@ def noise_equilibrium_with_info(
     `Info.defect` says how far the loss is from having the symmetry at the result: the root
     mean square of ∇ℓ·Aθ over that of |∇ℓ||Aθ| in each leaf, 0 to about 1.
     """
-    sigma, gamma = checked_noise("noise_equilibrium", noise_scale, weight_decay)
-    data = checked_examples(data, throw=throw)
-    example_loss = _tree.as_pytree_callable(example_loss)
-    found, info = _equilibrium(as_tuple(symmetry), example_loss, point, data, sigma, gamma)
+    noise = SGDNoise(
+        example_loss,
+        data,
+        noise_scale=noise_scale,
+        weight_decay=weight_decay,
+        name="noise_equilibrium",
+        throw=throw,
+    )
+    found, info = _equilibrium(symmetries_of(symmetry), noise, point)
     return like(symmetry, delivered(found, info.result, throw)), info
 
 
 @eqx.filter_jit
 def _equilibrium(
-    symmetries: Symmetries,
-    example_loss: ExampleLoss,
-    point: Point,
-    data: PyTree[Array],
-    noise_scale: Array,
-    weight_decay: Array,
+    symmetries: Symmetries, noise: SGDNoise, point: Point
 ) -> tuple[Float[Array, " k"], Info]:
-    generators = [symmetry.at(point) for symmetry in as_tuple(symmetries)]
+    generators = [symmetry.at(point) for symmetry in symmetries_of(symmetries)]
     coordinates, remainder = _tree.split(point)
     dtype = _tree.dtype_of(coordinates)
-    noise = Noise(example_loss, data, noise_scale.astype(dtype), weight_decay.astype(dtype))
+    scales = lambda noise: (noise.noise_scale, noise.weight_decay)
+    noise = eqx.tree_at(scales, noise, [scale.astype(dtype) for scale in scales(noise)])
     norms = jnp.stack([generator.norm(coordinates) for generator in generators])
 
     def drifts(at: Float[Array, " k"]) -> Float[Array, " k"]:
         there = _tree.join(moved(generators, coordinates, at), remainder)
-        return drift(symmetries, noise.example_loss, there, noise.data, *noise[2:])
+        return drift(symmetries, noise, there)
 
     def search(_: object, start: Float[Array, " k"]) -> tuple[Array, tuple]:
         end = _least(orbit_of(generators, point, noise), start, norms)
@@ -157,7 +157,8 @@ def _equilibrium(
     frozen = jax.lax.stop_gradient((coordinates, at))
     there = _tree.join(moved(generators, *frozen), remainder)
     defect = jnp.maximum(
-        _broken(generators, there, example_loss, data), _noncommuting(generators, frozen[0])
+        _broken(generators, there, noise.example_loss, noise.data),
+        _noncommuting(generators, frozen[0]),
     )
     result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.out_of_steps)
     result = RESULTS.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from manifoldflow import _tree
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
@@ -20,7 +20,8 @@ from manifoldflow.symmetry._generators import (
     Elementwise,
     is_leafwise,
 )
-from manifoldflow.symmetry._gradients import ExampleLoss, gradient_moments, LeafSquares
+from manifoldflow.symmetry._gradients import gradient_moments, LeafSquares
+from manifoldflow.symmetry._sgd_noise import SGDNoise
 
 
 class Local(NamedTuple):
@@ -34,15 +35,6 @@ class Local(NamedTuple):
 Orbit = Callable[[Float[Array, " k"]], Local]
 
 
-class Noise(NamedTuple):
-    """What moves a charge: examples, σ² and γ."""
-
-    example_loss: ExampleLoss
-    data: PyTree[Array]
-    noise_scale: Scalar
-    weight_decay: Scalar
-
-
 def moved(
     generators: Sequence[AbstractGenerator], coordinates: Coordinates, at: Float[Array, " k"]
 ) -> Coordinates:
@@ -52,7 +44,7 @@ def moved(
     return coordinates
 
 
-def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: Noise) -> Orbit:
+def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: SGDNoise) -> Orbit:
     """By the gradients of all examples, anew wherever on the orbit; for any generators."""
     coordinates, remainder = _tree.split(point)
 
@@ -80,7 +72,7 @@ def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: No
 
 
 def spectral_orbit(
-    generators: Sequence[AbstractSpectralGenerator], point: Point, noise: Noise
+    generators: Sequence[AbstractSpectralGenerator], point: Point, noise: SGDNoise
 ) -> Orbit:
     """By the variances of the gradients' modes at θ: one pass over the examples for all λ.
 
@@ -127,7 +119,7 @@ def semidefinite_solve(
     return scale * jnp.linalg.solve(scaled, scale * right)
 
 
-def orbit_of(generators: Sequence[AbstractGenerator], point: Point, noise: Noise) -> Orbit:
+def orbit_of(generators: Sequence[AbstractGenerator], point: Point, noise: SGDNoise) -> Orbit:
     """By the variances of modes where they are known, else by sweeps over the examples."""
     elementwise = all(isinstance(generator, Elementwise) for generator in generators)
     spectral = [g for g in generators if isinstance(g, AbstractSpectralGenerator)]

@@ -94,7 +94,20 @@ Symmetries = ExponentialSymmetry | Sequence[ExponentialSymmetry]
 """One symmetry, or several that commute."""
 
 
-def as_tuple(symmetry: Symmetries) -> tuple[ExponentialSymmetry, ...]:
+def symmetries_of(symmetry: Symmetries) -> tuple[ExponentialSymmetry, ...]:
+    """One symmetry, or several that commute, as a tuple.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of them.
+
+    Raises:
+        ValueError: anything else, or none.
+    """
+    if not isinstance(symmetry, ExponentialSymmetry | Sequence):
+        raise ValueError(
+            f"Expected an ExponentialSymmetry or a sequence of them; got {described(symmetry)}. "
+            "Wrap the generator: ExponentialSymmetry(A)."
+        )
     found = (symmetry,) if isinstance(symmetry, ExponentialSymmetry) else tuple(symmetry)
     if not found or not all(isinstance(s, ExponentialSymmetry) for s in found):
         raise ValueError(
@@ -118,7 +131,7 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
         point: θ.
         parameters: λ, (k,), as `noise_equilibrium` finds them.
     """
-    symmetries = as_tuple(symmetries)
+    symmetries = symmetries_of(symmetries)
     values = jnp.asarray(real_numbers("act_together: parameters", parameters))
     if values.shape != (len(symmetries),):
         raise ValueError(
@@ -145,4 +158,4 @@ def noether_charge(symmetry: Symmetries, point: Point) -> Float[Array, "..."]:
     def charge(one: ExponentialSymmetry) -> Scalar:
         return _tree.inner(coordinates, one.velocity(point)) / 2
 
-    return like(symmetry, jnp.stack([charge(one) for one in as_tuple(symmetry)]))
+    return like(symmetry, jnp.stack([charge(one) for one in symmetries_of(symmetry)]))

@@ -308,6 +308,11 @@ def test_the_flow_moves_the_charge_at_its_drift_to_the_equilibrium(name):
     charge = lambda p: symmetry.noether_charge(one, p)
     rate = jax.jvp(charge, (POINT,), (flow.drift(POINT),))[1]
     close("dC/dt", rate, drift(one, POINT, DECAY), 1e-12)
+    noise = symmetry.SGDNoise(example_loss, DATA, noise_scale=SIGMA2, weight_decay=DECAY)
+    velocity, along = symmetry.orbit_velocity(one, noise, POINT), one.velocity(POINT)
+    square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(along))
+    expected = jax.tree.map(lambda leaf: rate / square * leaf, along)
+    close("Aθ·G/|Aθ|²", velocity, expected, 1e-12)
     # Where C has come to rest, only the errors of the steps move it.
     walk = mf.solve(
         flow, POINT, end_time=5.0, num_saves=5, rtol=1e-8, atol=1e-10,
