@@ -84,25 +84,26 @@ ARGUMENTS = {
     " operator left right multipliers tangents residual_factor hessian check mlp"
     " loss_or_manifold symmetry symmetries until network_ optimizer local update",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
-    " charge activation first second where term jacobian_fn potential",
+    " charge activation first second where term jacobian_fn potential mean_field slow_drift",
     "point": "point other network coordinates params like",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
-    " num_phases num_features num_starts count max_products memory limit num sparsity rank",
+    " num_phases num_features num_starts count max_products memory limit num sparsity rank"
+    " modulus num_workers",
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative",
+    " third_derivative train_fraction",
     "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
-    " reference_standard_error noise_constant",
+    " reference_standard_error noise_constant label_std averaging_rate gradient_time trace",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron"
-    " is_ode at_zero_loss",
+    " is_ode at_zero_loss decoupled",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target residuals product input_noise"
-    " output_noise weights labels generator direction start coefficients",
+    " output_noise weights labels generator direction start coefficients second_moments",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
@@ -123,7 +124,14 @@ EXCEPTIONS = {
     ("diagnostics.certify", "path"): "point",
     ("linalg.gauss_newton", "scale"): "number",
     ("linalg.as_sigma", "given"): "instance",
+    ("IterationLimit", "covariance"): "function",
 }
+CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
+CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
+    "theory.scale_invariant_norm"
+]
+EXCEPTIONS |= {(name, "start"): "number" for name in CURVES}
+EXCEPTIONS |= {(name, "time"): "nonnegative" for name in CURVES}
 
 
 # Values that do fit: other numbers of examples or features, all levels of a spectrum, no noise.
@@ -131,6 +139,7 @@ FITS = {
     ("models.TwoLayerNet", "second_layer"): "negative",
     ("models.FixedProduct", "target"): "oblong",
     ("models.digits", "seed"): "huge",
+    ("models.ModularAddition", "seed"): "huge",
     ("models.separable_data", "margin"): "zero",
     ("models.sparse_regression", "sparsity"): "zero",
     ("theory.restricted_isometry", "seed"): "huge",
@@ -162,6 +171,7 @@ FITS = {
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",
 }
+FITS |= {(name, "time"): "an array|a list|empty" for name in CURVES}
 FITTING_NAMES = {"inputs": "oblong|a cube|complex|longer", "data": "longer|oblong|a cube|complex"}
 FITTING_NAMES |= {"eigenvalues": "longer", "rank": "zero", "targets": "oblong|a cube"}
 

@@ -7,7 +7,7 @@ RESULT_CLASSES = {
     "diagnostics.Plan", "diagnostics.SlopeCheck", "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor",
+    "linalg.ResidualFactor", "flows.IterationCheck",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
     "noise.LocalHessian",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_optimisers import OPTIMISERS
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
 KEY = jr.key(0)
@@ -73,6 +74,7 @@ SGD = {"learning_rate": 0.1, "num_steps": 2, "key": KEY}
 WALK = mf.Walk(step_size=0.5)
 
 CALLS = {
+    **OPTIMISERS,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},

@@ -263,8 +263,8 @@ def _checked_rank(rank: Any) -> int | float | None:
     is_count = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
     if not is_count or rank < 0:
         raise ValueError(
-            "IterationLimit: rank must be an integer, that of the derivative of mean_field on its "
-            "zeros, a float in [0, 1), a share of its largest singular value, or None; got "
+            "IterationLimit: rank must be an integer, that of the derivative of the mean field on "
+            "its zeros, a float in [0, 1), a share of its largest singular value, or None; got "
             f"{rank!r}."
         )
     return int(rank)

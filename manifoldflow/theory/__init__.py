@@ -12,6 +12,13 @@ from manifoldflow.theory._noise_equilibrium import (
     deep_linear_noise_equilibrium as deep_linear_noise_equilibrium,
     two_layer_noise_equilibrium as two_layer_noise_equilibrium,
 )
+from manifoldflow.theory._optimisers import (
+    scalar_factorization_adam as scalar_factorization_adam,
+    scalar_factorization_local_sgd as scalar_factorization_local_sgd,
+    scalar_factorization_sgd as scalar_factorization_sgd,
+    scalar_factorization_slow_adam as scalar_factorization_slow_adam,
+    scale_invariant_norm as scale_invariant_norm,
+)
 from manifoldflow.theory._ornstein_uhlenbeck import (
     ornstein_uhlenbeck_covariance as ornstein_uhlenbeck_covariance,
 )

@@ -1,0 +1,38 @@
+"""The part of `fuzz_table` about limits of optimisers: valid calls, their arguments by name."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import manifoldflow as mf
+
+
+def field(x):
+    return (jnp.sum(x**2) - 1) * x
+
+
+def identity(x):
+    return jnp.eye(len(x))
+
+
+CIRCLE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+CURVE = {"start": 0.8, "time": 0.5, "label_std": 1.0}
+
+OPTIMISERS = {
+    "IterationLimit": {
+        "mean_field": field, "covariance": identity, "slow_drift": field, "rank": 1,
+        "manifold": CIRCLE,
+    },
+    "WeightDecayFlow": {"manifold": CIRCLE},
+    "models.ModularAddition": {"modulus": 3, "width": 2, "train_fraction": 0.5, "seed": 0},
+    "theory.scalar_factorization_adam": {
+        **CURVE, "averaging_rate": 1.0, "weight_decay": 0.1, "decoupled": True
+    },
+    "theory.scalar_factorization_local_sgd": {**CURVE, "num_workers": 2, "gradient_time": 0.1},
+    "theory.scalar_factorization_sgd": {**CURVE, "weight_decay": 0.1},
+    "theory.scalar_factorization_slow_adam": {
+        **CURVE, "averaging_rate": 1.0, "second_moments": np.ones(2)
+    },
+    "theory.scale_invariant_norm": {
+        "start": 1.0, "time": 0.5, "trace": 1.0, "noise_constant": 1.0, "weight_decay": 0.1
+    },
+}  # fmt: skip
