@@ -10,7 +10,7 @@ import jax.random as jr
 
 from checks import close
 from manifoldflow import linalg
-from manifoldflow.linalg._lapack import eigh
+from manifoldflow.linalg import eigh
 
 PROGRAM = """
 import jax, jax.numpy as jnp, manifoldflow as mf

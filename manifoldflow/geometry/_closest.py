@@ -10,7 +10,7 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
-from manifoldflow.linalg._tangent_solve import tangent_solve
+from manifoldflow.linalg import tangent_solve
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._bending import Bending
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 from manifoldflow import _tree
 from manifoldflow._results import Info, or_nan
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
-from manifoldflow.linalg._tangent_solve import tangent_solve
+from manifoldflow.linalg import tangent_solve
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 from manifoldflow.manifolds._search import (
     Constrained,
