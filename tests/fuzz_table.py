@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
 KEY = jr.key(0)
@@ -76,6 +77,7 @@ SGD = {"learning_rate": 0.1, "num_steps": 2, "key": KEY}
 WALK = mf.Walk(step_size=0.5)
 
 CALLS = {
+    **USES,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
@@ -387,7 +389,7 @@ RESULT_CLASSES = {
     "diagnostics.Plan", "diagnostics.SlopeCheck", "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor",
+    "linalg.ResidualFactor", "linalg.Equation", "linalg.LeafView",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",

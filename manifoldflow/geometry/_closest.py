@@ -99,4 +99,5 @@ def _step(
         return _tree.add(w, turned)
 
     max_steps = 10 * min(100, _tree.size(y))
-    return space.tangent(tangent_solve(mv, space.tangent(gap), _tree.eps_of(y) ** 0.9, max_steps))
+    rtol = _tree.eps_of(y) ** 0.9
+    return space.tangent(tangent_solve(mv, space.tangent(gap), rtol=rtol, max_steps=max_steps))

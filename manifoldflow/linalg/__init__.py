@@ -1,6 +1,5 @@
 """Linear algebra of Jacobians, Gram matrices and singular Hessians. Operators in, operators out."""
 
-from manifoldflow.linalg._conjugate_gradients import tangent_solve as tangent_solve
 from manifoldflow.linalg._contractions import (
     column as column,
     columns as columns,
@@ -59,6 +58,7 @@ from manifoldflow.linalg._spectrum import (
     gram_log_determinant as gram_log_determinant,
     gram_top_eigenvector as gram_top_eigenvector,
 )
+from manifoldflow.linalg._tangent_solve import tangent_solve as tangent_solve
 from manifoldflow.linalg.jacobian import (
     AbstractBlock as AbstractBlock,
     AbstractJacobian as AbstractJacobian,

@@ -126,5 +126,5 @@ def _oblique_lift(
         tangent = there.tangent(w)
         return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
 
-    tol = _tree.eps_of(wanted) ** 0.9
-    return there.tangent(tangent_solve(mv, there.tangent(wanted), tol))
+    rtol = _tree.eps_of(wanted) ** 0.9
+    return there.tangent(tangent_solve(mv, there.tangent(wanted), rtol=rtol))

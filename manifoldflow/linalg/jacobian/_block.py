@@ -49,7 +49,7 @@ class AbstractPositionBlock(AbstractBlock):
 
     @abc.abstractmethod
     def merged(self) -> "AbstractPositionBlock":
-        """An axis of steps before all others becomes further positions."""
+        """An axis of steps, in all arrays before that of the examples, becomes more positions."""
 
 
 class LeafView(NamedTuple):
@@ -93,10 +93,18 @@ def over_positions(fn: Callable[[Place], Array], counts: tuple[int, int, int]) -
     return accumulate(fn, tuple(axis.reshape(-1) for axis in grid))
 
 
-def merge_positions(part: Float[Array, "steps k T ..."]) -> Float[Array, "k stepsT ..."]:
-    """Steps in front become positions behind the outputs."""
-    part = jnp.moveaxis(part, 0, 1)
-    return part.reshape(part.shape[0], -1, *part.shape[3:])
+def merge_positions(part: Float[Array, "steps n k T ..."]) -> Float[Array, "n k stepsT ..."]:
+    """Steps in front of the outputs become positions behind them."""
+    part = jnp.moveaxis(part, 0, 2)
+    return part.reshape(*part.shape[:2], -1, *part.shape[4:])
+
+
+def rearranged(steps: View, array: Array, num_axes: int) -> Array:
+    """The steps of a view for all members of the first axes: of examples, of outputs."""
+    fn = lambda x: apply_view(steps, x)
+    for _ in range(num_axes):
+        fn = jax.vmap(fn)
+    return fn(array)
 
 
 def inner_products(x: Float[Array, "n k f"], y: Float[Array, "m l f"]) -> Float[Array, "n k m l"]:

@@ -28,26 +28,30 @@ def block_of(
     """One group of uses, from tap derivatives (n, k, ...) and records (n, ...)."""
     blocks = []
     for index in group.sites:
-        read = lambda delta, record, site=sites[index]: _read(site, delta, record, leaf)
-        blocks.append(jax.vmap(read)(deltas[index], records[index]))
+        blocks.append(_read(sites[index], deltas[index], records[index], leaf))
     block = _sum_of_blocks(blocks, group.swapped)
     return block.compact() if isinstance(block, OuterBlock | PairBlock) else block
 
 
 def _read(site: Site, delta: Array, record: Record, leaf: Array) -> AbstractBlock:
-    """One example: what the block of a site keeps, from its tap derivative (k, ...)."""
-    if site.steps:  # the steps of a scan are positions, or terms of a sum
-        tap = jax.ShapeDtypeStruct(site.tap.shape[1:], site.tap.dtype)
-        inner = site._replace(steps=site.steps[1:], tap=tap)
-        step = lambda delta, record: _read(inner, delta, record, leaf)
-        block = jax.vmap(step, in_axes=(1, 0))(delta, record)
-        if isinstance(block, AbstractPositionBlock):
-            return block.merged()
-        return RowBlock(jnp.sum(block.rows(), 0))
-    delta = delta.astype(leaf.dtype)
-    if record.scale is not None:
-        delta = delta * jnp.asarray(record.scale, leaf.dtype)
-    return site.use.block(delta, record.factor, LeafView(site.view, leaf.shape))
+    """What the block of a site keeps, from its tap derivatives (n, k, ...)."""
+
+    def one(delta: Array, record: Record) -> AbstractBlock:
+        delta = delta.astype(leaf.dtype)
+        if record.scale is not None:
+            delta = jax.vmap(jnp.multiply)(delta, jnp.asarray(record.scale, leaf.dtype))
+        return site.use.block(delta, record.factor, LeafView(site.view, leaf.shape))
+
+    if not site.steps:
+        return one(delta, record)
+    # The steps of all scans around are positions, or terms of a sum.
+    depth, shape = len(site.steps), delta.shape
+    delta = delta.reshape(*shape[:2], -1, *shape[2 + depth :])
+    record = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[1 + depth :]), record)
+    block = jax.vmap(one, in_axes=(2, 1))(delta, record)
+    if isinstance(block, AbstractPositionBlock):
+        return block.merged()
+    return RowBlock(jnp.sum(jax.vmap(lambda block: block.rows())(block), 0))
 
 
 def _sum_of_blocks(blocks: list[Any], swapped: tuple[bool, ...]) -> AbstractBlock:

@@ -38,20 +38,30 @@ class Equation(NamedTuple):
     evaluate: Callable[..., Array]
 
 
-class Recognised(NamedTuple):
+class Recognised(eqx.Module):
     """A use of one operand of an equation, with what must be kept of each example.
 
     Args:
         use: the use; all that it holds is static.
         factor: PyTree of arrays, whatever the row is made of beside δ.
-        steps: how the use rearranges the operand.
-        scale: a number by which the output is multiplied.
+        steps: how the use rearranges the operand, if it does (see `LeafView`).
+        scale: a number by which the rows are multiplied; None for 1.
+
+    Raises:
+        ValueError: if `use` is not an `AbstractUse`.
     """
 
     use: "AbstractUse"
-    factor: PyTree[Array] = None
+    factor: PyTree[Any] = None
     steps: View = ()
     scale: Any = None
+
+    def __check_init__(self):
+        if not isinstance(self.use, AbstractUse):
+            raise ValueError(
+                f"Recognised: use must be an AbstractUse; got {described(self.use)}. In "
+                "`recognise(cls, …)`, give cls()."
+            )
 
 
 class AbstractUse(eqx.Module):
@@ -74,15 +84,13 @@ class AbstractUse(eqx.Module):
 
     @abc.abstractmethod
     def block(
-        self, delta: Float[Array, "k ..."], factor: PyTree[Array], leaf: LeafView
+        self, delta: Float[Array, "n k ..."], factor: PyTree[Array], leaf: LeafView
     ) -> AbstractBlock:
-        """What is kept of one example: the block's arrays, yet without their axis of examples.
-
-        The library maps it over the examples with `jax.vmap`.
+        """What is kept of n examples.
 
         Args:
             delta: ∂f/∂z for each of k outputs.
-            factor: what `recognise` named.
+            factor: what `recognise` named, with a leading axis of examples.
             leaf: from the leaf to the operand that was recognised, and back.
         """
 
@@ -114,33 +122,30 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def register_use(*operations: str | Callable[..., Any]) -> Callable[[Use], Use]:
+def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
     """Class decorator: how an operation uses a leaf, so that its explicit rows are not needed.
 
     From then on `structured_jacobian` keeps δ and a for every leaf (or rearranged leaf) that
-    enters one of these operations and is recognised. Register before the first Jacobian:
-    programs that were compiled stay as they are. The last use registered for an operation is
-    the one that counts.
+    enters this operation and is recognised. Several decorators may stand above one class.
+    Register before the first Jacobian: programs that were compiled stay as they are. The last
+    use that was registered for an operation is the one that counts.
 
     Args:
-        operations: names of primitives, as `ragged_dot_general`, or functions of arrays under
-            `jax.jit`, which are known by their name and by their program: under `vmap`, or with
-            static arguments, they are not recognised, and what is inside is looked at.
+        operation: the name of a primitive, as `"ragged_dot_general"`, or a function of arrays
+            under `jax.jit`. A function is known by its name and by its program: under `vmap`,
+            or with static arguments, it is not recognised, and what is inside is looked at.
+
+    Returns:
+        A decorator for a final subclass of `AbstractUse`, which it gives back as it is.
 
     Raises:
-        ValueError: if an operation is neither, or if the class is no final `AbstractUse`.
+        ValueError: if the operation is neither, or the class is no `AbstractUse`.
     """
-    for operation in operations:
-        is_jitted = callable(operation) and hasattr(operation, "lower")
-        if not (isinstance(operation, str) or is_jitted and hasattr(operation, "__name__")):
-            raise ValueError(
-                "register_use: operations must be names of primitives or functions under jax.jit; "
-                f"got {described(operation)}. Decorate the function with jax.jit."
-            )
-    if not operations:
+    is_jitted = hasattr(operation, "lower") and hasattr(operation, "__name__")
+    if not isinstance(operation, str) and not is_jitted:
         raise ValueError(
-            "register_use: operations must name a primitive or a function under jax.jit; got "
-            "none. Write @linalg.register_use('ragged_dot_general'), for instance."
+            "register_use: operation must be the name of a primitive or a function under jax.jit; "
+            f"got {described(operation)}. Decorate the function with jax.jit."
         )
 
     def register(kind: Use) -> Use:
@@ -149,11 +154,10 @@ def register_use(*operations: str | Callable[..., Any]) -> Callable[[Use], Use]:
                 "register_use: what is decorated must be a subclass of AbstractUse; got "
                 f"{described(kind)}. Derive the class from linalg.AbstractPairUse."
             )
-        for operation in operations:
-            if isinstance(operation, str):
-                RULES[operation] = lambda walk, eqn, inputs: met(walk, eqn, inputs, kind)
-            else:
-                FUNCTIONS[operation.__name__] = operation, kind
+        if isinstance(operation, str):
+            RULES[operation] = lambda walk, eqn, inputs: met(walk, eqn, inputs, kind)
+        else:
+            FUNCTIONS[operation.__name__] = operation, kind
         return kind
 
     return register
@@ -194,9 +198,8 @@ def _tapped(
     except Exception as error:
         if walk.taps is not None:
             raise
-        is_refusal = isinstance(error, NotImplementedError)
-        reason = None if is_refusal else f"{kind.__name__}: {type(error).__name__}: {error}"
-        walk.give_up([value], reason)
+        text = f"{kind.__name__}: {type(error).__name__}: {error}".splitlines()[0]
+        walk.give_up([value], None if isinstance(error, NotImplementedError) else text)
         return z
     alias = value.alias._replace(scale=times(value.alias.scale, found.scale))
     return walk.tap(z, alias, found.use, found.factor, alias.view + found.steps)
@@ -208,7 +211,9 @@ def _recognised(
     # Rows of a broadcast leaf are sums over the copies, which only rows of its size can show.
     if not issubclass(kind, AbstractElementwise) and not is_selection(value.alias.view):
         raise NotImplementedError(f"{kind.__name__} of a leaf that is repeated")
-    found = kind.recognise(equation, index)
+    found: Any = kind.recognise(equation, index)
+    if not isinstance(found, Recognised):
+        raise TypeError(f"recognise gave {described(found)}, and no Recognised")
     if is_listing and not kind.__module__.startswith("manifoldflow."):
         _check_products(found, equation, index)
     return found
@@ -221,14 +226,14 @@ def _check_products(found: Recognised, equation: Equation, index: int) -> None:
     weights = jnp.zeros((2, 2), operand.dtype)
 
     def products(delta: Array) -> dict[str, Array]:
-        block = jax.vmap(lambda one: found.use.block(one, found.factor, leaf))(delta)
-        full = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape[1:])), block)
+        both = lambda x: jnp.broadcast_to(x, (2, *jnp.shape(x)))
+        block = found.use.block(delta, jax.tree.map(both, found.factor), leaf)
         return {
-            "mv": full.mv(jnp.zeros(leaf.shape, operand.dtype)),
-            "transpose_mv": full.transpose_mv(weights),
-            "rows": full.rows(),
-            "cross_gram": full.cross_gram(full),
-            "norms": full.norms(),
+            "mv": block.mv(jnp.zeros(leaf.shape, operand.dtype)),
+            "transpose_mv": block.transpose_mv(weights),
+            "rows": block.rows(),
+            "cross_gram": block.cross_gram(block),
+            "norms": block.norms(),
         }
 
     delta = jax.ShapeDtypeStruct((2, 2, *z.shape), operand.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView
+from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView, rearranged
 from manifoldflow.linalg.jacobian._use import (
     AbstractMatrixUse,
     Equation,
@@ -22,7 +22,7 @@ from manifoldflow.linalg.jacobian._use import (
 )
 from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._views import apply_view, ints, View
+from manifoldflow.linalg.jacobian._views import ints, View
 
 
 class Kernel(NamedTuple):
@@ -110,12 +110,13 @@ class Convolution(AbstractMatrixUse):
         use = cls(Kernel(*first, groups, shape[i]), output_steps)
         return Recognised(use, slabs(image, sizes, params), kernel_steps)
 
-    def block(self, delta: Float[Array, "k ..."], factor: Array, leaf: LeafView) -> AbstractBlock:
+    def block(self, delta: Float[Array, "n k ..."], factor: Array, leaf: LeafView) -> AbstractBlock:
         """The rows of a kernel, or δ and the patches where these are fewer numbers."""
-        delta = jax.vmap(lambda x: apply_view(self.output_steps, x))(delta)
-        factor = factor.astype(delta.dtype)
-        num_outputs, num_places = delta.shape[:2]
-        num_factors = delta.size + num_places * self.kernel.size * factor.shape[-1]
+        delta, factor = rearranged(self.output_steps, delta, 2), factor.astype(delta.dtype)
+        num_outputs, num_places = delta.shape[1:3]
+        num_factors = num_places * self.kernel.size * factor.shape[-1]
+        num_factors += delta.size // delta.shape[0]
         if num_outputs * math.prod(leaf.shape) > num_factors:
-            return OuterBlock(delta, self.kernel.patches(factor)[None], leaf)
-        return RowBlock(jax.vmap(leaf.pull)(self.kernel.rows(factor, delta)))
+            return OuterBlock(delta, jax.vmap(self.kernel.patches)(factor)[:, None], leaf)
+        rows = jax.vmap(self.kernel.rows)(factor, delta)
+        return RowBlock(jax.vmap(jax.vmap(leaf.pull))(rows))

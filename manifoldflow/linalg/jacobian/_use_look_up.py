@@ -22,6 +22,7 @@ from manifoldflow.linalg.jacobian._block import (
     merge_positions,
     over_positions,
     Place,
+    rearranged,
 )
 from manifoldflow.linalg.jacobian._use import (
     AbstractMatrixUse,
@@ -31,7 +32,7 @@ from manifoldflow.linalg.jacobian._use import (
 )
 from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._views import apply_view, ints, View
+from manifoldflow.linalg.jacobian._views import ints, View
 
 
 class LookUpBlock(AbstractPositionBlock):
@@ -51,7 +52,9 @@ class LookUpBlock(AbstractPositionBlock):
         return OuterBlock(units[:, None, :, None], self.delta[:, :, :, None], self.leaf)
 
     def merged(self) -> "LookUpBlock":
-        return LookUpBlock(self.index.reshape(-1), merge_positions(self.delta), self.leaf)
+        index = jnp.moveaxis(self.index, 0, 1)
+        index = index.reshape(index.shape[0], -1)
+        return LookUpBlock(index, merge_positions(self.delta), self.leaf)
 
     def joined(self, others: "Sequence[LookUpBlock]") -> "LookUpBlock":
         """One block with the positions of all."""
@@ -94,7 +97,8 @@ class LookUpBlock(AbstractPositionBlock):
         return jnp.sum(einsum("nktd,nksd->nkts", self.delta, self.delta) * same[:, None], (2, 3))
 
 
-@register_use("gather", "dynamic_slice")
+@register_use("gather")
+@register_use("dynamic_slice")
 class LookUp(AbstractMatrixUse):
     """Rows of a table by integer index (`gather`, or `dynamic_slice` for a single row)."""
 
@@ -123,8 +127,11 @@ class LookUp(AbstractMatrixUse):
         return Recognised(cls(steps), entries.reshape(-1), table_steps)
 
     def block(
-        self, delta: Float[Array, "k ..."], factor: Int[Array, " T"], leaf: LeafView
+        self, delta: Float[Array, "n k ..."], factor: Int[Array, "n T"], leaf: LeafView
     ) -> LookUpBlock:
-        delta = jax.vmap(lambda x: apply_view(self.output_steps, x))(delta)
-        # An index of -1 says that no entry of the table was used.
-        return LookUpBlock(jnp.maximum(factor, 0), jnp.where(factor[:, None] >= 0, delta, 0), leaf)
+        def seen(delta: Array, index: Int[Array, " T"]) -> tuple[Array, Array]:
+            # An index of -1 says that no entry of the table was used.
+            return jnp.maximum(index, 0), jnp.where(index[:, None] >= 0, delta, 0)
+
+        index, delta = jax.vmap(seen)(rearranged(self.output_steps, delta, 2), factor)
+        return LookUpBlock(index, delta, leaf)

@@ -23,6 +23,7 @@ from manifoldflow.linalg.jacobian._block import (
     merge_positions,
     over_positions,
     Place,
+    rearranged,
     times,
 )
 from manifoldflow.linalg.jacobian._use import (
@@ -32,7 +33,7 @@ from manifoldflow.linalg.jacobian._use import (
     register_use,
 )
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._views import apply_view, ints, View
+from manifoldflow.linalg.jacobian._views import ints, View
 
 # Explicit rows are formed in pieces of at most this many numbers where they are not kept.
 PIECE = 2**20
@@ -174,11 +175,9 @@ class MatrixProduct(AbstractMatrixUse):
         steps, *rest = _dot_dims(numbers, index, weight, other)
         return Recognised(cls(*rest), other, steps)
 
-    def block(self, delta: Float[Array, "k ..."], factor: Array, leaf: LeafView) -> OuterBlock:
-        delta = jax.vmap(lambda x: apply_view(self.output_steps, x))(delta)
-        return OuterBlock(
-            delta, apply_view(self.factor_steps, factor.astype(delta.dtype))[None], leaf
-        )
+    def block(self, delta: Float[Array, "n k ..."], factor: Array, leaf: LeafView) -> OuterBlock:
+        factor = rearranged(self.factor_steps, factor.astype(delta.dtype), 1)
+        return OuterBlock(rearranged(self.output_steps, delta, 2), factor[:, None], leaf)
 
 
 def _dot_dims(numbers: Any, side: int, weight: Array, other: Array) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from manifoldflow.linalg.jacobian._block import (
     AbstractPositionBlock,
     einsum,
     LeafView,
+    merge_positions,
     over_positions,
     Place,
 )
@@ -58,11 +59,11 @@ class AbstractPairUse(AbstractUse):
         """⟨U(a)ᵀδ, U(b)ᵀε⟩, by fewer numbers than the two rows hold."""
 
     def block(
-        self, delta: Float[Array, "k ..."], factor: PyTree[Array], leaf: LeafView
+        self, delta: Float[Array, "n k ..."], factor: PyTree[Array], leaf: LeafView
     ) -> "PairBlock":
         as_leaf = lambda x: x.astype(delta.dtype) if eqx.is_inexact_array(x) else x
-        factor = jax.tree.map(lambda x: as_leaf(jnp.asarray(x))[None], factor)
-        return PairBlock(delta[:, None], factor, self, leaf)
+        factor = jax.tree.map(lambda x: as_leaf(x)[:, None], factor)
+        return PairBlock(delta[:, :, None], factor, self, leaf)
 
 
 class PairBlock(AbstractPositionBlock):
@@ -78,10 +79,9 @@ class PairBlock(AbstractPositionBlock):
         return self.delta.shape[2]
 
     def merged(self) -> "PairBlock":
-        delta = jnp.moveaxis(self.delta, 0, 1)
-        delta = delta.reshape(delta.shape[0], -1, *delta.shape[3:])
-        factor = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self.factor)
-        return PairBlock(delta, factor, self.use, self.leaf)
+        merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+        factor = jax.tree.map(merge, self.factor)
+        return PairBlock(merge_positions(self.delta), factor, self.use, self.leaf)
 
     def joined(self, others: "Sequence[PairBlock]") -> "PairBlock":
         """One block with the positions of all."""
@@ -109,7 +109,7 @@ class PairBlock(AbstractPositionBlock):
 
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
         flat = self.delta.reshape(*self.delta.shape[:2], -1)
-        cotangent = einsum("nk,nkz->nz", weights, flat)
+        cotangent = einsum("nk,nkz->nz", weights.astype(flat.dtype), flat)
         leaf = jax.ShapeDtypeStruct(self.leaf.shape, self.delta.dtype)
         pull = jax.linear_transpose(self._apply, leaf)
         return pull(cotangent.reshape(self.delta.shape[:1] + self.delta.shape[2:]))[0]

@@ -5,6 +5,7 @@ with a use that is not understood keeps its rows too, which then cost n times it
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,16 @@ class RowBlock(AbstractBlock):
 
 
 def rows_of(
-    use: Callable[[Array], Array], delta: Float[Array, "k ..."], leaf: LeafView
+    use: Callable[[Array, Any], Array],
+    delta: Float[Array, "n k ..."],
+    factor: Any,
+    leaf: LeafView,
 ) -> RowBlock:
-    """The rows of one example: the transpose of a linear use z = use(view of the leaf), on δ."""
+    """The rows of a linear use: the transpose of z = use(view of the leaf, factor), on δ."""
     structure = jax.ShapeDtypeStruct(leaf.shape, delta.dtype)
-    shown = lambda x: jnp.broadcast_to(use(leaf.apply(x)), delta.shape[1:])
-    return RowBlock(jax.vmap(lambda d: jax.linear_transpose(shown, structure)(d)[0])(delta))
+
+    def of_example(delta: Array, factor: Any) -> Float[Array, "k ..."]:
+        shown = lambda x: jnp.broadcast_to(use(leaf.apply(x), factor), delta.shape[1:])
+        return jax.vmap(lambda d: jax.linear_transpose(shown, structure)(d)[0])(delta)
+
+    return RowBlock(jax.vmap(of_example)(delta, factor))

@@ -19,8 +19,8 @@ class Scale(AbstractElementwise):
         other = equation.operands[1 - index]
         return Recognised(cls(), 1 / other if equation.name == "div" else other)
 
-    def block(self, delta: Float[Array, "k ..."], factor: Array, leaf: LeafView) -> RowBlock:
-        return rows_of(lambda w: w * factor.astype(delta.dtype), delta, leaf)
+    def block(self, delta: Float[Array, "n k ..."], factor: Array, leaf: LeafView) -> RowBlock:
+        return rows_of(lambda w, g: w * g.astype(w.dtype), delta, factor, leaf)
 
 
 @rule("mul", "div")

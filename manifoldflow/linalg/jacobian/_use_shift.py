@@ -12,7 +12,9 @@ from manifoldflow.linalg.jacobian._use import (
 from manifoldflow.linalg.jacobian._use_rows import RowBlock, rows_of
 
 
-@register_use("add", "add_any", "sub")
+@register_use("add")
+@register_use("add_any")
+@register_use("sub")
 class Shift(AbstractElementwise):
     """z = y ± w."""
 
@@ -21,5 +23,5 @@ class Shift(AbstractElementwise):
         is_negative = equation.name == "sub" and index == 1
         return Recognised(cls(), scale=-1 if is_negative else None)
 
-    def block(self, delta: Float[Array, "k ..."], factor: None, leaf: LeafView) -> RowBlock:
-        return rows_of(lambda w: w, delta, leaf)
+    def block(self, delta: Float[Array, "n k ..."], factor: None, leaf: LeafView) -> RowBlock:
+        return rows_of(lambda w, _: w, delta, factor, leaf)
