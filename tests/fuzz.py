@@ -82,9 +82,10 @@ KINDS["nonnegative"] = KINDS["number"] | {"negative": -1.0}
 ARGUMENTS = {
     "instance": "manifold loss flow noise retraction solver adjoint method gram walk mesh jacobian"
     " operator left right multipliers tangents residual_factor hessian check mlp"
-    " loss_or_manifold symmetry symmetries until network_ optimizer local update",
+    " loss_or_manifold symmetry symmetries until network_ optimizer local update use",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
-    " charge activation first second where term jacobian_fn potential mean_field slow_drift",
+    " charge activation first second where term jacobian_fn potential mean_field slow_drift"
+    " mv operation",
     "point": "point other network coordinates params like",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
@@ -125,6 +126,7 @@ EXCEPTIONS = {
     ("linalg.gauss_newton", "scale"): "number",
     ("linalg.as_sigma", "given"): "instance",
     ("IterationLimit", "covariance"): "function",
+    ("linalg.tangent_solve", "right"): "vector",
 }
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
@@ -160,6 +162,8 @@ FITS = {
     ("linalg.jacobian", "data"): "longer|infinity",
     ("linalg.structured_jacobian", "inputs"): "longer|infinity",
     ("linalg.factor_operator", "columns"): "a matrix",
+    ("linalg.register_use", "operation"): "a string",
+    ("linalg.tangent_solve", "right"): "longer|a matrix|another structure",
     ("linalg.numerical_rank", "eigenvalues"): "infinity",
     ("linalg.row_scale", "norms_squared"): "infinity|NaN|longer",
     ("linalg.contract_hessians", "coefficients"): "NaN",  # times the Hessian 0

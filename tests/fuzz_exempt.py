@@ -8,6 +8,7 @@ RESULT_CLASSES = {
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
     "linalg.ResidualFactor", "flows.IterationCheck",
+    "linalg.Equation", "linalg.LeafView",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
     "noise.LocalHessian",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",

@@ -11,6 +11,7 @@ import optax
 
 import manifoldflow as mf
 from fuzz_table_optimisers import OPTIMISERS
+from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
 KEY = jr.key(0)
@@ -75,6 +76,7 @@ WALK = mf.Walk(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
+    **USES,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},

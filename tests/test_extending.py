@@ -9,6 +9,7 @@ import lineax as lx
 import checks
 import manifoldflow as mf
 from manifoldflow import diagnostics, flows, linalg, losses, manifolds, noise
+from test_structured_jacobian import equations
 
 
 class DoubleWell(mf.AbstractLoss):
@@ -265,3 +266,62 @@ def test_large_problems_are_structured():
     assert isinstance(loss.jacobian(model), linalg.StructuredJacobian)
     assert isinstance(mf.explain(loss, model), diagnostics.Explanation)
     assert isinstance(loss.select(jnp.arange(5)).jacobian(model), linalg.DenseJacobian)
+
+
+@jax.jit
+def circulant(weight, signal):
+    """z_f = Σ_c W_fc ⊛ x_c, convolutions on a circle by fast Fourier transforms."""
+    waves = jnp.einsum("fcm,cm->fm", jnp.fft.rfft(weight), jnp.fft.rfft(signal))
+    return jnp.fft.irfft(waves, weight.shape[-1])
+
+
+@linalg.register_use(circulant)
+class Circulant(linalg.AbstractPairUse):
+    """Rows δ_f ⋆ a_c for all f and c, whose products are those of summed correlations."""
+
+    @classmethod
+    def recognise(cls, equation, index):
+        if index != 0:
+            raise NotImplementedError("a leaf as the signal")
+        return linalg.Recognised(cls(), equation.operands[1])
+
+    def apply(self, weight, factor):
+        return circulant(weight, factor)
+
+    def inner(self, delta, factor, other_delta, other_factor):
+        return correlation(delta, other_delta) @ correlation(factor, other_factor)
+
+
+def correlation(x, y):
+    """Σ_f of the correlations of x_f and y_f on the circle."""
+    waves = jnp.einsum("fw,fw->w", jnp.conj(jnp.fft.rfft(x)), jnp.fft.rfft(y))
+    return jnp.fft.irfft(waves, x.shape[-1])
+
+
+def test_a_new_use_of_a_leaf():
+    """Fourier layers are not known: without `Circulant` each has n×D numbers of rows."""
+    params = {"w": jr.normal(jr.key(0), (6, 5, 7)), "v": jr.normal(jr.key(1), (6, 3, 7))}
+    signals = jr.normal(jr.key(2), (9, 5, 7))
+
+    def fn(p, x):
+        hidden = jnp.tanh(circulant(p["w"], x))
+        return jnp.sin(circulant(jnp.swapaxes(p["v"], 0, 1), hidden)).sum((0, 1))
+
+    structured = linalg.structured_jacobian(fn, params, signals)
+    checks.equal("uses", structured.treatments, {"['v']": "Circulant", "['w']": "Circulant"})
+    dense, weights = linalg.dense_jacobian(fn, params, signals), jr.normal(jr.key(3), (9,))
+    for name, product in {
+        "J v": lambda jac: jac.mv(params),
+        "Jᵀw": lambda jac: jac.transpose_mv(weights),
+        "K": lambda jac: jac.gram(),
+        "norms": lambda jac: jac.row_norms_squared(),
+        "rows": lambda jac: jac.rows(),
+    }.items():
+        checks.close(name, product(structured), product(dense), 1e-14)
+
+    def gram(params):
+        jac = linalg.structured_jacobian(fn, params, signals)
+        return jac.gram(), jac.transpose_mv(jac.mv(params))
+
+    sizes = [var.aval.size for eqn in equations(gram, params) for var in eqn.outvars]
+    checks.at_most("numbers of the largest array", max(sizes), 9 * 6 * 3 * 7 - 1)

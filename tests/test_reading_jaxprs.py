@@ -13,8 +13,8 @@ import pytest
 from jax import lax
 
 from checks import close
-from manifoldflow.linalg import _tap_rules, _taps, _views, _walk
-from manifoldflow.linalg._structured import structured_jacobian
+from manifoldflow.linalg import structured_jacobian
+from manifoldflow.linalg.jacobian import _taps, _use, _views, _walk
 from structured_models import CASES, normal
 
 # Programs for each primitive whose parameters are read.
@@ -78,7 +78,7 @@ def parameters_of(name, jaxpr):
 
 def hide_parameters(monkeypatch, name, hidden):
     """The rule of a primitive finds those parameters under other names."""
-    rule, plain = _tap_rules.RULES[name], _walk.Walk.plain
+    rule, plain = _use.RULES[name], _walk.Walk.plain
 
     def with_other_names(walk, eqn, inputs):
         params = {f"{key}_" if key in hidden else key: x for key, x in eqn.params.items()}
@@ -87,7 +87,7 @@ def hide_parameters(monkeypatch, name, hidden):
         )
         return rule(walk, seen, inputs)
 
-    monkeypatch.setitem(_tap_rules.RULES, name, with_other_names)
+    monkeypatch.setitem(_use.RULES, name, with_other_names)
     monkeypatch.setattr(
         _walk.Walk, "plain", lambda self, eqn, inputs: plain(self, getattr(eqn, "eqn", eqn), inputs)
     )
@@ -133,12 +133,12 @@ def forgetful_when_tapped(rule):
 def test_whatever_raises_leaves_the_rows(monkeypatch):
     """A rule that raises costs its leaf; one that raises, or forgets, in the tapped walk, all."""
     case = CASES["mlp ten outputs"]()
-    rule, labels = _tap_rules.RULES["dot_general"], {}
+    rule, labels = _use.RULES["dot_general"], {}
     dense, elementwise = ("dense rows",), ("elementwise",)
     faults = {
-        "rule": (_tap_rules.RULES, "dot_general", raising, 3 * (dense + elementwise)),
-        "tapped": (_tap_rules.RULES, "dot_general", raising_when_tapped(rule), 6 * dense),
-        "forgetful": (_tap_rules.RULES, "dot_general", forgetful_when_tapped(rule), 6 * dense),
+        "rule": (_use.RULES, "dot_general", raising, 3 * (dense + elementwise)),
+        "tapped": (_use.RULES, "dot_general", raising_when_tapped(rule), 6 * dense),
+        "forgetful": (_use.RULES, "dot_general", forgetful_when_tapped(rule), 6 * dense),
         "body": (vars(_taps), "body_of", raising, 6 * dense),
         "walk": (vars(_taps), "Walk", raising, 6 * dense),
         "grouping": (vars(_taps), "group_sites", raising, 6 * dense),

@@ -10,8 +10,8 @@ import jax.random as jr
 import lineax as lx
 import pytest
 
-from manifoldflow.linalg import _blocks
-from manifoldflow.linalg._structured import structured_jacobian
+from manifoldflow.linalg import structured_jacobian
+from manifoldflow.linalg.jacobian import _use_matrix_product
 from structured_models import (
     Case,
     CASES,
@@ -262,7 +262,7 @@ def test_covered_leaves_have_no_explicit_rows():
 
 def test_pieces_and_large_dense_rows(monkeypatch):
     """Rows that are formed in pieces give the same numbers."""
-    monkeypatch.setattr(_blocks, "PIECE", 4)
+    monkeypatch.setattr(_use_matrix_product, "PIECE", 4)
     for case in (CASES["attention in pieces"](), tied_embedding(True), normalised_weights()):
         fn = lambda p, structured, case=case: scalars(case, p, structured).sum()
         both = jax.jit(jax.value_and_grad(fn), static_argnums=1)

@@ -10,10 +10,8 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Tangent
-from manifoldflow.linalg._tangent_solve import tangent_solve
-from manifoldflow.manifolds import (
-    AbstractManifold,
-)
+from manifoldflow.linalg import tangent_solve
+from manifoldflow.manifolds import AbstractManifold
 
 _MAX_STEPS = 100
 
@@ -100,4 +98,5 @@ def _step(
         return _tree.add(w, turned)
 
     max_steps = 10 * min(100, _tree.size(y))
-    return space.tangent(tangent_solve(mv, space.tangent(gap), _tree.eps_of(y) ** 0.9, max_steps))
+    rtol = _tree.eps_of(y) ** 0.9
+    return space.tangent(tangent_solve(mv, space.tangent(gap), rtol=rtol, max_steps=max_steps))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
-from manifoldflow.linalg._lapack import eigh
+from manifoldflow.linalg import eigh
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -1,9 +1,5 @@
 """Linear algebra of Jacobians, Gram matrices and singular Hessians. Operators in, operators out."""
 
-from manifoldflow.linalg._chunked import (
-    chunked_jacobian as chunked_jacobian,
-    ChunkedJacobian as ChunkedJacobian,
-)
 from manifoldflow.linalg._contractions import (
     column as column,
     columns as columns,
@@ -11,10 +7,6 @@ from manifoldflow.linalg._contractions import (
     hessian_product_sum as hessian_product_sum,
     second_derivative_sum as second_derivative_sum,
     sum_terms as sum_terms,
-)
-from manifoldflow.linalg._dense import (
-    dense_jacobian as dense_jacobian,
-    DenseJacobian as DenseJacobian,
 )
 from manifoldflow.linalg._eigenvalues import (
     effective_rank as effective_rank,
@@ -45,13 +37,7 @@ from manifoldflow.linalg._iterative import (
     inverse_gram as inverse_gram,
     IterativeGram as IterativeGram,
 )
-from manifoldflow.linalg._jacobian import jacobian as jacobian
 from manifoldflow.linalg._lapack import eigh as eigh, one_by_one as one_by_one
-from manifoldflow.linalg._operator import (
-    AbstractJacobian as AbstractJacobian,
-    gauss_newton as gauss_newton,
-    gram as gram,
-)
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,
@@ -79,7 +65,23 @@ from manifoldflow.linalg._spectrum import (
     gram_log_determinant as gram_log_determinant,
     gram_top_eigenvector as gram_top_eigenvector,
 )
-from manifoldflow.linalg._structured import (
+from manifoldflow.linalg._tangent_solve import tangent_solve as tangent_solve
+from manifoldflow.linalg.jacobian import (
+    AbstractBlock as AbstractBlock,
+    AbstractJacobian as AbstractJacobian,
+    AbstractPairUse as AbstractPairUse,
+    AbstractUse as AbstractUse,
+    chunked_jacobian as chunked_jacobian,
+    ChunkedJacobian as ChunkedJacobian,
+    dense_jacobian as dense_jacobian,
+    DenseJacobian as DenseJacobian,
+    Equation as Equation,
+    gauss_newton as gauss_newton,
+    gram as gram,
+    jacobian as jacobian,
+    LeafView as LeafView,
+    Recognised as Recognised,
+    register_use as register_use,
     structured_jacobian as structured_jacobian,
     StructuredJacobian as StructuredJacobian,
 )

@@ -19,7 +19,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Tangent
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian import AbstractJacobian
 
 # Terms of a sum are formed together up to this many numbers: vectorised where points are
 # small, one by one where a single tangent is large.

@@ -12,7 +12,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Tangent
-from manifoldflow.linalg._operator import AbstractJacobian, register_with_lineax
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian, register_with_lineax
 
 
 @checked

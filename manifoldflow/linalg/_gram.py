@@ -20,7 +20,7 @@ from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import cho_solve, cholesky
-from manifoldflow.linalg._operator import AbstractJacobian, mirrored
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian, mirrored
 
 
 class AbstractGramSolve(eqx.Module):

@@ -17,7 +17,7 @@ from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import memory_budget
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

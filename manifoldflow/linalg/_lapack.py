@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from manifoldflow._boundary import checked
 from manifoldflow._errors import described
 
 
@@ -54,18 +55,38 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
     return values, vectors
 
 
-@jax.custom_jvp
-def eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix.
+@checked
+def eigh(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, safe where several run at once.
 
-    As `jax.numpy.linalg.eigh`; derivatives of any order, in both modes.
+    A = V diag(λ) Vᵀ, as `jax.numpy.linalg.eigh` finds it, which under `vmap` can wait for ever on
+    CPUs (see `one_by_one`). Derivatives of any order, in both modes:
+
+        λ' = diag(VᵀA'V),   V' = V (F ∘ VᵀA'V),   Fᵢⱼ = 1/(λⱼ − λᵢ), Fᵢᵢ = 0.
+
+    Those of the eigenvectors are inf or NaN where eigenvalues are equal.
+
+    Args:
+        matrix: symmetric (n, n).
+
+    Returns:
+        (λ, V): the eigenvalues in ascending order, and the eigenvectors as columns; NaN if the
+        matrix is not finite.
+
+    Raises:
+        ValueError: if it is no square matrix of real numbers.
     """
+    return _differentiable_eigh(matrix)
+
+
+@jax.custom_jvp
+def _differentiable_eigh(matrix: Array) -> tuple[Array, Array]:
     return _eigh(matrix)
 
 
-@eigh.defjvp
+@_differentiable_eigh.defjvp
 def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
-    values, vectors = eigh(*primals)
+    values, vectors = _differentiable_eigh(*primals)
     (change,) = tangents
     inside = vectors.T @ ((change + change.T) / 2) @ vectors
     one = jnp.eye(len(values), dtype=values.dtype)

@@ -18,7 +18,7 @@ from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian import AbstractJacobian
 
 _MAX_ITERATIONS = 12
 _NUM_PLAIN = 3

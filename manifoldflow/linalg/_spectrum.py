@@ -19,7 +19,7 @@ from manifoldflow._types import Scalar, Tangent
 from manifoldflow.linalg._eigenvalues import Eigenvalues, judged
 from manifoldflow.linalg._lanczos import lanczos
 from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian import AbstractJacobian
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -9,7 +9,7 @@ from manifoldflow import _tree
 from manifoldflow._jvp import constraint_dot, filled, no_tangent
 from manifoldflow._results import Info, or_nan
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
-from manifoldflow.linalg._tangent_solve import tangent_solve
+from manifoldflow.linalg import tangent_solve
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
 from manifoldflow.manifolds._search import (
     Constrained,
@@ -124,5 +124,5 @@ def _oblique_lift(
         tangent = there.tangent(w)
         return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
 
-    tol = _tree.eps_of(wanted) ** 0.9
-    return there.tangent(tangent_solve(mv, there.tangent(wanted), tol))
+    rtol = _tree.eps_of(wanted) ** 0.9
+    return there.tangent(tangent_solve(mv, there.tangent(wanted), rtol=rtol))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian
 
 # TF32 is the default for float32 matrix products on NVIDIA GPUs and loses the
 # projections three digits; every product here asks for full float32.

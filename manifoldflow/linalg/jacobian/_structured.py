@@ -21,10 +21,11 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers
-from manifoldflow.linalg import _taps
-from manifoldflow.linalg._assemble import block_of, label_of
-from manifoldflow.linalg._blocks import AbstractBlock, RowBlock
-from manifoldflow.linalg._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian import _taps
+from manifoldflow.linalg.jacobian._block import AbstractBlock
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian._sums import block_of, label_of
+from manifoldflow.linalg.jacobian._use_rows import DENSE_ROWS, RowBlock
 
 
 class StructuredJacobian(AbstractJacobian):
@@ -193,18 +194,17 @@ def structured_jacobian(
     )
 
 
-_DENSE = "dense rows"
-
-
 def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns: Any) -> Any:
     """Blocks and label of every leaf, from its uses in the model's jaxpr."""
     uses = model.uses(structures)
     read = lambda column: _taps.read_taps(model, uses, leaves, column)
     deltas, rows, records = jax.vmap(read)(columns)
-    blocks, labels = [], []
+    blocks, labels, reasons = [], [], dict(uses.reasons)
     for index, leaf in enumerate(leaves):
         if index in uses.opaque:
-            found, label = (RowBlock(rows[index]),), _DENSE
+            found, label = (RowBlock(rows[index]),), DENSE_ROWS
+            if index in reasons:
+                label += f" ({reasons[index]})"
         else:
             groups = uses.groups[index]
             found = tuple(block_of(uses.sites, group, deltas, records, leaf) for group in groups)
@@ -217,7 +217,7 @@ def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns
 def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
     """The same with explicit rows for every leaf, without a look at the jaxpr."""
     rows = jax.vmap(lambda column: _taps.read_rows(model, leaves, column))(columns)
-    return [(RowBlock(row),) for row in rows], [_DENSE] * len(leaves)
+    return [(RowBlock(row),) for row in rows], [DENSE_ROWS] * len(leaves)
 
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
-from manifoldflow.linalg._operator import AbstractJacobian
-from manifoldflow.linalg._structured import structured_jacobian, StructuredJacobian
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian._structured import structured_jacobian, StructuredJacobian
 
 
 class ChunkedJacobian(AbstractJacobian):

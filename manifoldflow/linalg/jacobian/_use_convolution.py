@@ -1,14 +1,28 @@
-"""Rows of the Jacobian for the kernel of a convolution: a weight that meets patches of an image.
+"""A convolution: a matrix product at every output place, with patches of the image as factors.
 
 Patches are far larger than their image. Here it is cut along all axes of the window but the
 first, so that rows can be summed over the places one slice of the window after the other.
 """
 
+import math
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView, rearranged
+from manifoldflow.linalg.jacobian._use import (
+    AbstractMatrixUse,
+    Equation,
+    Recognised,
+    register_use,
+)
+from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
+from manifoldflow.linalg.jacobian._use_rows import RowBlock
+from manifoldflow.linalg.jacobian._views import ints, View
 
 
 class Kernel(NamedTuple):
@@ -65,3 +79,44 @@ def _pieces(image: Array, axis: int, size: int, stride: int, dilation: int) -> l
     length = image.shape[axis] - dilation * (size - 1)
     starts = [dilation * k for k in range(size)]
     return [lax.slice_in_dim(image, start, start + length, stride, axis) for start in starts]
+
+
+@register_use("conv_general_dilated")
+class Convolution(AbstractMatrixUse):
+    """A leaf as the kernel, with any strides, dilations, groups and layout."""
+
+    kernel: Kernel = eqx.field(static=True)
+    output_steps: View = eqx.field(static=True)  # to (T, G, F)
+
+    @classmethod
+    def recognise(cls, equation: Equation, index: int) -> Recognised:
+        params, z = equation.params, equation.output
+        image, shape = equation.operands[0], equation.operands[1].shape
+        groups = params["feature_group_count"]
+        o, i, *window = params["dimension_numbers"].rhs_spec
+        if index != 1 or params["batch_group_count"] != 1 or not window:
+            raise NotImplementedError("a convolution of a leaf, or with groups of examples")
+        batch, feature, *places = params["dimension_numbers"].out_spec
+        output_steps = (
+            ("transpose", ints((batch, *places, feature))),
+            ("reshape", (z.size // z.shape[feature], groups, shape[o] // groups)),
+        )
+        kernel_steps = (
+            ("transpose", ints((o, *window, i))),
+            ("reshape", (groups, shape[o] // groups, math.prod(shape) // shape[o])),
+        )
+        sizes = [shape[axis] for axis in window]
+        first = (sizes[0], params["window_strides"][0], params["rhs_dilation"][0])
+        use = cls(Kernel(*first, groups, shape[i]), output_steps)
+        return Recognised(use, slabs(image, sizes, params), kernel_steps)
+
+    def block(self, delta: Float[Array, "n k ..."], factor: Array, leaf: LeafView) -> AbstractBlock:
+        """The rows of a kernel, or δ and the patches where these are fewer numbers."""
+        delta, factor = rearranged(self.output_steps, delta, 2), factor.astype(delta.dtype)
+        num_outputs, num_places = delta.shape[1:3]
+        num_factors = num_places * self.kernel.size * factor.shape[-1]
+        num_factors += delta.size // delta.shape[0]
+        if num_outputs * math.prod(leaf.shape) > num_factors:
+            return OuterBlock(delta, jax.vmap(self.kernel.patches)(factor)[:, None], leaf)
+        rows = jax.vmap(self.kernel.rows)(factor, delta)
+        return RowBlock(jax.vmap(jax.vmap(leaf.pull))(rows))

@@ -8,7 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from manifoldflow.linalg._views import View
+from manifoldflow.linalg.jacobian._views import View
 
 
 class Alias(NamedTuple):
@@ -25,16 +25,15 @@ class Value(NamedTuple):
 
 
 class Site(NamedTuple):
-    """One linear use of one leaf. `kind` names the rule that reads the row off.
+    """One use of one leaf, which is seen there through a view.
 
     Within scans `steps` holds their lengths, outermost first: leading axes of the tap.
     """
 
     leaf: int
-    kind: str
+    use: Any  # an AbstractUse
     view: View
     tap: jax.ShapeDtypeStruct
-    dims: tuple[Any, ...] = ()
     steps: tuple[int, ...] = ()
 
 
@@ -56,8 +55,8 @@ Rule = Callable[..., list[Value] | None]
 class Walk:
     """One evaluation of a model's jaxpr that meets its taps in a fixed order.
 
-    Without taps it only lists the sites and the leaves it cannot treat (`opaque`); with
-    taps it adds them in the same order and keeps a record per site.
+    Without taps it only lists the sites and the leaves it cannot treat (`opaque`, some with
+    the reason); with taps it adds them in the same order and keeps a record per site.
     """
 
     def __init__(self, template: Any, rules: dict[str, Rule], taps: Sequence[Array] | None = None):
@@ -67,6 +66,7 @@ class Walk:
         self.sites: list[Site] = []
         self.records: list[Record | None] = []
         self.opaque: set[int] = set()
+        self.reasons: dict[int, str] = {}
 
     def within(self, taps: Sequence[Array] | None = None) -> "Walk":
         """A walk through a body inside."""
@@ -125,14 +125,17 @@ class Walk:
         outputs = jex.jaxpr_as_fun(closed(jaxpr))(*named.values())
         return [Value(output) for output in outputs]
 
-    def give_up(self, values: Sequence[Value]) -> None:
+    def give_up(self, values: Sequence[Value], reason: str | None = None) -> None:
         """These leaves are used in a way no rule knows: explicit rows for them."""
-        self.opaque.update(value.alias.leaf for value in values if value.alias is not None)
+        leaves = {value.alias.leaf for value in values if value.alias is not None}
+        self.opaque |= leaves
+        if reason is not None:
+            self.reasons |= dict.fromkeys(leaves, reason)
 
-    def tap(self, z: Array, alias: Alias, kind: str, factor: Any, dims: Any, view: View) -> Array:
+    def tap(self, z: Array, alias: Alias, use: Any, factor: Any, view: View) -> Array:
         """Register a site on `z` and add its tap."""
         tap = jax.ShapeDtypeStruct(jnp.shape(z), jnp.result_type(z))
-        (tau,) = self.register([Site(alias.leaf, kind, view, tap, dims)])
+        (tau,) = self.register([Site(alias.leaf, use, view, tap)])
         self.records.append(Record(factor, alias.scale))
         return z if tau is None else z + tau
 

@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from manifoldflow.linalg._tap_rules import RULES
-from manifoldflow.linalg._views import Entries, entries_of
-from manifoldflow.linalg._walk import Alias, body_of, Record, Site, Value, Walk
+from manifoldflow.linalg.jacobian._known import RULES
+from manifoldflow.linalg.jacobian._use import AbstractElementwise, AbstractMatrixUse
+from manifoldflow.linalg.jacobian._use_pairs import AbstractPairUse
+from manifoldflow.linalg.jacobian._views import Entries, entries_of
+from manifoldflow.linalg.jacobian._walk import Alias, body_of, Record, Site, Value, Walk
 
 
 class Group(NamedTuple):
@@ -40,6 +42,7 @@ class Uses(NamedTuple):
     sites: tuple[Site, ...]
     groups: dict[int, list[Group]]
     opaque: frozenset[int]
+    reasons: tuple[tuple[int, str], ...] = ()  # why, where the use of a leaf raised an error
 
 
 def group_sites(sites: Sequence[Site], leaf: int, shape: tuple[int, ...]) -> list[Group] | None:
@@ -48,21 +51,30 @@ def group_sites(sites: Sequence[Site], leaf: int, shape: tuple[int, ...]) -> lis
     if len(mine) < 2:
         return [Group((index,), (False,)) for index in mine]
     seen = {index: entries_of(sites[index].view, shape) for index in mine}
-    sums = tuple(index for index in mine if sites[index].kind in ("sum", "product"))
+    sums = tuple(i for i in mine if isinstance(sites[i].use, AbstractElementwise))
     groups = [Group(sums, (False,) * len(sums))] if sums else []
     for index in mine:
         if index in sums:
             continue
         for place, group in enumerate(groups):
-            swapped = (
-                _same_entries(seen[group.sites[0]], seen[index]) if place >= bool(sums) else None
-            )
+            first = group.sites[0]
+            swapped = _same_form(sites[first], sites[index], seen[first], seen[index])
             if swapped is not None:
                 groups[place] = Group(group.sites + (index,), group.swapped + (swapped,))
                 break
         else:
             groups.append(Group((index,), (False,)))
     return groups if _are_disjoint([[seen[i] for i in group.sites] for group in groups]) else None
+
+
+def _same_form(first: Site, other: Site, seen: Entries, others: Entries) -> bool | None:
+    """As `_same_entries`, for uses whose rows add up; None for all others."""
+    uses = first.use, other.use
+    if all(isinstance(use, AbstractMatrixUse) for use in uses):
+        return _same_entries(seen, others)
+    is_same = type(uses[0]) is type(uses[1]) and bool(uses[0] == uses[1])
+    is_pair = isinstance(uses[0], AbstractPairUse)
+    return False if is_pair and is_same and first.view == other.view else None
 
 
 def _same_entries(first: Entries, other: Entries) -> bool | None:
@@ -107,6 +119,7 @@ class Model(NamedTuple):
     def uses(self, leaves: Sequence[Any]) -> Uses:
         """List the sites, abstractly; leaves with a use that no rule knows are opaque."""
         opaque: frozenset[int] = frozenset()
+        reasons: dict[int, str] = {}
         while True:
             walk = Walk(body_of(self.jaxpr), RULES)
             evaluate = partial(self.evaluate, walk, opaque=opaque)
@@ -117,8 +130,9 @@ class Model(NamedTuple):
                 if index not in opaque | walk.opaque
             }
             refused = walk.opaque | {index for index, found in groups.items() if found is None}
+            reasons |= walk.reasons
             if not refused:
-                return Uses(tuple(walk.sites), groups, opaque)
+                return Uses(tuple(walk.sites), groups, opaque, tuple(reasons.items()))
             opaque = opaque | refused
 
 

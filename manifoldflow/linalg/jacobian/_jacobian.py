@@ -9,11 +9,11 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Example
-from manifoldflow.linalg._chunked import chunked_jacobian
-from manifoldflow.linalg._dense import dense_jacobian
 from manifoldflow.linalg._memory import memory_budget
-from manifoldflow.linalg._operator import AbstractJacobian
-from manifoldflow.linalg._structured import structured_jacobian
+from manifoldflow.linalg.jacobian._chunked import chunked_jacobian
+from manifoldflow.linalg.jacobian._dense import dense_jacobian
+from manifoldflow.linalg.jacobian._operator import AbstractJacobian
+from manifoldflow.linalg.jacobian._structured import structured_jacobian
 
 # Up to this many numbers explicit rows are simpler to compile, and half a megabyte is no
 # memory to save; the threshold itself is a judgement, not a measurement. Convolutions are

@@ -1,0 +1,92 @@
+"""From the derivatives of taps to blocks: several uses of one leaf in one form are one block."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from manifoldflow.linalg.jacobian._block import (
+    AbstractBlock,
+    AbstractPositionBlock,
+    LeafView,
+)
+from manifoldflow.linalg.jacobian._taps import Group
+from manifoldflow.linalg.jacobian._use import AbstractElementwise, AbstractMatrixUse
+from manifoldflow.linalg.jacobian._use_convolution import Convolution
+from manifoldflow.linalg.jacobian._use_look_up import LookUpBlock
+from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
+from manifoldflow.linalg.jacobian._use_pairs import PairBlock
+from manifoldflow.linalg.jacobian._use_rows import RowBlock
+from manifoldflow.linalg.jacobian._walk import Record, Site
+
+
+def block_of(
+    sites: tuple[Site, ...], group: Group, deltas: Any, records: Any, leaf: Array
+) -> AbstractBlock:
+    """One group of uses, from tap derivatives (n, k, ...) and records (n, ...)."""
+    blocks = []
+    for index in group.sites:
+        blocks.append(_read(sites[index], deltas[index], records[index], leaf))
+    block = _sum_of_blocks(blocks, group.swapped)
+    return block.compact() if isinstance(block, OuterBlock | PairBlock) else block
+
+
+def _read(site: Site, delta: Array, record: Record, leaf: Array) -> AbstractBlock:
+    """What the block of a site keeps, from its tap derivatives (n, k, ...)."""
+
+    def one(delta: Array, record: Record) -> AbstractBlock:
+        delta = delta.astype(leaf.dtype)
+        if record.scale is not None:
+            delta = jax.vmap(jnp.multiply)(delta, jnp.asarray(record.scale, leaf.dtype))
+        return site.use.block(delta, record.factor, LeafView(site.view, leaf.shape))
+
+    if not site.steps:
+        return one(delta, record)
+    # The steps of all scans around are positions, or terms of a sum.
+    depth, shape = len(site.steps), delta.shape
+    delta = delta.reshape(*shape[:2], -1, *shape[2 + depth :])
+    record = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[1 + depth :]), record)
+    block = jax.vmap(one, in_axes=(2, 1))(delta, record)
+    if isinstance(block, AbstractPositionBlock):
+        return block.merged()
+    return RowBlock(jnp.sum(jax.vmap(lambda block: block.rows())(block), 0))
+
+
+def _sum_of_blocks(blocks: list[Any], swapped: tuple[bool, ...]) -> AbstractBlock:
+    """Uses of one form are further positions of one weight, or a sum of rows."""
+    if len(blocks) == 1:
+        return blocks[0]
+    if any(not isinstance(block, AbstractPositionBlock) for block in blocks):
+        rows = [block.rows() for block in blocks]
+        return RowBlock(functools.reduce(jnp.add, rows))
+    if isinstance(blocks[0], PairBlock):
+        return blocks[0].joined(blocks[1:])
+    if all(isinstance(block, LookUpBlock) for block in blocks) and not any(swapped):
+        return blocks[0].joined(blocks[1:])
+    leaf = blocks[0].leaf
+    blocks = [block.as_outer() if isinstance(block, LookUpBlock) else block for block in blocks]
+    blocks = [b.swapped(leaf) if s else b for b, s in zip(blocks, swapped, strict=True)]
+    return blocks[0].joined(blocks[1:])
+
+
+def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
+    """What `treatments` says of a leaf with these blocks."""
+    names = []
+    for block, group in zip(blocks, groups, strict=True):
+        kinds = {type(sites[index].use) for index in group.sites}
+        summed = ", summed" if isinstance(block, RowBlock) else ""
+        if all(issubclass(kind, AbstractElementwise) for kind in kinds):
+            names.append("elementwise")
+        elif isinstance(block, LookUpBlock):
+            names.append("embedding")
+        elif kinds == {Convolution}:
+            names.append("convolution" + summed)
+        elif all(issubclass(kind, AbstractMatrixUse) for kind in kinds):
+            rank_one = isinstance(block, OuterBlock) and block.is_rank_one
+            names.append("rank one" if rank_one else "positions" + summed)
+        else:
+            (kind,) = kinds
+            names.append(kind.__name__ + summed)
+    return " + ".join(dict.fromkeys(names)) or "unused"
