@@ -5,10 +5,12 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow._results import Observables
-from manifoldflow._types import Coordinates, Point
+from manifoldflow._types import Coordinates, Point, Scalar
 
 Report = Callable[[Any, Coordinates, PyTree[Array]], None]
 """What is called at every save: time, coordinates, observables."""
@@ -26,6 +28,11 @@ def checked_observables(observe: Observables | None) -> dict[str, Callable[[Poin
     return observe
 
 
+def observed(observe: Observables, point: Point) -> dict[str, PyTree[Array]]:
+    """What is to be seen at a point."""
+    return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in observe.items()}
+
+
 def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
     is_known = isinstance(progress, bool | dfx.AbstractProgressMeter) or callable(progress)
     if not is_known:
@@ -35,6 +42,11 @@ def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
     if progress is True:
         return dfx.TextProgressMeter()
     return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
+
+
+def share_of_decades(first: Scalar, least: Scalar, wanted: Scalar) -> Scalar:
+    """How many of the decimal places that a number has to fall it has fallen."""
+    return jnp.nan_to_num(jnp.log(first / least) / jnp.log(first / wanted))
 
 
 def row_reports(progress: Any) -> tuple[Report, ...]:
