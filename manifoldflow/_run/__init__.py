@@ -19,7 +19,6 @@ from manifoldflow._run._recorded import (
     Leg as Leg,
     recorded as recorded,
     Save as Save,
-    tell as tell,
 )
 from manifoldflow._run._reports import (
     checked_observables as checked_observables,
@@ -28,4 +27,6 @@ from manifoldflow._run._reports import (
     Report as Report,
     row_reports as row_reports,
     share_of_decades as share_of_decades,
+    show as show,
+    tell as tell,
 )

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow._errors import is_traced
 from manifoldflow._journal import Journal, Place, store_of
-from manifoldflow._run._reports import Report
+from manifoldflow._run._reports import Report, tell
 
 State = TypeVar("State")
 
@@ -116,14 +116,4 @@ def _keep(run: AbstractRun[Any], journal: Journal, target: Any, save: Save) -> N
     journal.add(save.row, save.step, save.time)
     if target is not None:
         journal.write(target, save.state, must=save.must_write)
-    tell(run.reports, save.time, save.row)
-
-
-def tell(reports: tuple[Report, ...], time: Any, row: Any) -> None:
-    """Report a save to a user's functions; what they raise says where it came from."""
-    for report in reports:
-        try:
-            report(time, *row[:2])
-        except Exception as error:
-            error.add_note(f"This came from the callback `progress` at time {float(time):.6g}.")
-            raise
+    tell(run.reports, save.time, *save.row[:2])

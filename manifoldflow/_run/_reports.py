@@ -44,6 +44,22 @@ def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
     return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
 
 
+def show(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
+    """Report from inside a program."""
+    for report in reports:
+        jax.debug.callback(report, time, coordinates, seen)
+
+
+def tell(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
+    """The same between programs, at once; what is raised says where it came from."""
+    for report in reports:
+        try:
+            report(time, coordinates, seen)
+        except Exception as error:
+            error.add_note(f"This came from the callback `progress` at time {float(time):.6g}.")
+            raise
+
+
 def share_of_decades(first: Scalar, least: Scalar, wanted: Scalar) -> Scalar:
     """How many of the decimal places that a number has to fall it has fallen."""
     return jnp.nan_to_num(jnp.log(first / least) / jnp.log(first / wanted))

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
+from manifoldflow._journal import (
+    digest,
+    Identity,
+    Journal,
+    observables_of,
+    parts_of,
+    Place,
+    program,
+    start_of,
+)
 from manifoldflow._results import Solution
 from manifoldflow._run import (
     AbstractRun,
@@ -69,7 +78,7 @@ class _Solve(AbstractRun[Here]):
     def again(self, journal: Journal, state: tuple[()], step: int) -> Here:
         row = journal.last()
         time = self.times[journal.num_done - 1]
-        tell(self.reports, time, row)
+        tell(self.reports, time, *row[:2])
         return begun(row[0], time, successful(), row[2])
 
     def legs(self, state: Here, journal: Journal) -> Iterator[Leg]:
@@ -126,7 +135,7 @@ def _identity(
     flow: AbstractFlow, point: Point, times: Array, end_time: Scalar, options: Options
 ) -> Identity:
     """What tells this solve from others: all that its steps depend on."""
-    functions = {f"observable {name!r}": program(fn, point) for name, fn in options.observe.items()}
+    functions = observables_of(options.observe, point)
     until = options.until
     if until is not None and not isinstance(until, Stationary):
         functions["until"] = program(until, point)
@@ -140,8 +149,7 @@ def _identity(
         chain["flow's noise"] = program(_kick, flow, point)
     return Identity(
         {
-            **parts_of("start", flow.split(point)[0], whole=True),
-            **parts_of("frozen part of the point", flow.split(point)[1], whole=True),
+            **start_of(*flow.split(point)),
             **parts_of("flow", flow),
             **_option_parts(times, end_time, options),
         },

@@ -4,12 +4,11 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._run import meter_of, Report, row_reports, share_of_decades
+from manifoldflow._run import meter_of, Report, row_reports, share_of_decades, show
 from manifoldflow._types import Coordinates, Scalar
 
 
@@ -36,8 +35,7 @@ class Shown(eqx.Module):
         wanted: Scalar,
     ) -> PyTree[Array]:
         """Show how far it is."""
-        for report in self.reports:
-            jax.debug.callback(report, num_steps, coordinates, {"remaining": remaining})
+        show(self.reports, num_steps, coordinates, {"remaining": remaining})
         if not self.has_meter:
             return None
         inner, first = state

@@ -64,8 +64,9 @@ def minimize(
             the point reached so far, rewritten after every eighth attempt, unless that would
             take more than a tenth of the time. If it is there already and belongs to this
             search, the search goes on from there, to the last bit as if it had never been cut
-            off. Progress is then shown after every eighth attempt, too, and `stats` count one
-            gradient and one factorisation more for each time.
+            off; `max_steps` and `stats` count the attempts of all calls. Progress is then shown
+            after every eighth attempt as well, each time at the cost of one gradient and one
+            factorisation, which `stats` count.
         throw: raise when no stationary point is found. With `throw=False` look at
             `solution.result`; `final` is then NaN, and `point(-1)` the last point reached.
 

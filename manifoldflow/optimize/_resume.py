@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._journal import Identity, Journal, parts_of, Place, program
+from manifoldflow._journal import (
+    Identity,
+    Journal,
+    observables_of,
+    parts_of,
+    Place,
+    program,
+    start_of,
+)
 from manifoldflow._results import Info, RESULTS, Solution
 from manifoldflow._run import AbstractRun, check_concrete, Leg, recorded, Report, Save
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
@@ -148,17 +156,15 @@ def _end(problem: Problem, options: Options, start: Coordinates, here: _Here) ->
 def _identity(problem: Problem, coordinates: Coordinates, options: Options) -> Identity:
     """What tells this search from others: all that its steps depend on."""
     point, manifold, fn = problem.point(coordinates), problem.manifold, problem.fn
-    functions = {f"observable {name!r}": program(fn, point) for name, fn in options.observe.items()}
     return Identity(
         {
-            **parts_of("start", coordinates, whole=True),
-            **parts_of("frozen part of the point", problem.remainder, whole=True),
+            **start_of(coordinates, problem.remainder),
             **parts_of("manifold", manifold),
             **parts_of("function", fn),
             **parts_of("method", options.method),
             **parts_of("gradient_tolerance", options.gradient_tolerance),
         },
-        functions,
+        observables_of(options.observe, point),
         {
             "manifold": program(_constraint, manifold, point),
             "function": program(_value, problem, coordinates),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._results import Info, or_nan, RESULTS, Solution
-from manifoldflow._run import observed, Report, share_of_decades
+from manifoldflow._run import observed, Report, share_of_decades, show
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.optimize._base import (
     AbstractMethod,
@@ -142,9 +142,9 @@ def attempted(problem: Problem, options: Options, state: State, most: Any) -> St
 
 
 def _report(problem: Problem, options: Options, state: State) -> None:
-    for each in options.reports:
-        coordinates = state.iterate.coordinates
-        jax.debug.callback(each, state.tally.num_steps, coordinates, shown(problem, options, state))
+    if options.reports:
+        seen = shown(problem, options, state)
+        show(options.reports, state.tally.num_steps, state.iterate.coordinates, seen)
 
 
 def shown(problem: Problem, options: Options, state: State) -> dict[str, PyTree[Array]]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._results import or_nan, RESULTS, Solution
-from manifoldflow._run import observed, Report
+from manifoldflow._run import observed, Report, show
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractNoise
@@ -122,8 +122,7 @@ class Stepper:
         point = _tree.join(state.coordinates, self.problem.remainder)
         saved = Row(state.coordinates, observed(self.problem.observe, point))
         saved = or_nan(saved, state.diverged_at < 0, of=(self.problem, state))
-        for report in self.problem.reports:
-            jax.debug.callback(report, time, saved.coordinates, saved.observables)
+        show(self.problem.reports, time, saved.coordinates, saved.observables)
         return saved
 
 

@@ -12,7 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
-from manifoldflow._journal import Identity, Journal, parts_of, Place, program
+from manifoldflow._journal import (
+    Identity,
+    Journal,
+    observables_of,
+    parts_of,
+    Place,
+    program,
+    start_of,
+)
 from manifoldflow._results import Solution
 from manifoldflow._run import AbstractRun, check_concrete, Leg, recorded, Report, Save
 from manifoldflow._types import Coordinates, Scalar, Tangent
@@ -101,8 +109,7 @@ def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
     return Identity(
         values={
             "key": parts_of("key", problem.key)["key"],
-            **parts_of("start", state.coordinates, whole=True),
-            **parts_of("frozen part of the point", problem.remainder, whole=True),
+            **start_of(state.coordinates, problem.remainder),
             **parts_of("loss", problem.loss),
             **parts_of("noise", problem.noise),
             **parts_of("learning rate", rate),
@@ -110,9 +117,7 @@ def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
             **parts_of("optimizer", problem.optimizer),
             **parts_of("first state of the optimizer", state.opt_state, whole=True),
         },
-        functions={
-            f"observable {name!r}": program(fn, point) for name, fn in problem.observe.items()
-        },
+        functions=observables_of(problem.observe, point),
         chain={
             "loss": program(_value, problem.loss, point),
             "noise": program(_gradient, problem, state),
