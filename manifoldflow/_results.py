@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,26 @@ from manifoldflow import _tree
 from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 
+Value = TypeVar("Value", bound=PyTree[Any])
+
 
 class RESULTS(eqx.Enumeration):
-    """How a search or a solve ended. Compare with `==`; print to read the message."""
+    """How a search or a solve ended. Compare with `==`; print to read the message.
 
+    All that this package gives, since Equinox compares no members of two enumerations; by who
+    gives them.
+    """
+
+    # Whoever searches, solves or moves gives these.
     successful = ""
-    stopped_early = "The solve was ended by `until` before `end_time`."
-    max_steps_reached = (
-        "The step limit was reached first. Raise `max_steps`. If more steps do not help, they are "
-        "refused all along: look at the model where it stopped, or use float64."
+    nonfinite = (
+        "NaN or infinity appeared. Look at the model and its derivatives at the start: the root "
+        "or the norm of 0 has no derivative. If all is finite there, it came on the way: start "
+        "elsewhere, and follow flows in smaller steps."
     )
-    out_of_steps = (
-        "It did not end within its fixed number of steps. Look at the model there, use "
-        "float64, or start nearer to the result."
-    )
+
+    # Searches for a point of a manifold, and all that begins with one: `project`, `retract`,
+    # `closest_point`, `limit_map`, `solve`, `minimize`, geodesics.
     not_on_manifold = (
         "No point of the manifold was found: the constraint could not be lowered to "
         "tolerance. The start may lie in another basin, the set may be empty, or the "
@@ -42,19 +49,59 @@ class RESULTS(eqx.Enumeration):
         "A stationary point was found whose Hessian is not positive on the normal space: "
         "a saddle. Check the rank that the manifold was given, or start elsewhere."
     )
+    rank_too_small = (
+        "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "
+        "are a smaller set. Count them with `manifold.rank(point)`, and build the manifold anew."
+    )
+
+    # Whatever goes by steps: the first where the caller may say how many, the second where not.
+    max_steps_reached = (
+        "The step limit was reached first. Raise `max_steps`. If more steps do not help, they are "
+        "refused all along: look at the model where it stopped, or use float64."
+    )
+    out_of_steps = (
+        "It did not end within its fixed number of steps. Look at the model there, use "
+        "float64, or start nearer to the result."
+    )
+
+    # What Diffrax steps: `solve`, geodesics, transport; and `limit_map`.
+    step_too_small = (
+        "The adaptive step size fell below what the precision can resolve: the path runs into a "
+        "kink, a pole or a loss of rank, or float64 is needed."
+    )
+
+    # `solve`.
+    stopped_early = "The solve was ended by `until` before `end_time`."
+    bad_end_time = "end_time must be positive and finite."
+
+    # `simulate`.
+    diverged = (
+        "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "
+        '(or than 1). `stats["diverged_at"]` is the step that did it. Lower the learning '
+        "rate: for plain SGD it must stay below 2 over the largest eigenvalue of the Hessian. "
+        "At step 0, look at the model at the start, and whether the optimizer divides by the "
+        "norm of a gradient that is zero there."
+    )
+    bad_learning_rate = "learning_rate must be positive and finite, momentum in [0, 1)."
+
+    # `minimize`.
+    stalled = (
+        "The gradient stopped falling at the level of rounding, above `gradient_tolerance`. "
+        "Loosen the tolerance, or use float64."
+    )
+
+    # `logarithm_map` and `inverse_retract`.
     no_geodesic = (
         "Shooting found no geodesic between the two points. Both must lie on one piece of the "
         "manifold, nearer to each other than its radius of curvature times π; go by points "
         "between them."
     )
-    stalled = (
-        "The gradient stopped falling at the level of rounding, above `gradient_tolerance`. "
-        "Loosen the tolerance, or use float64."
-    )
     not_retracted = (
         "No tangent was found whose retraction is the other point. They must be nearer to each "
         "other than the radius of curvature of the manifold."
     )
+
+    # `symmetry`.
     not_a_symmetry = (
         "The loss does not have this symmetry, or several symmetries do not commute: ∇ℓ·Aθ is "
         "far from zero. `symmetry.check_symmetry` says by how much."
@@ -64,31 +111,11 @@ class RESULTS(eqx.Enumeration):
         "Give weight_decay > 0 and noise_scale, take kind='norm', or leave that symmetry out "
         "of `symmetries`."
     )
-    bad_end_time = "end_time must be positive and finite."
-    diverged = (
-        "SGD diverged: a coordinate is not finite, or 10⁸ times larger than any at the start "
-        '(or than 1). `stats["diverged_at"]` is the step that did it. Lower the learning '
-        "rate: for plain SGD it must stay below 2 over the largest eigenvalue of the Hessian. "
-        "At step 0, look at the model at the start, and whether the optimizer divides by the "
-        "norm of a gradient that is zero there."
-    )
-    bad_learning_rate = "learning_rate must be positive and finite, momentum in [0, 1)."
-    nonfinite = (
-        "NaN or infinity appeared. Look at the model and its derivatives at the start: the root "
-        "or the norm of 0 has no derivative. If all is finite there, it came on the way: start "
-        "elsewhere, and follow flows in smaller steps."
-    )
-    step_too_small = (
-        "The adaptive step size fell below what the precision can resolve: the path runs into a "
-        "kink, a pole or a loss of rank, or float64 is needed."
-    )
+
+    # Eigenvalues.
     not_converged = (
         "The eigenvalues were not found to tolerance: their residuals say how far from an "
         "eigenvalue each of them may be. Allow more products, ask for fewer, or use float64."
-    )
-    rank_too_small = (
-        "The loss curves upwards in more directions than the manifold's `rank`: its minimisers "
-        "are a smaller set. Count them with `manifold.rank(point)`, and build the manifold anew."
     )
 
 
@@ -96,6 +123,25 @@ def without_step_limit(result: RESULTS) -> RESULTS:
     """For callers that cannot choose how many steps a search inside them may take."""
     is_limit = result == RESULTS.max_steps_reached
     return RESULTS.where(is_limit, RESULTS.out_of_steps, result)
+
+
+def from_diffrax(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
+    """How one of Diffrax's solves ended, in our words, and by what it has reached.
+
+    Steps of a fixed size never fail in Diffrax's eyes, whatever they run into.
+    """
+    ours = RESULTS.nonfinite
+    for theirs, mine in (
+        (dfx.RESULTS.successful, RESULTS.successful),
+        (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
+    ):
+        ours = _tree.where((result == theirs) & _tree.all_finite(reached), mine, ours)
+    for theirs, mine in (
+        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
+        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
+    ):
+        ours = _tree.where(result == theirs, mine, ours)
+    return ours
 
 
 class Info(eqx.Module):
@@ -118,30 +164,60 @@ class Info(eqx.Module):
         return self.result == RESULTS.successful
 
 
-def or_nan(value: PyTree[Array], is_there: Flag) -> PyTree[Array]:
+def or_nan(value: Value, is_there: Flag, of: Any = None) -> Value:
     """The value, with NaN leaves and NaN derivatives where it is not there.
 
     By a product: what a `where` leaves out has derivative zero, as if all were well. Integers
     and truth values become 0.
-    """
 
+    Args:
+        value: a PyTree of arrays.
+        is_there: whether it is.
+        of: what it was computed from, where the way there may have been left before some of that
+            was used: else the derivatives in reverse mode would be zero in what was not.
+    """
+    leaves = jax.tree.leaves(value)
     factors = {
         dtype: jax.lax.select(is_there, jnp.ones((), dtype), jnp.asarray(_missing(dtype), dtype))
-        for dtype in {leaf.dtype for leaf in jax.tree.leaves(value)}
+        for dtype in {leaf.dtype for leaf in leaves}
     }
-    return jax.tree.map(lambda leaf: leaf * factors[leaf.dtype], value)
+    value = jax.tree.map(lambda leaf: leaf * factors[leaf.dtype], value)
+    if of is None:
+        return value
+    return _tied(value, eqx.filter(of, eqx.is_inexact_array), is_there)
+
+
+@eqx.filter_custom_jvp
+def _tied(value: Any, of: Any, is_there: Flag) -> Any:
+    del of, is_there
+    return value
+
+
+@_tied.def_jvp
+def _tied_jvp(primals: tuple, tangents: tuple) -> tuple:
+    # Zero or NaN times all that moves, added to all that depends on it.
+    value, _, is_there = primals
+    value_dot, of_dot, _ = tangents
+    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(of_dot))
+    dtype = jnp.result_type(total, float)
+    drag = total * jax.lax.select(is_there, jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
+
+    def moved(leaf: Array, dot: Array | None) -> Array | None:
+        if not eqx.is_inexact_array(leaf):
+            return dot
+        return jnp.full_like(leaf, 0) + drag.astype(leaf.dtype) + (0 if dot is None else dot)
+
+    dots = jax.tree.map(moved, value, value_dot, is_leaf=lambda leaf: leaf is None)
+    return value, dots
 
 
 def _missing(dtype: Any) -> float:
     return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
-Delivered = TypeVar("Delivered", bound=PyTree[Any])
-
-
 def delivered(
-    value: Delivered, result: RESULTS, throw: bool, detail: Callable[[], str] | None = None
-) -> Delivered:
+    value: Value, result: RESULTS, throw: bool, detail: Callable[[], str] | None = None
+) -> Value:
     """What a search has found, or an error if it failed and `throw` is set.
 
     Never inside the search's own program: whoever does not want the error runs the same one, and

@@ -159,7 +159,10 @@ def test_broken_files_are_refused(tmp_path, content):
         (old_solve, "an older version"),
         (old_simulate, "an older version"),
         (lambda arrays: None, "something else has rewritten"),
-        (lambda arrays: arrays.pop("about"), "not a checkpoint of `solve` or `simulate`"),
+        (
+            lambda arrays: arrays.pop("about"),
+            "not a checkpoint of `solve`, `simulate` or `minimize`",
+        ),
     ],
 )
 def test_what_a_file_is_instead(tmp_path, content, change, words):

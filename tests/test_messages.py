@@ -29,6 +29,7 @@ WHOSE = {
     ("losses/_per_example.py", "_roots_of_constant_rank"): {"minimizer_fn": "PerExampleLoss"},
     ("losses/_per_example.py", "_search_minimizer"): {"minimizer_fn": "PerExampleLoss"},
     ("losses/_predict.py", "call_point"): {"predict": "LeastSquares PerExampleLoss"},
+    ("_run/_recorded.py", "check_concrete"): {"checkpoint": "solve simulate minimize"},
     ("_run/_forms.py", "check_form"): {"form": "AbstractFlow.terms"},
     ("linalg/_sigma.py", "_refuse_square"): {
         "is_factor": "limit_map_second_derivative limits.limit_map_second_derivative_parts"
@@ -60,15 +61,15 @@ MEMBERS = {
     "max_steps_reached": {
         "flows/_leg_by_diffrax.py": "solve",
         "geometry/_closest.py": "closest_point",
-        "geometry/_geodesics.py": "",  # translated there by `without_step_limit`
         "limits/_limit_map.py": "limit_map limit_map_with_info",
         "manifolds/_search.py": "AbstractManifold.project AbstractManifold.retract",
-        "optimize/_minimize.py": "minimize",
+        "optimize/_resume.py": "minimize",
+        "optimize/_search.py": "minimize",
     },
     "rank_too_small": {"manifolds/_normal_space.py": "MinimizerManifold"},
     "stalled": {
         "optimize/_gradient_descent.py": "minimize",
-        "optimize/_minimize.py": "minimize",
+        "optimize/_search.py": "minimize",
         "optimize/_trust_region.py": "minimize",
     },
     "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._journal._programs import array_text, digest
+from manifoldflow._journal._programs import array_text, digest, program
+from manifoldflow._types import Coordinates, Point
 
 _SIMPLE = bool | int | float | complex | str | None
 
@@ -73,6 +74,17 @@ def parts_of(name: str, value: PyTree[Any], whole: bool = False) -> dict[str, st
     if not whole or len(parts) <= 1:
         return parts
     return {name: digest(sorted(parts.items()))}
+
+
+def start_of(coordinates: Coordinates, remainder: Point) -> dict[str, str]:
+    """The point that a run starts from."""
+    frozen = parts_of("frozen part of the point", remainder, whole=True)
+    return {**parts_of("start", coordinates, whole=True), **frozen}
+
+
+def observables_of(observe: Mapping[str, Callable[..., Any]], point: Point) -> dict[str, str]:
+    """The functions that are asked at each save."""
+    return {f"observable {name!r}": program(fn, point) for name, fn in observe.items()}
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, str]]:

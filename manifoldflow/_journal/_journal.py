@@ -17,7 +17,7 @@ from manifoldflow._journal._identity import Identity
 from manifoldflow._journal._stores import AbstractStore, Place, store_of
 
 _SHARE_OF_TIME = 0.1
-_NOUNS = {"solve": "solve", "simulate": "run"}
+_NOUNS = {"solve": "solve", "simulate": "run", "minimize": "search"}
 
 
 class Journal:
@@ -28,11 +28,12 @@ class Journal:
     steps; and what tells this run from others.
 
     Args:
-        kind: "solve" or "simulate".
+        kind: "solve", "simulate" or "minimize".
         identity: what tells this run from others.
         row_like: a save: coordinates, observables, and numbers that steps go on with.
         state: what steps go on from besides the last save.
-        wanted: the steps after which to save, and the times of these saves.
+        wanted: the steps after which to save, and the times of these saves. None where nobody
+            knows them: then the first save and the last one are kept.
         time_tolerance: how far the times of the same save may lie apart, relatively.
     """
 
@@ -42,13 +43,14 @@ class Journal:
         identity: Identity,
         row_like: tuple[PyTree[Any], PyTree[Any], PyTree[Any]],
         state: PyTree[Any],
-        wanted: dict[int, float],
+        wanted: dict[int, float] | None,
         time_tolerance: float = 0.0,
     ):
         self.step = 0
         self._kind, self._identity = kind, identity
         self._wanted, self._time_tolerance = wanted, time_tolerance
         self._steps: list[int] = []
+        self._times: list[float] = []
         leaves, self._treedef = jax.tree.flatten(row_like)
         self._likes = dict(zip(_names(*row_like), leaves, strict=True))
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in self._likes}
@@ -61,24 +63,37 @@ class Journal:
         return len(self._steps)
 
     @contextlib.contextmanager
-    def opened(self, checkpoint: Place) -> Iterator[AbstractStore]:
-        """The store to write to, kept from others meanwhile."""
+    def opened(self, checkpoint: Place | None) -> Iterator[AbstractStore | None]:
+        """The store to write to, kept from others meanwhile; None where nothing is written."""
+        if checkpoint is None:
+            yield None
+            return
         store = store_of("checkpoint", checkpoint)
         per_save = sum(_num_bytes(like) for like in self._likes.values()) + 16
         fixed = sum(map(_num_bytes, self._states)) + 2**13
-        with store.opened(len(self._wanted) * per_save + fixed):
+        num_saves = 2 if self._wanted is None else len(self._wanted)
+        with store.opened(num_saves * per_save + fixed):
             yield store
 
-    def add(self, row: PyTree[Array], step: int) -> None:
+    def add(self, row: PyTree[Array], step: int, time: Any) -> None:
         """Take in the save after so many steps."""
         for column, leaf in zip(self._columns.values(), jax.tree.leaves(row), strict=True):
-            column.append(np.asarray(leaf))
-        self._steps.append(step)
+            self._append(column, np.asarray(leaf))
+        self._append(self._steps, step)
+        self._append(self._times, float(time))
         self.step = step
+
+    def _append(self, column: list[Any], value: Any) -> None:
+        if self._wanted is None:
+            del column[1:]
+        column.append(value)
 
     def rows(self) -> Any:
         """All saves, as one row with a leading axis."""
-        columns = [jnp.asarray(np.stack(column)) for column in self._columns.values()]
+        columns = [
+            jnp.asarray(np.stack(column) if column else np.zeros((0, *like.shape), like.dtype))
+            for column, like in zip(self._columns.values(), self._likes.values())
+        ]
         return jax.tree.unflatten(self._treedef, columns)
 
     def last(self) -> Any:
@@ -96,7 +111,7 @@ class Journal:
         if not must and began - self._written_at < self._write_seconds / _SHARE_OF_TIME:
             return
         arrays: dict[str, Any] = {"step": self.step, "steps": np.asarray(self._steps)}
-        arrays["times"] = np.asarray([self._wanted[step] for step in self._steps])
+        arrays["times"] = np.asarray(self._times)
         arrays |= {name: np.stack(column) for name, column in self._columns.items()}
         arrays |= {f"state_{i}": _plain(x) for i, x in enumerate(jax.tree.leaves(state))}
         try:
@@ -124,7 +139,7 @@ class Journal:
         about, arrays = unpacked(path, store.read(kind), kind)
         self._check(path, about, arrays)
         step, stored_steps = int(arrays["step"]), arrays["steps"].tolist()
-        due = [wanted for wanted in self._wanted if wanted <= step]
+        due = [save for save in self._wanted or stored_steps if save <= step]
         missing = sorted(set(due) - set(stored_steps))
         if missing:
             raise ValueError(
@@ -135,7 +150,9 @@ class Journal:
         rows = [stored_steps.index(wanted) for wanted in due]
         for name in self._likes:
             self._columns[name] = [arrays[name][row] for row in rows]
-        self._steps, self.step = due, min(step, max(self._wanted))
+        stored_times = dict(zip(stored_steps, arrays["times"].tolist()))
+        self._times = [(self._wanted or stored_times)[step] for step in due]
+        self._steps, self.step = due, min(step, max(self._wanted or [step]))
         leaves = [_restored(arrays[f"state_{i}"], like) for i, like in enumerate(self._states)]
         return jax.tree.unflatten(self._state_treedef, leaves), step
 
@@ -172,7 +189,8 @@ class Journal:
 
     def _other_times(self, arrays: dict[str, np.ndarray]) -> str | None:
         stored = zip(arrays["steps"].tolist(), arrays["times"].tolist(), strict=True)
-        apart = [abs(t - self._wanted.get(step, t)) / (t or 1) for step, t in stored]
+        own = self._wanted or {}
+        apart = [abs(t - own.get(step, t)) / (t or 1) for step, t in stored]
         if max(apart) <= self._time_tolerance:
             return None
         is_solve = self._kind == "solve"

@@ -1,7 +1,5 @@
 """A point out of a checkpoint, for whoever wants to look at it."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -9,32 +7,34 @@ from jaxtyping import Array
 from manifoldflow import _tree
 from manifoldflow._errors import shapes_of
 from manifoldflow._journal._contents import unpacked
-from manifoldflow._journal._files import path_of, read_whole
+from manifoldflow._journal._stores import Place, store_of
 from manifoldflow._types import Point
 
-_KINDS = "`solve` or `simulate`"
+_KINDS = "`solve`, `simulate` or `minimize`"
 
 
-def load_checkpoint(path: str | os.PathLike[str], point: Point) -> tuple[Array, Point]:
-    """The time and the point of the last save in a checkpoint file.
+def load_checkpoint(path: Place, point: Point) -> tuple[Array, Point]:
+    """The time and the point of the last save in a checkpoint.
 
     Args:
-        path: the file that was given to `solve(checkpoint=…)` or `simulate(checkpoint=…)`.
+        path: the file, or the `orbax.checkpoint.CheckpointManager`, that was given as
+            `checkpoint` to `solve`, `simulate` or `minimize`, whose times are steps.
         point: any point of the same kind, for its structure.
 
     Raises:
         ValueError: the file is damaged, is none of these, or holds a point of another kind.
-        OSError: there is no such file, or it cannot be read.
+        OSError: there is no such file, or it cannot be read; or the manager has no checkpoint.
     """
     coordinates, remainder = _tree.split(point)
     leaves, treedef = jax.tree.flatten(coordinates)
-    path = path_of(path)
-    arrays = unpacked(path, read_whole(path, _KINDS), _KINDS)[1]
+    store = store_of("path", path)
+    name = store.name()
+    arrays = unpacked(name, store.read(_KINDS), _KINDS)[1]
     stored = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("point_")]
     shapes = [column.shape[1:] for column in stored]
     if shapes != [leaf.shape for leaf in leaves]:
         raise ValueError(
-            f"The checkpoint {path} holds a point of another structure: leaves of shapes "
+            f"The checkpoint {name} holds a point of another structure: leaves of shapes "
             f"{shapes}; got {shapes_of(coordinates)}. Give a point like the one that was moved."
         )
     last = [jnp.asarray(column[-1]) for column in stored]

@@ -87,6 +87,8 @@ class OrbaxStore(AbstractStore):
         del kind
         self.manager.wait_until_finished()
         step = self.manager.latest_step()
+        if step is None:
+            raise OSError(f"There is no checkpoint in {self.name()}. Give another folder.")
         try:
             arrays = self.manager.restore(step, args=_orbax().args.StandardRestore())
             return {name: np.asarray(array) for name, array in arrays.items()}

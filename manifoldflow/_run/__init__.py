@@ -1,4 +1,5 @@
-"""How a run goes from save to save, what it shows on its way, and which integral it solves."""
+"""How a run goes from save to save, what it shows and writes down on its way, and which integral
+it solves."""
 
 from manifoldflow._run._forms import (
     AbstractVectorField as AbstractVectorField,
@@ -12,9 +13,20 @@ from manifoldflow._run._legs import (
     next_step as next_step,
     over_legs as over_legs,
 )
+from manifoldflow._run._recorded import (
+    AbstractRun as AbstractRun,
+    check_concrete as check_concrete,
+    Leg as Leg,
+    recorded as recorded,
+    Save as Save,
+)
 from manifoldflow._run._reports import (
     checked_observables as checked_observables,
     meter_of as meter_of,
+    observed as observed,
     Report as Report,
     row_reports as row_reports,
+    share_of_decades as share_of_decades,
+    show as show,
+    tell as tell,
 )

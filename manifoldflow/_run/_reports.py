@@ -5,10 +5,12 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow._results import Observables
-from manifoldflow._types import Coordinates, Point
+from manifoldflow._types import Coordinates, Point, Scalar
 
 Report = Callable[[Any, Coordinates, PyTree[Array]], None]
 """What is called at every save: time, coordinates, observables."""
@@ -26,6 +28,11 @@ def checked_observables(observe: Observables | None) -> dict[str, Callable[[Poin
     return observe
 
 
+def observed(observe: Observables, point: Point) -> dict[str, PyTree[Array]]:
+    """What is to be seen at a point."""
+    return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in observe.items()}
+
+
 def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
     is_known = isinstance(progress, bool | dfx.AbstractProgressMeter) or callable(progress)
     if not is_known:
@@ -35,6 +42,27 @@ def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
     if progress is True:
         return dfx.TextProgressMeter()
     return progress if isinstance(progress, dfx.AbstractProgressMeter) else dfx.NoProgressMeter()
+
+
+def show(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
+    """Report from inside a program."""
+    for report in reports:
+        jax.debug.callback(report, time, coordinates, seen)
+
+
+def tell(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
+    """The same between programs, at once; what is raised says where it came from."""
+    for report in reports:
+        try:
+            report(time, coordinates, seen)
+        except Exception as error:
+            error.add_note(f"This came from the callback `progress` at time {float(time):.6g}.")
+            raise
+
+
+def share_of_decades(first: Scalar, least: Scalar, wanted: Scalar) -> Scalar:
+    """How many of the decimal places that a number has to fall it has fallen."""
+    return jnp.nan_to_num(jnp.log(first / least) / jnp.log(first / wanted))
 
 
 def row_reports(progress: Any) -> tuple[Report, ...]:

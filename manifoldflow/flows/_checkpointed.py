@@ -1,6 +1,7 @@
 """Solves that are written to a file as they go, and go on from it to the last bit."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import diffrax as dfx
@@ -9,10 +10,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow._errors import is_traced
-from manifoldflow._journal import digest, Identity, Journal, parts_of, Place, program
+from manifoldflow._journal import (
+    digest,
+    Identity,
+    Journal,
+    observables_of,
+    parts_of,
+    Place,
+    program,
+    start_of,
+)
 from manifoldflow._results import Solution
-from manifoldflow._run import Report
+from manifoldflow._run import (
+    AbstractRun,
+    check_concrete,
+    Leg,
+    observed,
+    recorded,
+    Report,
+    Save,
+    tell,
+)
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._here import at_start, begun, Here, Row, row_of, solution_of
@@ -31,45 +49,55 @@ def solve_to_file(
     options: Options,
     checkpoint: Place,
 ) -> Solution:
-    """The solve save by save, from wherever a file has got to.
-
-    One program follows the flow between any two saves, and all that it starts from is in the
-    file: the bits of a leg cannot depend on where the solve was cut.
-    """
-    if is_traced((flow, point, times, options)):
-        raise ValueError("`checkpoint` needs concrete values: call `solve` outside jit and vmap.")
+    """The solve save by save, from wherever a file has got to."""
+    check_concrete("solve", (flow, point, times, options))
     coordinates, remainder = flow.split(point)
     row_like = coordinates, _observables_like(options, point), end_time
     identity = _identity(flow, point, times, end_time, options)
     journal = Journal("solve", identity, row_like, (), dict(enumerate(times.tolist())))
     # What is shown is shown between the legs.
     quiet = dataclasses.replace(options, meter=dfx.NoProgressMeter(), reports=())
-    task, legs = task_of(flow, remainder, times, end_time, quiet), options.legs(times, end_time)
-    meter_state = options.meter.init()
-    with journal.opened(checkpoint) as store:
-        if store.has_any():
-            journal.read(store)
-            _report(options.reports, times[journal.num_done - 1], journal.last())
-            coordinates, _, step = journal.last()
-            here = begun(coordinates, times[journal.num_done - 1], successful(), step)
-        else:
-            start = started(flow, point, options.max_steps)
-            here, row = _begin(task, start, times)
-            journal.add((*row, here.step), 0)
-            if bool(here.is_going):
-                _report(options.reports, here.time, row)
-        for number in range(max(journal.num_done - 1, 0), task.num_legs):
-            here, row = _leg(task, here, jnp.asarray(number), legs[number + 1])
-            if not bool(here.is_going):
-                break
-            if number + 1 < len(times):
-                journal.add((*row, here.step), number + 1)
-                journal.write(store, (), must=True)
-                _report(options.reports, here.time, row)
-            share = jnp.asarray((number + 1) / task.num_legs)
-            meter_state = options.meter.step(meter_state, share)
-    options.meter.close(meter_state)
-    return _joined(journal, here, times, task)
+    task = task_of(flow, remainder, times, end_time, quiet)
+    run = _Solve(options.meter, options.reports, task, point, times)
+    return _joined(journal, recorded(run, journal, checkpoint), times, task)
+
+
+class _Solve(AbstractRun[Here]):
+    """A solve by legs. What steps go on with is in the rows: the size of the next step."""
+
+    meter: dfx.AbstractProgressMeter
+    reports: tuple[Report, ...]
+    task: Task
+    point: Point
+    times: Array
+
+    def start(self) -> Leg:
+        start = started(self.task.flow, self.point, self.task.options.max_steps)
+        return self._leg_to(0, *_begin(self.task, start, self.times))
+
+    def again(self, journal: Journal, state: tuple[()], step: int) -> Here:
+        row = journal.last()
+        time = self.times[journal.num_done - 1]
+        tell(self.reports, time, *row[:2])
+        return begun(row[0], time, successful(), row[2])
+
+    def legs(self, state: Here, journal: Journal) -> Iterator[Leg]:
+        ends = self.task.options.legs(self.times, self.task.end_time)
+        for number in range(max(journal.num_done, 1), len(ends)):
+            here, row = _leg(self.task, state, jnp.asarray(number - 1), ends[number])
+            leg = self._leg_to(number, here, row)
+            state = leg.state
+            yield leg
+            if leg.share is None:
+                return
+
+    def _leg_to(self, number: int, here: Here, row: Row) -> Leg:
+        """A save where the solve has come to one: not where it has ended before."""
+        if not bool(here.is_going):
+            return Leg(here, None, None)
+        is_save = number < len(self.times)
+        save = Save(number, here.time, (*row, here.step), (), must_write=True)
+        return Leg(here, number / self.task.num_legs, save if is_save else None)
 
 
 @eqx.filter_jit
@@ -82,15 +110,6 @@ def _begin(task: Task, start: Start, times: Array) -> tuple[Here, Row]:
 def _leg(task: Task, here: Here, number: Array, end: Scalar) -> tuple[Here, Row]:
     here = leg_of(task.options)(task, here, number, end)
     return here, row_of(here, task)
-
-
-def _report(reports: tuple[Report, ...], time: Scalar, row: Any) -> None:
-    for report in reports:
-        try:
-            report(time, *row[:2])
-        except Exception as error:
-            error.add_note(f"This came from the callback `progress` at time {float(time):.6g}.")
-            raise
 
 
 def _joined(journal: Journal, here: Here, times: Array, task: Task) -> Solution:
@@ -116,7 +135,7 @@ def _identity(
     flow: AbstractFlow, point: Point, times: Array, end_time: Scalar, options: Options
 ) -> Identity:
     """What tells this solve from others: all that its steps depend on."""
-    functions = {f"observable {name!r}": program(fn, point) for name, fn in options.observe.items()}
+    functions = observables_of(options.observe, point)
     until = options.until
     if until is not None and not isinstance(until, Stationary):
         functions["until"] = program(until, point)
@@ -130,8 +149,7 @@ def _identity(
         chain["flow's noise"] = program(_kick, flow, point)
     return Identity(
         {
-            **parts_of("start", flow.split(point)[0], whole=True),
-            **parts_of("frozen part of the point", flow.split(point)[1], whole=True),
+            **start_of(*flow.split(point)),
             **parts_of("flow", flow),
             **_option_parts(times, end_time, options),
         },
@@ -183,4 +201,4 @@ def _kick(flow: AbstractDiffusion, point: Point) -> Tangent:
 
 
 def _observables_like(options: Options, point: Point) -> dict[str, PyTree[Any]]:
-    return eqx.filter_eval_shape(lambda o, p: o.observed(p), options, point)
+    return eqx.filter_eval_shape(observed, options.observe, point)

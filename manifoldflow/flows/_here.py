@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._results import or_nan, RESULTS, Solution
+from manifoldflow._run import observed, show
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import Start
@@ -75,19 +76,17 @@ def row_of(here: Here, task: Task) -> Row:
     """NaN where the solve has failed before; where it was ended early, the end of it."""
     is_there = ~here.is_lost
     coordinates = or_nan(here.coordinates, is_there)
-    observables = task.options.observed(_tree.join(here.coordinates, task.remainder))
+    point = _tree.join(here.coordinates, task.remainder)
+    observables = observed(task.options.observe, point)
     return coordinates, or_nan(observables, is_there)
 
 
 def report(here: Here, row: Row, options: Options) -> None:
     """Show a save, if the solve has come to it."""
 
-    def show() -> None:
-        for each in options.reports:
-            jax.debug.callback(each, here.time, *row)
-
     if options.reports:
-        jax.lax.cond(here.is_going, show, lambda: None)
+        told = lambda: show(options.reports, here.time, *row)
+        jax.lax.cond(here.is_going, told, lambda: None)
 
 
 def solution_of(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from manifoldflow import _tree
-from manifoldflow._results import RESULTS
+from manifoldflow._results import from_diffrax, RESULTS
 from manifoldflow._run import AdaptiveSteps, EqualSteps, form_of, next_step
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
 from manifoldflow.flows._base import AbstractDiffusion
@@ -146,19 +146,10 @@ def _max_steps_of(options: Options) -> int:
 def _result(
     solution: dfx.Solution, moved: Coordinates, stats: dict[str, Array], options: Options
 ) -> RESULTS:
-    result = solution.result
-    ours = _tree.where(result == dfx.RESULTS.successful, RESULTS.successful, RESULTS.nonfinite)
-    for theirs, mine in (
-        (dfx.RESULTS.event_occurred, RESULTS.stopped_early),
-        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
-        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
-    ):
-        ours = _tree.where(result == theirs, mine, ours)
-    # Fixed steps never fail in Diffrax's eyes, whatever they run into: look at the end.
-    ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
-    ours = _tree.where(ended & ~_tree.all_finite(moved), RESULTS.nonfinite, ours)
+    ours = from_diffrax(solution.result, moved)
     # Steps whose number was asked for are not counted.
     if options.noise is None or options.noise.is_adaptive:
+        ended = (ours == RESULTS.successful) | (ours == RESULTS.stopped_early)
         is_over = ended & (stats["num_steps"] + stats["num_rejected"] > options.max_steps)
         ours = _tree.where(is_over, RESULTS.max_steps_reached, ours)
     return ours

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -65,10 +64,6 @@ class Options(eqx.Module):
     def legs(self, times: Array, end_time: Scalar) -> Array:
         """The times between which the solve goes: the saves and the end."""
         return jnp.append(times, end_time) if self.has_tail else times
-
-    def observed(self, point: Point) -> dict[str, PyTree[Array]]:
-        """What is to be seen at a point."""
-        return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in self.observe.items()}
 
     def stops_at(self, flow: AbstractFlow, point: Point) -> Flag:
         """Whether the flow is to end here, before its time."""

@@ -19,7 +19,14 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
 from manifoldflow._jit import jit_part
-from manifoldflow._results import delivered, Info, or_nan, RESULTS, without_step_limit
+from manifoldflow._results import (
+    delivered,
+    from_diffrax,
+    Info,
+    or_nan,
+    RESULTS,
+    without_step_limit,
+)
 from manifoldflow._run import AdaptiveSteps, EqualSteps, next_step, over_legs
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.manifolds import (
@@ -264,7 +271,7 @@ def walk_along(
         )
         assert solution.ys is not None
         bundle = _tree.cast_like(_last(solution.ys), here.bundle)
-        result = _tree.where(is_going, _result(solution.result, bundle), here.result)
+        result = _tree.where(is_going, _ended(solution, bundle), here.result)
         step = next_step(solution) if walk.step_size is None else here.step
         return _Here(bundle, end, step, result)
 
@@ -272,8 +279,13 @@ def walk_along(
     here = _Here(begin, jnp.zeros_like(unit), first, without_step_limit(info.result))
     here, (path, moved) = over_legs(leg, save, here, fractions)
     moved = tuple(_tree.scale(1 / c, v) for c, v in zip(scales, moved))
-    path, moved = or_nan((path, moved), here.result == RESULTS.successful)
+    given = manifold, point, vectors, times
+    path, moved = or_nan((path, moved), here.result == RESULTS.successful, of=given)
     return _tree.join(path, remainder), moved, here.result
+
+
+def _ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
+    return without_step_limit(from_diffrax(solution.result, reached))
 
 
 class _Here(eqx.Module):
@@ -283,17 +295,6 @@ class _Here(eqx.Module):
     time: Scalar
     step: Scalar
     result: RESULTS
-
-
-def _result(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
-    is_fine = (result == dfx.RESULTS.successful) & _tree.all_finite(reached)
-    ours = _tree.where(is_fine, RESULTS.successful, RESULTS.nonfinite)
-    for theirs, mine in (
-        (dfx.RESULTS.max_steps_reached, RESULTS.max_steps_reached),
-        (dfx.RESULTS.dt_min_reached, RESULTS.step_too_small),
-    ):
-        ours = _tree.where(result == theirs, mine, ours)
-    return without_step_limit(ours)
 
 
 class _TransportField(eqx.Module):
@@ -385,7 +386,8 @@ def _transported(
     # Transport keeps vectors tangent; what the solver left off it is its error.
     ended = _tree.cast_like(_last(solution.ys), vector)
     moved = manifold.normal_space(path(one)).tangent(ended)
-    result = _result(solution.result, moved)
+    result = _ended(solution, moved)
     is_on = jax.lax.map(lambda time: _is_on_path(manifold, path, time), jnp.linspace(zero, one, 3))
     result = _tree.where(jnp.all(is_on), result, RESULTS.not_on_manifold)
-    return or_nan(moved, result == RESULTS.successful), result
+    is_there = result == RESULTS.successful
+    return or_nan(moved, is_there, of=(manifold, path, vector)), result

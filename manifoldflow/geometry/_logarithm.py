@@ -129,7 +129,7 @@ def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[
     )
     info = _info(fixed, search.aux, flat.size, search.stats["num_steps"])
     found = _with_derivative(shots, unit * search.value.astype(flat.dtype), remainder)
-    return or_nan(unravel(found), info.is_successful), info
+    return or_nan(unravel(found), info.is_successful, of=(manifold, point, other)), info
 
 
 @eqx.filter_custom_vjp

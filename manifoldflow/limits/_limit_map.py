@@ -6,13 +6,15 @@ Euler substeps and extrapolates them to seventh order; a rejected step keeps its
 factorisation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Int
+from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
@@ -20,6 +22,7 @@ from manifoldflow._errors import checked_positive, is_traced
 from manifoldflow._jvp import constraint_dot, filled, no_tangent
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow.limits._shown import Shown, shown_of
 from manifoldflow.limits._stiffness import AbstractStiffness, stiffness
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLossManifold
@@ -34,6 +37,7 @@ def limit_map(
     *,
     rtol: ArrayLike | None = None,
     max_steps: int = 1000,
+    progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
     throw: bool = True,
 ) -> Point:
     """Φ(point) = lim x(t) of gradient flow x' = −∇L(x), x(0) = point.
@@ -49,6 +53,10 @@ def limit_map(
         point: any point in the basin of the manifold.
         rtol: relative error of the result; default 1e-6 in float64, 1e-3 in float32.
         max_steps: steps, each with one factorisation.
+        progress: True prints a line for every step, with what remains of the way: ‖A†∇L‖ for
+            the Gauss-Newton matrix (or Hessian) A. A Diffrax progress meter shows the share of
+            the decimal places that this has to fall. A function is called with a dict: time
+            (steps so far), coordinates, remaining.
         throw: raise where the flow does not reach a minimum; else NaN coordinates.
 
     Raises:
@@ -58,7 +66,7 @@ def limit_map(
         [LiWangArora2022, §4; Katzenberger1991].
     """
     return limit_map_with_info(
-        loss_or_manifold, point, rtol=rtol, max_steps=max_steps, throw=throw
+        loss_or_manifold, point, rtol=rtol, max_steps=max_steps, progress=progress, throw=throw
     )[0]
 
 
@@ -69,12 +77,13 @@ def limit_map_with_info(
     *,
     rtol: ArrayLike | None = None,
     max_steps: int = 1000,
+    progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
     throw: bool = False,
 ) -> tuple[Point, Info]:
     """As `limit_map`, with the `Info` of the solve."""
     if rtol is not None:  # as an array, an argument and not a constant
         rtol = jnp.asarray(rtol) if is_traced(rtol) else checked_positive("limit_map: rtol", rtol)
-    limit, info = _limit_map(loss_or_manifold, point, rtol, max_steps)
+    limit, info = _limit_map(loss_or_manifold, point, rtol, max_steps, shown_of(progress))
     return delivered(limit, info.result, throw), info
 
 
@@ -84,13 +93,16 @@ def _limit_map(
     point: Point,
     rtol: Scalar | None,
     max_steps: int,
+    shown: Shown,
 ) -> tuple[Point, Info]:
     manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
     dtype = _tree.dtype_of(coordinates)
     default = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
     rtol = jnp.asarray(default if rtol is None else rtol, dtype)
-    limit, info = _limit(manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps)
+    limit, info = _limit(
+        manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps, shown=shown
+    )
     return _tree.join(or_nan(limit, info.is_successful), remainder), info
 
 
@@ -114,6 +126,7 @@ class _State(eqx.Module):
     remaining: Scalar
     is_done: Flag
     num_steps: Int[Array, ""]
+    meter: PyTree[Array]
 
 
 class _History(eqx.Module):
@@ -131,13 +144,16 @@ def _limit(
     *,
     rtol: Scalar,
     max_steps: int,
+    shown: Shown,
 ) -> tuple[Coordinates, Info]:
-    end, _ = _follow(manifold, coordinates, remainder, rtol, max_steps, None)
+    end, _ = _follow(manifold, coordinates, remainder, rtol, max_steps, None, shown)
     return _landed(manifold, end, remainder, rtol)
 
 
 @_limit.def_jvp
-def _limit_jvp(primals: tuple, tangents: tuple, *, rtol: Scalar, max_steps: int) -> tuple:
+def _limit_jvp(
+    primals: tuple, tangents: tuple, *, rtol: Scalar, max_steps: int, shown: Shown
+) -> tuple:
     # The tangent follows the variational equation, by the same steps with the same
     # frozen matrices: a scan, so that it can be transposed. P at the end takes out what
     # the last projection takes out, and is all there is if the start is on the manifold.
@@ -147,7 +163,7 @@ def _limit_jvp(primals: tuple, tangents: tuple, *, rtol: Scalar, max_steps: int)
         jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), coordinates),
         jnp.zeros(max_steps, _tree.dtype_of(coordinates)),
     )
-    end, history = _follow(manifold, coordinates, remainder, rtol, max_steps, history)
+    end, history = _follow(manifold, coordinates, remainder, rtol, max_steps, history, shown)
     limit, info = _landed(manifold, end, remainder, rtol)
 
     def replay(tangent: Tangent, record: tuple[Coordinates, Scalar, Array]) -> tuple:
@@ -181,6 +197,7 @@ def _follow(
     rtol: Scalar,
     max_steps: int,
     history: Any,
+    shown: Shown,
 ) -> tuple[_State, Any]:
     """Gradient flow until what remains of it is below the tolerance.
 
@@ -196,7 +213,8 @@ def _follow(
         point = _tree.join(state.coordinates, remainder)
         frozen = stiffness(loss, point)
         remaining = frozen.remaining(loss.gradient(point))
-        is_there = remaining <= rtol * _tree.norm(state.coordinates)
+        wanted = rtol * _tree.norm(state.coordinates)
+        is_there = remaining <= wanted
         guess = _tree.where(state.num_steps == 0, 1 / frozen.largest(), state.step_size)
 
         def attempt(step_size: Scalar) -> tuple[Coordinates, Scalar, Scalar]:
@@ -233,6 +251,7 @@ def _follow(
             remaining,
             is_done,
             state.num_steps + ~is_done,
+            shown.step(state.meter, state.num_steps, state.coordinates, remaining, wanted),
         ), history
 
     def is_going(carry: tuple[_State, Any]) -> Flag:
@@ -244,8 +263,11 @@ def _follow(
         jnp.asarray(jnp.inf, dtype),
         jnp.asarray(False),
         jnp.asarray(0),
+        shown.init(dtype),
     )
-    return jax.lax.while_loop(is_going, body, (start, history))
+    end, history = jax.lax.while_loop(is_going, body, (start, history))
+    shown.close(end.meter)
+    return end, history
 
 
 def _step_factor(ratio: Scalar) -> Scalar:

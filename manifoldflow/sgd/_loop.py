@@ -13,8 +13,8 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._results import RESULTS, Solution
-from manifoldflow._run import Report
+from manifoldflow._results import or_nan, RESULTS, Solution
+from manifoldflow._run import observed, Report, show
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractStochasticGradient
@@ -119,13 +119,9 @@ class Stepper:
     def row(self, state: State, time: Scalar) -> Row:
         """What is saved of a state, and told to whoever follows the run."""
         point = _tree.join(state.coordinates, self.problem.remainder)
-        observables = {
-            name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in self.problem.observe.items()
-        }
-        saved = Row(state.coordinates, observables)
-        saved = _tree.where(state.diverged_at < 0, saved, jax.tree.map(_nothing, saved))
-        for report in self.problem.reports:
-            jax.debug.callback(report, time, saved.coordinates, saved.observables)
+        saved = Row(state.coordinates, observed(self.problem.observe, point))
+        saved = or_nan(saved, state.diverged_at < 0, of=(self.problem, state))
+        show(self.problem.reports, time, saved.coordinates, saved.observables)
         return saved
 
 
@@ -163,7 +159,7 @@ def whole_run(
     (state, meter_state), rows = jax.lax.scan(next_save, carry, saves)
     problem.meter.close(meter_state)
     num_gradients = jnp.asarray(stepper.num_gradients)
-    return solution_of(problem, rows, state, times, num_steps, num_gradients)
+    return solution_of(problem, coordinates, rows, state, times, num_steps, num_gradients)
 
 
 def steps_of_saves(num_steps: int, num_saves: int) -> np.ndarray:
@@ -208,6 +204,7 @@ def share(num_done: Any, num_steps: int) -> Scalar:
 @eqx.filter_jit
 def solution_of(
     problem: Problem,
+    start: Coordinates,
     rows: Row,
     state: State,
     times: Float[Array, " saves"],
@@ -218,7 +215,7 @@ def solution_of(
     has_diverged = state.diverged_at >= 0
     result = RESULTS.where(has_diverged, RESULTS.diverged, RESULTS.successful)
     result = RESULTS.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
-    one = jnp.where(result == RESULTS.successful, 1, jnp.nan)
+    is_fine = result == RESULTS.successful
     done = jnp.where(has_diverged, state.diverged_at, num_steps)
     zero = jnp.zeros_like(done)
     return Solution(
@@ -233,8 +230,7 @@ def solution_of(
             "diverged_at": state.diverged_at,
         },
         result=result,
-        # A product, so that derivatives of a failed run are NaN as well, and not zero.
-        final_coordinates=jax.tree.map(lambda x: x * one.astype(x.dtype), state.coordinates),
+        final_coordinates=or_nan(state.coordinates, is_fine, of=(problem, start)),
         remainder=problem.remainder,
     )
 
@@ -243,11 +239,6 @@ def _largest(coordinates: Coordinates) -> Scalar:
     """The largest absolute value among the coordinates; NaN if one is NaN."""
     leaves = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(coordinates) if leaf.size]
     return jnp.max(jnp.stack(leaves).astype(jnp.result_type(jnp.float32, *leaves)))
-
-
-def _nothing(leaf: Array) -> Array:
-    """What stands in the place of a value that was not reached."""
-    return jnp.full_like(leaf, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0)
 
 
 def _as_before(new: Any, old: Array) -> Array:

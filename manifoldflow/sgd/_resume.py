@@ -1,8 +1,10 @@
 """Runs that are written to a file as they go, and go on from it to the last bit."""
 
-import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _tree
-from manifoldflow._errors import is_traced
-from manifoldflow._journal import Identity, Journal, parts_of, Place, program, store_of
+from manifoldflow._journal import (
+    Identity,
+    Journal,
+    observables_of,
+    parts_of,
+    Place,
+    program,
+    start_of,
+)
 from manifoldflow._results import Solution
+from manifoldflow._run import AbstractRun, check_concrete, Leg, recorded, Report, Save
 from manifoldflow._types import Coordinates, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.sgd._loop import Problem, Row, share, solution_of, State, Stepper, steps_of_saves
@@ -29,59 +39,67 @@ def resumable_run(
     checkpoint: Place | None,
     resume: Place | None,
 ) -> Solution:
-    """The run save by save, from wherever a file has got to.
-
-    One program does the steps between any two saves, however many they are: the bits of a
-    step cannot depend on where the run was cut.
-    """
-    if is_traced((problem, coordinates, times)):
-        raise ValueError(
-            "`checkpoint` and `resume` need concrete values: call `simulate` outside jit and vmap."
-        )
+    """The run save by save, from wherever a file has got to."""
+    check_concrete("simulate", (problem, coordinates, times))
     save_steps = steps_of_saves(num_steps, len(times) - 1)
-    state = _begin(problem, coordinates)
-    row_like = eqx.filter_eval_shape(lambda p, s, t: Stepper(p).row(s, t), problem, state, times[0])
+    # What is shown is shown between the legs.
+    quiet = dataclasses.replace(problem, meter=dfx.NoProgressMeter(), reports=())
+    state = _begin(quiet, coordinates)
+    row_like = eqx.filter_eval_shape(lambda p, s, t: Stepper(p).row(s, t), quiet, state, times[0])
     journal = Journal(
         "simulate",
-        _identity(problem, state, momentum),
+        _identity(quiet, state, momentum),
         (row_like.coordinates, row_like.observables, ()),
         state,
         {int(step): float(time) for step, time in zip(save_steps, times)},
         _TIME_TOLERANCE,
     )
-    meter_state = problem.meter.init()
-    is_written = checkpoint is not None
-    with journal.opened(checkpoint) if is_written else contextlib.nullcontext() as target:
-        if resume is not None:
-            state = _taken_up(journal, store_of("resume", resume))
-        elif target is not None and target.has_any():
-            state = _taken_up(journal, target)
-        for number in range(journal.num_done, len(save_steps)):
-            last = int(save_steps[number])
-            state, row = _leg(problem, state, np.int32(journal.step), np.int32(last), times[number])
-            journal.add((row.coordinates, row.observables, ()), last)
-            if target is not None:
-                journal.write(target, state, must=last == num_steps)
-            meter_state = problem.meter.step(meter_state, share(last, num_steps))
-    problem.meter.close(meter_state)
+    run = _Simulation(problem.meter, problem.reports, quiet, state, times, save_steps)
+    state = recorded(run, journal, checkpoint, resume)
     rows = Row(*journal.rows()[:2])
     num_gradients = jnp.asarray(
-        eqx.filter_eval_shape(_step, problem, state, jnp.zeros((), jnp.int32))[1]
+        eqx.filter_eval_shape(_step, quiet, state, jnp.zeros((), jnp.int32))[1]
     )
-    return solution_of(problem, rows, state, times, num_steps, num_gradients)
+    return solution_of(quiet, coordinates, rows, state, times, num_steps, num_gradients)
 
 
-def _taken_up(journal: Journal, store: Any) -> State:
-    """The state in a store, or at the last save where that has gone further than wanted."""
-    state, step = journal.read(store)
-    if journal.step == step:
-        return state
-    is_later = state.diverged_at >= journal.step
-    return eqx.tree_at(
-        lambda s: (s.coordinates, s.diverged_at),
-        state,
-        (journal.last()[0], jnp.where(is_later, -1, state.diverged_at)),
-    )
+class _Simulation(AbstractRun[State]):
+    """SGD by legs."""
+
+    meter: dfx.AbstractProgressMeter
+    reports: tuple[Report, ...]
+    problem: Problem
+    first: State
+    times: Float[Array, " saves"]
+    save_steps: np.ndarray
+
+    def start(self) -> Leg:
+        return self._leg_to(0, self.first, 0)
+
+    def again(self, journal: Journal, state: State, step: int) -> State:
+        """At the last save where the file has gone further than wanted."""
+        if journal.step == step:
+            return state
+        is_later = state.diverged_at >= journal.step
+        return eqx.tree_at(
+            lambda s: (s.coordinates, s.diverged_at),
+            state,
+            (journal.last()[0], jnp.where(is_later, -1, state.diverged_at)),
+        )
+
+    def legs(self, state: State, journal: Journal) -> Iterator[Leg]:
+        for number in range(journal.num_done, len(self.times)):
+            leg = self._leg_to(number, state, journal.step)
+            state = leg.state
+            yield leg
+
+    def _leg_to(self, number: int, state: State, step: int) -> Leg:
+        last, num_steps = int(self.save_steps[number]), int(self.save_steps[-1])
+        time = self.times[number]
+        state, row = _leg(self.problem, state, np.int32(step), np.int32(last), time)
+        kept = row.coordinates, row.observables, ()
+        save = Save(last, time, kept, state, must_write=last == num_steps)
+        return Leg(state, share(last, num_steps), save)
 
 
 def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
@@ -91,8 +109,7 @@ def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
     return Identity(
         values={
             "key": parts_of("key", problem.key)["key"],
-            **parts_of("start", state.coordinates, whole=True),
-            **parts_of("frozen part of the point", problem.remainder, whole=True),
+            **start_of(state.coordinates, problem.remainder),
             **parts_of("loss", problem.loss),
             **parts_of("noise", problem.noise),
             **parts_of("learning rate", rate),
@@ -100,9 +117,7 @@ def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
             **parts_of("optimizer", problem.optimizer),
             **parts_of("first state of the optimizer", state.opt_state, whole=True),
         },
-        functions={
-            f"observable {name!r}": program(fn, point) for name, fn in problem.observe.items()
-        },
+        functions=observables_of(problem.observe, point),
         chain={
             "loss": program(_value, problem.loss, point),
             "noise": program(_gradient, problem, state),

@@ -146,7 +146,7 @@ def balance_with_info(
     found = Balance(parameters, names, info)
     if throw and not is_traced(parameters):
         _refuse_infinite(found)
-    there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info)
+    there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, data)
     return delivered(there, info.result, throw), found
 
 
@@ -156,10 +156,12 @@ def _moved(
     network: Point,
     parameters: Float[Array, " k"],
     info: Info,
+    data: PyTree[Any],
 ) -> Point:
     coordinates, remainder = _tree.split(network)
     there = moved([one.at(network) for one in symmetries], coordinates, parameters)
-    return _tree.join(or_nan(there, info.is_successful), remainder)
+    there = or_nan(there, info.is_successful, of=(symmetries, network, parameters, data))
+    return _tree.join(there, remainder)
 
 
 def _checked_scales(kind: str, noise_scale: Any, weight_decay: Any) -> tuple[Any, Any]:
