@@ -249,6 +249,7 @@ class Solution(eqx.Module):
         stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect; of
             `minimize` num_hessian_products and gradient_norm as well.
         result: a member of `RESULTS`.
+        clock: what `times` count, as a formula of the steps' learning rates, where that is known.
         final: the user's object at the end of the path.
     """
 
@@ -260,6 +261,7 @@ class Solution(eqx.Module):
     final_coordinates: Coordinates
     frozen: PyTree[Array]
     remainder: _tree.Static = eqx.field(static=True)
+    clock: str | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -271,7 +273,9 @@ class Solution(eqx.Module):
         result: RESULTS,
         final_coordinates: Coordinates,
         remainder: Point,
+        clock: str | None = None,
     ):
+        self.clock = clock
         self.times = times
         self.points = points
         self.observables = dict(observables)

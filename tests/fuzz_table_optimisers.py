@@ -18,6 +18,11 @@ CIRCLE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
 CURVE = {"start": 0.8, "time": 0.5, "label_std": 1.0}
 
 OPTIMISERS = {
+    "LimitClock": {"momentum": 0.5},
+    "GradientClock": {"momentum": 0.5},
+    "SAMClock": {"radius": 0.1},
+    "DecayClock": {"weight_decay": 0.1},
+    "updates.SGD": {"momentum": 0.5, "weight_decay": 0.1},
     "IterationLimit": {
         "mean_field": field, "covariance": identity, "slow_drift": field, "rank": 1,
         "manifold": CIRCLE,

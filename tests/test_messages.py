@@ -22,6 +22,7 @@ TREES = {
 WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
+    ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
     ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
@@ -44,7 +45,8 @@ WHOSE = {
     ("_journal/_journal.py", "read"): {"num_saves": "solve simulate"},
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
-    ),
+    )
+    | {"weight_decay": "updates.SGD"},
     ("sgd/_optimizer.py", "_elsewhere"): dict.fromkeys(("end_time", "num_steps"), "simulate"),
     ("sgd/_optimizer.py", "checked_optimizer"): dict.fromkeys(
         ("learning_rate", "momentum"), "simulate"

@@ -172,11 +172,17 @@ def averaged(rate):
 
 
 @pytest.mark.parametrize(
-    "optimizer, momentum", [(with_decay, 0.9), (without_bias, None), (averaged, None)]
+    "optimizer, momentum", [(heavy_ball, 0.9), (without_bias, None), (averaged, None)]
 )
 def test_optimizers_whose_clock_is_known(optimizer, momentum):
     walk = run(optimizer, noise=STILL, end_time=1, momentum=momentum)
     equal("steps", int(walk.stats["num_steps"]), 1 if momentum else 100)
+
+
+def test_weight_decay_belongs_to_an_update():
+    """Its limit has a drift that plain SGD has not."""
+    with refused(ValueError, "num_steps", "weight decay", "updates.SGD"):
+        run(with_decay, end_time=1.0, momentum=0.9)
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,68 @@ def test_the_limit_of_sgd_with_decay():
     assert bool(jnp.all(jnp.abs(extrapolated) <= bound)), (extrapolated, bound)
     plain = mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=1.0).final
     assert float(jnp.linalg.norm(plain - end)) > 10 * float(jnp.max(bound)), "decay is seen"
+
+
+RUN = {"learning_rate": 0.05, "end_time": 0.5, "key": jr.key(1)}
+
+
+def test_simulate_runs_an_update_on_its_clock():
+    """As the bare transform does; the solution says which clock, as the flow's does."""
+    noise = mf.LabelNoise(0.3)
+    bare = mf.simulate(LOSS, noise, optax.sgd, POINT, **RUN)
+    same = mf.simulate(LOSS, noise, updates.SGD(), POINT, **RUN)
+    close("θ", same.final, bare.final, 1e-12)
+    close("times", same.times, bare.times, 1e-12)
+    assert same.clock == bare.clock == "Ση²/(1−β)²"
+    flow = mf.LimitDiffusion(GAMMA, noise, updates.SGD(weight_decay=0.5))
+    walk = mf.solve(flow, POINT, end_time=0.5)
+    assert walk.clock == same.clock
+    heavy = mf.simulate(LOSS, noise, updates.SGD(0.9), POINT, **RUN)
+    by_hand = mf.simulate(
+        LOSS, noise, lambda rate: optax.sgd(rate, 0.9), POINT, **RUN, momentum=0.9
+    )
+    close("with momentum", heavy.final, by_hand.final, 1e-12)
+    equal("steps", int(heavy.stats["num_steps"]), int(by_hand.stats["num_steps"]))
+    decayed = mf.simulate(LOSS, noise, updates.SGD(weight_decay=0.5), POINT, **RUN)
+    assert float(jnp.linalg.norm(decayed.final)) < float(jnp.linalg.norm(same.final))
+
+
+def test_clocks_that_differ_are_not_compared():
+    descent = mf.solve(mf.GradientFlow(LOSS), POINT + 0.1, end_time=1.0)
+    walk = mf.solve(mf.LimitDiffusion(GAMMA, mf.LabelNoise(0.3)), POINT, end_time=0.5)
+    assert descent.clock == "Ση/(1−β)"
+    with refused(ValueError, "compares runs on one clock; got those on Ση"):
+        mf.ensembles.weak_error(descent, walk)
+    noise, run = mf.LabelNoise(0.3), RUN | {"num_saves": 2}
+    sgd = lambda key: mf.simulate(LOSS, noise, updates.SGD(), POINT, **run | {"key": key})
+    many = jax.vmap(sgd)(jr.split(jr.key(0), 200))
+    walk = mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=0.5, num_saves=2)
+    error = mf.ensembles.weak_error(many, walk)
+    assert error.error.shape == (3, 3)
+    at_most("in standard errors", jnp.max(jnp.abs(error.error) - 5 * error.standard_error), 0.02)
+    with refused(ValueError, "saves at the same times"):
+        mf.ensembles.weak_error(many, mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=1))
+    along = mf.solve(mf.RiemannianGradientFlow(GAMMA, jnp.sum), POINT, end_time=0.5)
+    assert along.clock is None
+
+
+def decaying(rate):
+    return optax.chain(optax.add_decayed_weights(0.01), optax.sgd(rate))
+
+
+def clipping(rate):
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
+
+
+@pytest.mark.parametrize("optimizer", [decaying, clipping])
+def test_bare_transforms_that_are_not_sgd_have_no_clock(optimizer):
+    words = "updates.SGD" if optimizer is decaying else "clipping shortens"
+    with refused(ValueError, words, "num_steps", "IterationLimit"):
+        mf.simulate(LOSS, mf.LabelNoise(0.3), optimizer, POINT, **RUN)
+    steps = {k: v for k, v in RUN.items() if k != "end_time"} | {"num_steps": 3}
+    mf.simulate(LOSS, mf.LabelNoise(0.3), optimizer, POINT, **steps)
+
+
+def test_momentum_belongs_to_the_update():
+    with refused(ValueError, "momentum only beside a bare Optax optimizer"):
+        mf.simulate(LOSS, mf.LabelNoise(0.3), updates.SGD(0.9), POINT, **RUN, momentum=0.9)

@@ -171,9 +171,10 @@ class DecayClock(AbstractClock):
         return "Σηλ"
 
 
-def clock_of(run: Any) -> AbstractClock | None:
-    """The clock of a flow, an update or a solution; None for those that say nothing of it."""
-    return getattr(run, "clock", None)
+def clock_of(run: Any) -> str | None:
+    """The formula of the clock of a flow, an update or a solution, None where it has none."""
+    clock = getattr(run, "clock", None)
+    return clock.formula if isinstance(clock, AbstractClock) else clock
 
 
 def check_same_clock(name: str, *runs: Any) -> None:
@@ -182,10 +183,9 @@ def check_same_clock(name: str, *runs: Any) -> None:
     Raises:
         ValueError: two of the clocks that are known differ in kind.
     """
-    known = [clock for clock in map(clock_of, runs) if clock is not None]
-    kinds = {type(clock): clock.formula for clock in known}
+    kinds = sorted({clock for clock in map(clock_of, runs) if clock is not None})
     if len(kinds) > 1:
         raise ValueError(
-            f"{name} compares runs on one clock; got those on {' and '.join(kinds.values())}. "
-            "Run both to the same time of one clock, or compare their final points."
+            f"{name} compares runs on one clock; got those on {' and '.join(kinds)}. Run both to "
+            "the same time of one clock, or compare their final points."
         )

@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow._boundary import checked
+from manifoldflow._clock import check_same_clock
 from manifoldflow._errors import checked_count, checked_positive, is_traced, real_numbers, shapes_of
+from manifoldflow._results import Solution
 from manifoldflow._types import Flag, Scalar
 from manifoldflow.ensembles._statistics import statistics
 
@@ -55,15 +57,18 @@ def weak_error(
 
     Args:
         values: a PyTree of real arrays with an axis of members: φ(Xᵢ) of every member.
+            Or a `Solution` with such an axis, whose points count.
         reference: what the mean should be; of the structure of the values, without the
-            axis of members.
+            axis of members. A `Solution` on the same clock, with saves at the same times, for a
+            `Solution`.
         reference_standard_error: of the reference, of the same structure or one number,
             independent of the values.
         axis: of the members.
 
     Raises:
-        ValueError: a reference of another structure or shape.
+        ValueError: a reference of another structure or shape; solutions on different clocks.
     """
+    values, reference = _points(values, reference, axis)
     found = statistics(values, axis, levels=())
     reference = _like(found.mean, reference, "reference")
     for leaf in jax.tree.leaves(reference_standard_error):
@@ -81,6 +86,21 @@ def weak_error(
         count=found.count,
         num_failed=found.num_failed,
     )
+
+
+def _points(values: Any, reference: Any, axis: int) -> tuple[Any, Any]:
+    """The points of two solutions that can be compared; anything else as it is."""
+    if not (isinstance(values, Solution) and isinstance(reference, Solution)):
+        return values, reference
+    check_same_clock("weak_error", values, reference)
+    if not is_traced((values.times, reference.times)):
+        times, expected = np.take(np.asarray(values.times), 0, axis), np.asarray(reference.times)
+        if times.shape != expected.shape or not np.allclose(times, expected, rtol=1e-4):
+            raise ValueError(
+                f"weak_error compares saves at the same times; got {times} and {expected}. Ask "
+                "for as many saves of both, to the same end_time."
+            )
+    return values.points, reference.points
 
 
 def _like(mean: PyTree[Array], tree: PyTree[Any], name: str) -> PyTree[Array]:

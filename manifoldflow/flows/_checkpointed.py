@@ -122,7 +122,7 @@ def _joined(journal: Journal, here: Here, times: Array, task: Task) -> Solution:
         filled = lambda rows, end: jnp.concatenate([rows, jnp.stack([end] * num_left)])
         rows = jax.tree.map(filled, rows, last)
         ended = jnp.concatenate([ended, jnp.full(num_left, here.time)])
-    return solution_of(here, rows, ended, times, task.remainder)
+    return solution_of(here, rows, ended, times, task)
 
 
 _row = eqx.filter_jit(row_of)

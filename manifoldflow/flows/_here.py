@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
+from manifoldflow._clock import clock_of
 from manifoldflow._results import or_nan, RESULTS, Solution
 from manifoldflow._run import observed, show
-from manifoldflow._types import Coordinates, Flag, Point, Scalar
+from manifoldflow._types import Coordinates, Flag, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._landing import Start
 from manifoldflow.flows._options import Options
@@ -90,7 +91,7 @@ def report(here: Here, row: Row, options: Options) -> None:
 
 
 def solution_of(
-    here: Here, rows: Row, ended: Float[Array, " saves"], times: Array, remainder: Point
+    here: Here, rows: Row, ended: Float[Array, " saves"], times: Array, task: Task
 ) -> Solution:
     """All saves, from rows with a leading axis of at least as many as there are times.
 
@@ -106,7 +107,8 @@ def solution_of(
         stats=here.stats,
         result=here.result,
         final_coordinates=or_nan(here.coordinates, ~here.is_lost),
-        remainder=remainder,
+        remainder=task.remainder,
+        clock=clock_of(task.flow),
     )
 
 

@@ -173,4 +173,4 @@ def _follow(
     carried.close(here.meter)
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
     ended = jnp.concatenate([times[:1], ended])
-    return solution_of(here, joined, ended, times, task.remainder)
+    return solution_of(here, joined, ended, times, task)

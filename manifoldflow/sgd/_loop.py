@@ -36,7 +36,8 @@ class Problem(eqx.Module):
     observe: dict[str, Callable[[Point], PyTree[Any]]]
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
-    clock_gain: float | None = eqx.field(static=True)
+    clock_gain: float | None = eqx.field(static=True)  # that a bare transform must have
+    clock: str = eqx.field(static=True)
 
     @property
     def has_meter(self) -> bool:
@@ -232,6 +233,7 @@ def solution_of(
         result=result,
         final_coordinates=or_nan(state.coordinates, is_fine, of=(problem, start)),
         remainder=problem.remainder,
+        clock=problem.clock,
     )
 
 

@@ -97,19 +97,24 @@ def check_clock(
         expected_gain: G = 1/(1−β) for the momentum β that was told.
 
     Raises:
-        ValueError: the answer is not proportional to the gradient, as with Adam or SAM; or
-            G is neither the expected one nor 1.
+        ValueError: the answer is not proportional to the gradient, as with Adam, SAM or
+            clipping; there is one without a gradient, as with weight decay; or G is neither the
+            expected one nor 1.
     """
     try:
-        rest, answers, doubled = (_answers(optimizer, one, coordinates, g) for g in (0, 1e-3, 2e-3))
+        gradients = 0, 1e-3, 2e-3, 1e6
+        found = [_answers(optimizer, one, coordinates, gradient) for gradient in gradients]
     except ValueError as error:
         raise ValueError(_NO_CLOCK) from error
-    if is_traced((rest, answers, doubled)):
+    if is_traced(found):
         return  # The user's transform holds traced values: not known before it runs.
-    rest, answers, doubled = (np.asarray(each, float) for each in (rest, answers, doubled))
+    rest, answers, doubled, huge = (np.asarray(each, float) for each in found)
     first, second, third = answers = (rest - answers) / 1e-3
-    if not np.allclose((rest - doubled) / 2e-3, answers, rtol=1e-2, atol=1e-3):
-        raise ValueError(_NO_CLOCK)
+    for size, answer in ((2e-3, doubled), (1e6, huge)):
+        if not np.allclose((rest - answer) / size, answers, rtol=1e-2, atol=1e-3):
+            raise ValueError(_NO_CLOCK)
+    if np.any(np.abs(rest) > 1e-6):
+        raise ValueError(_DECAYS)
     has_memory = np.abs(second) > 1e-3
     decay = np.where(has_memory, third / np.where(has_memory, second, 1), 0)
     gains = (first + second / (1 - decay))[first != 0]  # Others are frozen.
@@ -127,7 +132,14 @@ def check_clock(
 _NO_CLOCK = (
     "end_time counts on the limit clock of SGD with or without momentum, Ση²/(1−β)²; the steps "
     "of this optimizer are not proportional to the gradients (Adam and its kin normalise "
-    "them, SAM runs on kηρ²). Give num_steps instead."
+    "them, clipping shortens them, SAM runs on kηρ²). Give num_steps instead; the limit of any "
+    "iteration is IterationLimit."
+)
+_DECAYS = (
+    "end_time counts on the limit clock of SGD with or without momentum, Ση²/(1−β)²; this "
+    "optimizer moves a point without any gradient, as weight decay does. Hand over "
+    "updates.SGD(momentum, weight_decay) with weight_decay = λ/η, or give num_steps; the limit "
+    "of any iteration is IterationLimit."
 )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
-from manifoldflow._clock import limit_times, num_steps_for
+from manifoldflow._clock import AbstractClock, LimitClock, num_steps_for
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._journal import Place
 from manifoldflow._results import delivered_solution, Observables, Solution
@@ -24,13 +24,14 @@ from manifoldflow.sgd._loop import Problem, steps_of_saves, whole_run
 from manifoldflow.sgd._optimizer import checked_optimizer
 from manifoldflow.sgd._resume import resumable_run
 from manifoldflow.sgd._sam import SAMGradient
+from manifoldflow.updates import AbstractUpdate
 
 
 @checked_but("loss", "noise", "optimizer", "key")
 def simulate(
     loss: AbstractLoss,
     noise: AbstractStochasticGradient,
-    optimizer: Callable[..., Any],
+    optimizer: AbstractUpdate | Callable[..., Any],
     point: Point,
     *,
     learning_rate: Any,
@@ -52,14 +53,16 @@ def simulate(
     under jit, vmap and grad; repeated calls on new data, rates, keys and points of the same
     shapes do not retrace (another number of steps does).
 
-    `Solution.times` are on the limit clock Ση²/(1−β)², as those of `solve(LimitDiffusion(…))`,
-    so that both draw into one picture. Where the optimiser has another clock or none, they
-    are just that sum: for SAM of radius ρ the clock is kηρ², `times`·ρ²/η at constant η.
+    `Solution.times` are on the clock of the update, as those of `solve(LimitDiffusion(…, update))`,
+    so that both draw into one picture: for SGD on Ση²/(1−β)². Where a bare optimiser has another
+    clock or none, they are just that sum: for SAM of radius ρ the clock is kηρ², `times`·ρ²/η at
+    constant η.
 
     Args:
         loss: what SGD lowers.
         noise: draws the stochastic gradients: a noise, or `SAMGradient`.
-        optimizer: learning rate or schedule ↦ Optax transform: `optax.sgd`, `optax.adam`,
+        optimizer: an update such as `updates.SGD(momentum, weight_decay)`, or a function
+            learning rate or schedule ↦ Optax transform: `optax.sgd`, `optax.adam`,
             `lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)`. Transforms that ask
             for them get `grad_fn`, at this step's batch and labels
             (`lambda rate: optax.contrib.sam(optax.sgd(rate), optax.chain(
@@ -69,11 +72,11 @@ def simulate(
         point: where to start.
         learning_rate: η > 0, or an Optax schedule step ↦ η.
         num_steps: how many steps. Either this or `end_time`.
-        end_time: on the limit clock; the run ends with the first step that reaches it. For
-            optimisers that are SGD with or without momentum.
+        end_time: on the clock of the update; the run ends with the first step that reaches it.
+            Of bare optimisers, for those that are SGD with or without momentum.
         num_saves: saves besides the start, at most `num_steps`; number i comes after
             ⌊i·num_steps/num_saves⌋ steps.
-        momentum: the β in [0, 1) of the optimiser, heavy-ball or Nesterov. Only tells the
+        momentum: the β in [0, 1) of a bare optimiser, heavy-ball or Nesterov. Only tells the
             clock, which then runs (1−β)⁻² faster.
         observe: name → function of a point, evaluated at every save.
         key: one key; `jax.vmap` over many.
@@ -106,10 +109,10 @@ def simulate(
     _check_kinds(loss, noise)
     coordinates, remainder = loss.split(point)
     dtype = _tree.dtype_of(coordinates)
-    beta = 0.0 if momentum is None else momentum
+    beta, clock = 0.0 if momentum is None else momentum, _clock(optimizer, momentum)
     has_end_time = _checked_ends(noise, num_steps, end_time)
     num_steps = (
-        num_steps_for(learning_rate, end_time, beta, advice=_EARLIER)
+        num_steps_for(learning_rate, end_time, clock=clock, advice=_EARLIER)
         if has_end_time
         else checked_count("num_steps", num_steps)
     )
@@ -118,11 +121,12 @@ def simulate(
         raise ValueError(
             f"num_saves={num_saves} exceeds the {num_steps} steps of this run; ask for fewer saves."
         )
-    times = _save_times(learning_rate, num_steps, num_saves, beta)
+    times = _save_times(clock, learning_rate, num_steps, num_saves)
+    is_bare = not isinstance(optimizer, AbstractUpdate)
     problem = Problem(
         loss=loss,
         noise=noise,
-        optimizer=checked_optimizer(optimizer),
+        optimizer=checked_optimizer(optimizer if is_bare else optimizer.transform),
         learning_rate=_tree.as_pytree_callable(learning_rate)
         if callable(learning_rate)
         else jnp.asarray(learning_rate, dtype),
@@ -131,7 +135,8 @@ def simulate(
         observe=checked_observables(observe),
         meter=meter_of(progress),
         reports=row_reports(progress),
-        clock_gain=1 / (1 - float(beta)) if has_end_time else None,
+        clock_gain=1 / (1 - float(beta)) if has_end_time and is_bare else None,
+        clock=clock.formula,
     )
     times = times.astype(jnp.result_type(dtype, jnp.float32))
     if checkpoint is None and resume is None:
@@ -185,10 +190,22 @@ def _checked_key(key: Any) -> Key:
     )
 
 
+def _clock(optimizer: Any, momentum: Any) -> AbstractClock:
+    """That of an update, or of SGD with the momentum that was told."""
+    if not isinstance(optimizer, AbstractUpdate):
+        return LimitClock(0.0 if momentum is None else momentum)
+    if momentum is not None:
+        raise ValueError(
+            f"simulate takes momentum only beside a bare Optax optimizer; got {momentum!r} beside "
+            f"updates.{type(optimizer).__name__}, which knows its own: updates.SGD(momentum=β)."
+        )
+    return optimizer.clock
+
+
 def _save_times(
-    learning_rate: Any, num_steps: int, num_saves: int, momentum: Any
+    clock: AbstractClock, learning_rate: Any, num_steps: int, num_saves: int
 ) -> Float[Array, " saves"]:
-    times = limit_times(learning_rate, num_steps, momentum)
+    times = clock.times(learning_rate, num_steps)
     steps = steps_of_saves(num_steps, num_saves)
     if is_traced(times):
         return times[steps]

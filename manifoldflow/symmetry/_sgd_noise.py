@@ -6,7 +6,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked_but
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Scalar
 from manifoldflow.symmetry._gradients import checked_examples, ExampleLoss
@@ -34,7 +34,7 @@ class SGDNoise(eqx.Module):
     noise_scale: Scalar
     weight_decay: Scalar
 
-    @checked_but("example_loss", "data")
+    @checked
     def __init__(
         self,
         example_loss: ExampleLoss,
