@@ -16,6 +16,7 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from manifoldflow import _precision
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_point, shapes_of
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
@@ -139,12 +140,12 @@ def dtype_of(tree: PyTree[Any]) -> Any:
 
 def eps_of(tree: PyTree[Any]) -> float:
     """The rounding error of the coarsest leaf."""
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree))
+    return max(_precision.eps_of_dtype(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def relative_rank_cutoff(dtype: Any) -> float:
     """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
-    return float(jnp.finfo(dtype).eps) ** (1 / 3)
+    return _precision.eps_of_dtype(dtype) ** (1 / 3)
 
 
 def cast_floats(tree: PyTree[Any], dtype: Any) -> PyTree[Any]:
@@ -189,8 +190,7 @@ def scale(factor: Any, x: Tangent) -> Tangent:
 
 
 def inner(x: Tangent, y: Tangent) -> Scalar:
-    highest = jax.lax.Precision.HIGHEST
-    dot = lambda a, b: jnp.tensordot(a, b, axes=jnp.ndim(a), precision=highest)
+    dot = lambda a, b: _precision.tensordot(a, b, axes=jnp.ndim(a))
     products = jax.tree.map(dot, x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype_of(x)))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow._errors import checked_count, is_traced, real_numbers
 
 _BLOCK = 2**14
@@ -215,4 +216,4 @@ def _checked(value: Any, is_fine: Callable[[Any], Any], message: str) -> Any:
 def _eps(value: Any) -> float:
     """The rounding error of a value's type: that of a double for Python numbers."""
     dtype = getattr(value, "dtype", np.dtype(np.float64))
-    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 2.0**-52
+    return _precision.eps_of_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else 2.0**-52

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from manifoldflow import _tree, theory
+from manifoldflow import _precision, _tree, theory
 from manifoldflow._boundary import checked
 from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
@@ -221,7 +221,7 @@ def _of_manifold(seen: dict[str, Array], rank: int, tol: float) -> Iterator[Cert
     source = "LiWangArora2022, Assumption 3.1"
     yield _most("distance to the manifold", seen["distance"], tol, source)
     yield _least("rank", seen["rank"], rank, source, "≥")
-    floor = rank * float(jnp.finfo(seen["gap"].dtype).eps)
+    floor = rank * _precision.eps_of_dtype(seen["gap"])
     yield _least("λ_min/λ_max of JJᵀ", seen["gap"], floor, source)
     if "trace" in seen:
         source = "LiWangArora2022, Assumption 3.2"
@@ -256,7 +256,7 @@ def _of_network(
     inputs = np.asarray(network.inputs)
     layer = np.asarray(network.second_layer)
     norms = np.abs(np.linalg.norm(inputs, axis=1) - 1)
-    unit = float(np.sqrt(jnp.finfo(network.inputs.dtype).eps))
+    unit = float(np.sqrt(_precision.eps_of_dtype(network.inputs)))
     yield _most("|‖xᵢ‖ − 1|", norms, unit, "Gatmiry2024, section 3", "example")
     yield _most("|wⱼ − 1|", np.abs(layer - 1), 0, "Gatmiry2024, section 3", "neuron")
     coherence = theory.coherence(inputs)

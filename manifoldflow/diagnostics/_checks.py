@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Key, Point, Tangent
@@ -196,7 +196,7 @@ def check_geodesic(
     """
     coordinates, remainder = manifold.split(point)
     if tolerance is None:
-        tolerance = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
+        tolerance = 1e-6 if _precision.is_double(_tree.dtype_of(coordinates)) else 1e-3
     tolerance = float(checked_positive("check_geodesic: tolerance", tolerance))
     velocity = manifold.tangent_projection(point, velocity)
     if path is None:

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import described, is_traced
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
@@ -141,7 +141,7 @@ class IterationLimit(AbstractDiffusion):
 
         def mv(vector: Tangent) -> Tangent:
             flat = _tree.ravel(vector)[0]
-            return unravel(jnp.matmul(root, flat, precision=jax.lax.Precision.HIGHEST))
+            return unravel(_precision.matmul(root, flat))
 
         structure = _tree.structure_of(coordinates)
         return lx.FunctionLinearOperator(mv, structure, lx.symmetric_tag)
@@ -185,8 +185,8 @@ def _here(flow: IterationLimit, point: Point) -> _Here:
     if isinstance(rank, int) and rank > flat.size:
         raise ValueError(f"IterationLimit: rank {rank} exceeds the {flat.size} coordinates.")
     if rank is None:
-        rank = float(jnp.finfo(flat.dtype).eps) ** (1 / 3)
-    with jax.default_matmul_precision("highest"):
+        rank = _precision.eps_of_dtype(flat) ** (1 / 3)
+    with _precision.full_precision():
         jacobian = jax.jacfwd(field)(flat)
     return _Here(flat, field, field(flat), jacobian, splitting(jacobian, rank))
 
@@ -272,7 +272,7 @@ def _checked_rank(rank: Any) -> int | float | None:
 
 def _least_cosine(dtype: Any) -> float:
     """Below it the two kernels are too far apart for the precision."""
-    return float(jnp.finfo(dtype).eps) ** 0.5
+    return _precision.eps_of_dtype(dtype) ** 0.5
 
 
 def _problem(here: _Here, cosine: float, slowest: float) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._results import from_diffrax, RESULTS
 from manifoldflow._run import AdaptiveSteps, EqualSteps, form_of, next_step
 from manifoldflow._types import Coordinates, Flag, Point, Scalar
@@ -119,7 +119,7 @@ def _controller_of(
     if options.step_size is not None:
         return EqualSteps(options.step_size), None
     if noise is None:
-        smallest = jnp.finfo(end.dtype).eps * task.end_time
+        smallest = _precision.eps_of_dtype(end) * task.end_time
         controller = dfx.PIDController(
             options.rtol, options.atol, dtmin=smallest, force_dtmin=False
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._types import Flag, Scalar
 
 Matrix = Float[Array, "D D"]
@@ -81,7 +81,7 @@ def stable_lyapunov_solve(matrix: Matrix, rhs: Matrix) -> tuple[Matrix, Flag]:
 
 
 def _by_sign(matrix: Matrix, rhs: Matrix) -> tuple[Matrix, Flag]:
-    cutoff = 10 * len(matrix) * float(jnp.finfo(matrix.dtype).eps)
+    cutoff = 10 * len(matrix) * _precision.eps_of_dtype(matrix)
 
     def is_going(carry):
         _, _, change, count = carry
@@ -107,7 +107,7 @@ def product(*factors: Array) -> Array:
     """The product of matrices, or of matrices and a vector, in full precision."""
     total = factors[0]
     for factor in factors[1:]:
-        total = jnp.matmul(total, factor, precision=jax.lax.Precision.HIGHEST)
+        total = _precision.matmul(total, factor)
     return total
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked_fields
 from manifoldflow._errors import (
     checked_count,
@@ -110,7 +110,7 @@ def has_tail(save_times: Any, end_time: Any) -> bool:
 
 def tolerance(name: str, value: Any, wide: float, narrow: float, dtype: Any) -> Scalar:
     if value is None:
-        value = wide if jnp.finfo(dtype).eps < 1e-10 else narrow
+        value = wide if _precision.is_double(dtype) else narrow
     elif not is_traced(value):
         checked_positive(name, value)
     return jnp.asarray(value, dtype)

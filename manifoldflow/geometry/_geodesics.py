@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_positive, is_traced, real_numbers
 from manifoldflow._jit import jit_part
@@ -73,11 +73,11 @@ class Walk(eqx.Module):
         """For numbers of this size; adaptive steps begin with `first`, in units of `unit`."""
         if self.step_size is not None:
             return EqualSteps(self.step_size / jnp.abs(unit))
-        is_double = jnp.finfo(size.dtype).eps < 1e-10
+        is_double = _precision.is_double(size)
         rtol = self.rtol if self.rtol is not None else 1e-9 if is_double else 1e-5
         atol = self.atol if self.atol is not None else (1e-10 if is_double else 1e-6) * size
         # Where no step can be landed, none is short enough: do not try for ever.
-        smallest = jnp.asarray(jnp.finfo(size.dtype).eps, size.dtype)
+        smallest = jnp.asarray(_precision.eps_of_dtype(size), size.dtype)
         controller = dfx.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False)
         return AdaptiveSteps(controller, first)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive, is_traced
 from manifoldflow._jvp import constraint_dot, filled, no_tangent
@@ -98,7 +98,7 @@ def _limit_map(
     manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
     dtype = _tree.dtype_of(coordinates)
-    default = 1e-6 if _tree.eps_of(coordinates) < 1e-10 else 1e-3
+    default = 1e-6 if _precision.is_double(_tree.dtype_of(coordinates)) else 1e-3
     rtol = jnp.asarray(default if rtol is None else rtol, dtype)
     limit, info = _limit(
         manifold, coordinates, remainder, rtol=rtol, max_steps=max_steps, shown=shown
@@ -317,9 +317,7 @@ def _extrapolated_step(
 
     def combine(weights: np.ndarray) -> Tangent:
         return jax.tree.map(
-            lambda t: jnp.tensordot(
-                jnp.asarray(weights, t.dtype), t, axes=1, precision=jax.lax.Precision.HIGHEST
-            ),
+            lambda t: _precision.tensordot(jnp.asarray(weights, t.dtype), t, axes=1),
             table,
         )
 

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.linalg import eigh
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class AbstractStiffness(eqx.Module):
@@ -42,15 +40,15 @@ class GaussNewtonStiffness(AbstractStiffness):
     vectors: Float[Array, "n n"]
 
     def _rotated(self, vector: Tangent) -> Array:
-        return jnp.matmul(self.vectors.T, self.root.mv(vector), precision=HIGHEST)
+        return _precision.matmul(self.vectors.T, self.root.mv(vector))
 
     def resolvent(self, step: Scalar, vector: Tangent) -> Tangent:
         weights = step / (1 + step * self.values) * self._rotated(vector)
-        back = jnp.matmul(self.vectors, weights, precision=HIGHEST)
+        back = _precision.matmul(self.vectors, weights)
         return _tree.subtract(vector, self.root.transpose_mv(back))
 
     def remaining(self, gradient: Tangent) -> Scalar:
-        eps = jnp.finfo(self.values.dtype).eps
+        eps = _precision.eps_of_dtype(self.values)
         kept = self.values > len(self.values) * eps * self.values[-1]
         inverse = _tree.where(kept, 1 / _tree.where(kept, self.values, 1), 0)
         return _tree.norm(inverse**1.5 * self._rotated(gradient))
@@ -71,11 +69,11 @@ class HessianStiffness(AbstractStiffness):
         return jnp.maximum(self.signed, 0)
 
     def _rotated(self, vector: Tangent) -> Array:
-        return jnp.matmul(self.vectors.T, _tree.ravel(vector)[0], precision=HIGHEST)
+        return _precision.matmul(self.vectors.T, _tree.ravel(vector)[0])
 
     def resolvent(self, step: Scalar, vector: Tangent) -> Tangent:
         weights = self._rotated(vector) / (1 + step * self.values)
-        flat = jnp.matmul(self.vectors, weights, precision=HIGHEST)
+        flat = _precision.matmul(self.vectors, weights)
         return _tree.ravel(self.coordinates)[1](flat)
 
     def remaining(self, gradient: Tangent) -> Scalar:

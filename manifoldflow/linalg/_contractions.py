@@ -15,7 +15,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Tangent
@@ -142,7 +142,7 @@ def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree
     flat, unravel = ravel_pytree(zeros)
     if not is_traced(index) and not -flat.size <= int(index) < flat.size:
         raise ValueError(f"column: index must be one of {flat.size} columns; got {int(index)}.")
-    with jax.default_matmul_precision("highest"):
+    with _precision.full_precision():
         return operator.mv(unravel(flat.at[index].set(1)))
 
 
@@ -173,7 +173,7 @@ def sum_terms(
 
     def partial_sum(start: Int[Array, ""]) -> PyTree[Array]:
         indices = start + jnp.arange(size)
-        with jax.default_matmul_precision("highest"):  # the model's own products as well
+        with _precision.full_precision():  # the model's own products as well
             terms = jax.vmap(term)(indices)
 
         def total(leaf: Array) -> Array:

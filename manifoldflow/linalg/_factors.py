@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import shapes_of
 from manifoldflow._types import Coordinates, Tangent
@@ -74,9 +74,7 @@ class ResidualFactor(lx.AbstractLinearOperator):
 
     def as_matrix(self) -> Float[Array, "D r"]:
         """The D×r matrix, for tests and small problems."""
-        return jnp.matmul(
-            self.jacobian.as_matrix().T, self.small.as_matrix(), precision=jax.lax.Precision.HIGHEST
-        )
+        return _precision.matmul(self.jacobian.as_matrix().T, self.small.as_matrix())
 
     def transpose(self) -> lx.AbstractLinearOperator:
         return self.small.T @ self.jacobian

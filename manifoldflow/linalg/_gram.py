@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
@@ -82,9 +82,7 @@ class DenseGramSolve(AbstractGramSolve):
         # So derivatives are solves with the factor that is there: nothing differentiates
         # through the factorisation.
         def mv(vector: Array) -> Array:
-            product = jnp.matmul(
-                mirrored(self.triangle), vector, precision=jax.lax.Precision.HIGHEST
-            )
+            product = _precision.matmul(mirrored(self.triangle), vector)
             return product + self.damping * self.row_norms_squared() * vector
 
         def solve(_: Any, right: Array) -> Array:
@@ -108,7 +106,7 @@ def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
     """
     frozen = jax.lax.stop_gradient(norms_squared)
     # In float32 rounding is so coarse that rows in smaller units would be taken for it.
-    floor = min(8 * float(jnp.finfo(frozen.dtype).eps), 1e-10)
+    floor = min(8 * _precision.eps_of_dtype(frozen), 1e-10)
     is_lost = frozen <= floor**2 * jnp.max(frozen)
     return _tree.where(is_lost, 0, 1 / jnp.sqrt(_tree.where(is_lost, 1, frozen)))
 
@@ -143,7 +141,7 @@ def _cholesky(
     # The transpose: LAPACK's column-major layout then stays away from the matrix products
     # that made the triangle, which would be several times slower in it.
     matrix = _equilibrated(jax.lax.stop_gradient(triangle), scale).T
-    size, eps = len(matrix), float(jnp.finfo(matrix.dtype).eps)
+    size, eps = len(matrix), _precision.eps_of_dtype(matrix)
     # Rows that are lost have no equations; any diagonal gives them the right answer, zero.
     damping = damping + (scale == 0).astype(matrix.dtype)
     identity = jnp.eye(size, dtype=matrix.dtype)
@@ -168,7 +166,7 @@ def _cholesky(
 @checked
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
     """How many eigenvalues of a Gram matrix stand above its rounding errors."""
-    eps = jnp.finfo(eigenvalues.dtype).eps
+    eps = _precision.eps_of_dtype(eigenvalues)
     threshold = len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues))
     return jnp.sum(eigenvalues > threshold)
 
@@ -176,7 +174,7 @@ def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
 @checked
 def condition_number(eigenvalues: Float[Array, " n"]) -> Scalar:
     """λ_max/λ_min of a Gram matrix over the eigenvalues above its rounding errors."""
-    eps = jnp.finfo(eigenvalues.dtype).eps
+    eps = _precision.eps_of_dtype(eigenvalues)
     largest = jnp.max(eigenvalues)
     kept = eigenvalues > len(eigenvalues) * eps * largest
     return largest / jnp.min(_tree.where(kept, eigenvalues, jnp.inf))

@@ -10,7 +10,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._jit import jit_part
@@ -18,8 +18,6 @@ from manifoldflow._types import Scalar
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class IterativeGram(AbstractGram):
@@ -90,9 +88,9 @@ class Sketch(eqx.Module):
 
     def precondition(self, vector: Float[Array, " n"], shift: Scalar) -> Float[Array, " n"]:
         """(U diag(λ) Uᵀ + λ_r(I − UUᵀ) + shift)⁻¹ w, up to a factor."""
-        inside = jnp.matmul(self.vectors.T, vector, precision=_HIGHEST)
+        inside = _precision.matmul(self.vectors.T, vector)
         weights = (self.values[-1] + shift) / (self.values + shift) - 1
-        return vector + jnp.matmul(self.vectors, weights * inside, precision=_HIGHEST)
+        return vector + _precision.matmul(self.vectors, weights * inside)
 
 
 def nystroem_sketch(
@@ -103,9 +101,9 @@ def nystroem_sketch(
     probes = jr.normal(jr.key(0), (structure.shape[0], rank), structure.dtype)
     probes, _ = jnp.linalg.qr(probes)
     images = jax.lax.map(product, probes.T).T
-    shift = jnp.finfo(structure.dtype).eps * jnp.linalg.norm(images)
+    shift = _precision.eps_of_dtype(structure) * jnp.linalg.norm(images)
     images = images + shift * probes
-    core = jnp.matmul(probes.T, images, precision=_HIGHEST)
+    core = _precision.matmul(probes.T, images)
     factor = jnp.linalg.cholesky((core + core.T) / 2)
     root = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
     vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
@@ -138,7 +136,7 @@ class IterativeGramSolve(AbstractGramSolve):
         return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        eps, scale = float(jnp.finfo(vector.dtype).eps), self.row_scale
+        eps, scale = _precision.eps_of_dtype(vector), self.row_scale
         shift = self.damping + 5 * eps * len(vector)
 
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -161,7 +159,7 @@ class IterativeGramSolve(AbstractGramSolve):
     def _precondition(self, vector: Array, scale: Array, shift: Scalar) -> Array:
         if self.inverse is not None:
             norms = 1 / jnp.where(scale > 0, scale, 1)
-            return norms * jnp.matmul(self.inverse, norms * vector, precision=_HIGHEST)
+            return norms * _precision.matmul(self.inverse, norms * vector)
         assert self.sketch is not None
         return self.sketch.precondition(vector, shift)
 

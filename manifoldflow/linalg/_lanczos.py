@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._types import Scalar
 from manifoldflow.linalg._lapack import eigh
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 # The basis takes this many numbers, within these bounds for its length. Each _SHORTEST steps
 # it is seen whether they were enough.
@@ -95,8 +93,8 @@ def lanczos(
         column = jnp.zeros(len(basis.vectors), like.dtype)
         # Twice is enough. Between the two the products' rounding goes back to the subspace.
         for then in (project, lambda v: v):
-            parts = jnp.matmul(basis.vectors, vector, precision=_HIGHEST)
-            vector = then(vector - jnp.matmul(parts, basis.vectors, precision=_HIGHEST))
+            parts = _precision.matmul(basis.vectors, vector)
+            vector = then(vector - _precision.matmul(parts, basis.vectors))
             column = column + parts
         left = jnp.linalg.norm(vector)
         # What is left of a product in an invariant subspace is rounding and no direction.
@@ -121,7 +119,7 @@ def lanczos(
         values, rotations = _ritz(basis, stop - band)
         # What A makes of a Ritz vector leaves the basis through its last band only.
         beyond = jax.lax.dynamic_slice_in_dim(basis.matrix, stop - band, band)
-        outside = jnp.matmul(beyond, rotations[:, :num], precision=_HIGHEST)
+        outside = _precision.matmul(beyond, rotations[:, :num])
         scale = jnp.maximum(basis.scale, jnp.max(jnp.abs(values[:num])))
         allowed = jnp.where(scale > 0, target(eps, values[:num], scale), 1)
         error = jnp.max(jnp.linalg.norm(outside, axis=0) / allowed)
@@ -131,7 +129,7 @@ def lanczos(
 
     def restarted(basis: _Basis, values: Array, rotations: Array, stop: Int[Array, ""]) -> _Basis:
         """With the best Ritz vectors, and the last band, in place of all vectors."""
-        vectors = jnp.matmul(rotations[:, :kept].T, basis.vectors, precision=_HIGHEST)
+        vectors = _precision.matmul(rotations[:, :kept].T, basis.vectors)
         is_there = jnp.linalg.norm(vectors, axis=1) > 0.5
         vectors = jnp.where(is_there[:, None], vectors, 0)
         values = jnp.where(is_there, values[:kept], 0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Scalar, Tangent
@@ -48,7 +48,7 @@ def tangent_component(
     def again(remainder: Tangent, inverse: Callable[[Array], Array]) -> Tangent:
         return _tree.subtract(remainder, jacobian.transpose_mv(inverse(jacobian.mv(remainder))))
 
-    if _tree.eps_of(vector) < 1e-10:
+    if _precision.is_double(_tree.dtype_of(vector)):
         return jax.lax.fori_loop(0, 2, lambda _, left: again(left, gram.solve), vector)
     # What a plain solve leaves in single precision takes more than another one.
     return again(again(vector, gram.solve), lambda value: refined_solve(jacobian, gram, value))
@@ -125,7 +125,7 @@ def _refined(
     astray, since the factorisation magnifies that part without end: then by plain
     corrections as well, which J sees nothing of it in.
     """
-    eps = float(jnp.finfo(right.dtype).eps)
+    eps = _precision.eps_of_dtype(right)
     norm_of = lambda left: _tree.norm(gram.row_scale * left)
     target = eps * norm_of(right)
 

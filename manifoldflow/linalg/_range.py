@@ -14,7 +14,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar
@@ -54,13 +54,12 @@ def range_spectrum(
     values, vectors = eigh(matrix)
     if isinstance(rank, int):
         return values, vectors, jnp.arange(len(values)) >= len(values) - rank
-    cutoff = len(values) * float(jnp.finfo(values.dtype).eps) if rank is None else rank
+    cutoff = len(values) * _precision.eps_of_dtype(values) if rank is None else rank
     return values, vectors, jnp.abs(values) > cutoff * jnp.max(jnp.abs(values))
 
 
 def _rotate(vectors: Array, matrix: Array) -> Array:
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(jnp.matmul(vectors, matrix, precision=highest), vectors.T, precision=highest)
+    return _precision.matmul(_precision.matmul(vectors, matrix), vectors.T)
 
 
 def _difference_quotients(
@@ -154,8 +153,7 @@ def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
     """S ↦ HS + SH on matrices, a self-adjoint lineax operator."""
 
     def mv(s: Matrix) -> Matrix:
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.matmul(matrix, s, precision=highest) + jnp.matmul(s, matrix, precision=highest)
+        return _precision.matmul(matrix, s) + _precision.matmul(s, matrix)
 
     structure = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
     return lx.FunctionLinearOperator(mv, structure, lx.symmetric_tag)
@@ -185,7 +183,7 @@ def _lyapunov_solve_jvp(rank, primals, tangents):
     (matrix, rhs), (matrix_dot, rhs_dot) = primals, tangents
 
     def matmul(x: Matrix, y: Matrix) -> Matrix:
-        return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+        return _precision.matmul(x, y)
 
     solution = lyapunov_solve(matrix, rhs, rank)
     # The range itself turns with H: S = ΠSΠ solves HS + SH = Π·rhs·Π.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Scalar, Tangent
@@ -20,8 +20,6 @@ from manifoldflow.linalg._eigenvalues import Eigenvalues, judged
 from manifoldflow.linalg._lanczos import lanczos
 from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
 from manifoldflow.linalg.jacobian import AbstractJacobian
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 # Up to so many rows the Gram matrix is as cheap as the first products.
 _DENSE = 20
@@ -62,8 +60,8 @@ def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 def _inverse_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (matrix,), (change,) = primals, tangents
     inverse = _inverse(matrix)
-    inner = jnp.matmul(change, inverse, precision=_HIGHEST)
-    return inverse, -jnp.matmul(inverse, inner, precision=_HIGHEST)
+    inner = _precision.matmul(change, inverse)
+    return inverse, -_precision.matmul(inverse, inner)
 
 
 @checked
@@ -140,7 +138,7 @@ def _top(jacobian: AbstractJacobian) -> tuple[Float[Array, " n"], Eigenvalues]:
         )
         vector = vectors[0]
     image = mv(vector)
-    value = jnp.vdot(vector, image, precision=_HIGHEST)
+    value = _precision.vdot(vector, image)
     found = judged(value[None], (image - value * vector)[None], scale, num_steps + 1, eps)
     return vector * jnp.where(found.is_successful, 1, jnp.nan).astype(vector.dtype), found
 
@@ -162,6 +160,6 @@ def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     rhs = image_dot - jnp.vdot(vector, image_dot) * vector
     structure = jax.ShapeDtypeStruct(rhs.shape, rhs.dtype)
     operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-    eps = float(jnp.finfo(rhs.dtype).eps)
+    eps = _precision.eps_of_dtype(rhs)
     solver = lx.CG(rtol=10 * eps, atol=0.0, max_steps=10 * len(rhs))
     return vector, lx.linear_solve(operator, rhs, solver, throw=False).value

@@ -11,7 +11,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_data, checked_indices, is_traced, shapes_of
 from manifoldflow._types import Example, Point, Scalar
@@ -100,9 +100,7 @@ class PerExampleLoss(AbstractExampleLoss):
     def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
         x, _, minimizer, root = example
         output = self.example_output(point, x)
-        return jnp.matmul(
-            (output - minimizer).reshape(-1), root, precision=jax.lax.Precision.HIGHEST
-        )
+        return _precision.matmul((output - minimizer).reshape(-1), root)
 
     def __call__(self, point: Point) -> Scalar:
         coordinates, remainder = self.split(point)
@@ -129,9 +127,7 @@ class PerExampleLoss(AbstractExampleLoss):
 
         def rooted(x: PyTree[Array], example: Example) -> Array:
             example_inputs, factor = example
-            return jnp.matmul(
-                factor, output(x, example_inputs).reshape(-1), precision=jax.lax.Precision.HIGHEST
-            )
+            return _precision.matmul(factor, output(x, example_inputs).reshape(-1))
 
         roots = jax.lax.stop_gradient(jax.vmap(root)(inputs, targets))
         return linalg.jacobian(rooted, coordinates, (inputs, roots))
@@ -194,7 +190,7 @@ def _minimizers(
     else:
         found = jax.vmap(lambda y: jnp.asarray(minimizer_fn(y)))(targets)
         found = found.astype(jnp.result_type(found.dtype, jnp.float32))
-    root = float(jnp.finfo(found.dtype).eps) ** 0.5
+    root = _precision.eps_of_dtype(found) ** 0.5
 
     def newton_step(output: Array, target: PyTree[Array]) -> tuple[Array, Array]:
         slope = jax.grad(loss_fn)(output, target).reshape(-1)
@@ -224,7 +220,7 @@ def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
             f"floating array shaped like the outputs; got {shapes_of(target)}. Pass minimizer_fn."
         )
     start = jnp.zeros(leaves[0].shape, leaves[0].dtype)
-    tolerance = float(jnp.finfo(start.dtype).eps) ** 0.75
+    tolerance = _precision.eps_of_dtype(start) ** 0.75
     solver = optx.BFGS(rtol=tolerance, atol=tolerance)
     rough = optx.minimise(loss_fn, solver, start, target, max_steps=512, throw=False).value
     for _ in range(3):  # Newton's method takes it to rounding error
@@ -238,7 +234,7 @@ def _roots_of_constant_rank(hessians: np.ndarray) -> Array:
     """Bᵢ (k × rank) with Bᵢ Bᵢᵀ = Wᵢ."""
     values, vectors = np.linalg.eigh(hessians)
     largest = values[:, -1:]
-    threshold = np.sqrt(np.finfo(values.dtype).eps) * np.maximum(largest, 0)
+    threshold = np.sqrt(_precision.eps_of_dtype(values)) * np.maximum(largest, 0)
     ranks = np.sum(values > threshold, axis=1)
     if np.any(values < -threshold) or np.any(ranks == 0) or len(set(ranks.tolist())) != 1:
         raise ValueError(

@@ -9,12 +9,11 @@ whatever the scale of L and its third derivatives in r: under P they drop out.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractResidualLoss
 from manifoldflow.manifolds._local import AbstractLocalGeometry, Minimised
@@ -69,7 +68,7 @@ class GramGeometry(AbstractLocalGeometry):
         """−2P Σᵢ ∇²rᵢ (JᵀTK)ᵢ with KT + TK = J†ᵀΣJ†."""
         gram = self._gram
         solution = linalg.lyapunov_solve(gram, self._normal_covariance(sigma))
-        coefficients = _matmul(solution, gram)
+        coefficients = _precision.matmul(solution, gram)
         turned = linalg.contract_hessians(self._jacobian, self.coordinates, coefficients)
         return _tree.scale(-2, self.space.tangent(turned))
 
@@ -81,16 +80,16 @@ class GramGeometry(AbstractLocalGeometry):
         is_small = isinstance(sigma, linalg.NormalFactor)
         small = sigma.operator if is_small else self._multiplier() @ sigma.operator
         root = linalg.columns(small)
-        return _matmul(root, root.T)
+        return _precision.matmul(root, root.T)
 
     def _multiplier(self) -> lx.AbstractLinearOperator:
         """J†ᵀ = K†J, refined once: to the multipliers of the normal part of a tangent."""
         inverse = linalg.pseudo_inverse(self._gram) if self.inverse is None else self.inverse
 
         def multipliers(vector: Tangent) -> Float[Array, " n"]:
-            found = _matmul(inverse, self.space.mv(vector))
+            found = _precision.matmul(inverse, self.space.mv(vector))
             left = _tree.subtract(vector, self.space.jacobian.transpose_mv(found))
-            return found + _matmul(inverse, self.space.mv(left))
+            return found + _precision.matmul(inverse, self.space.mv(left))
 
         return self.operator(multipliers)
 
@@ -104,7 +103,3 @@ class GramGeometry(AbstractLocalGeometry):
 
     def _jacobian(self, x: Coordinates) -> linalg.AbstractJacobian:
         return self.loss.jacobian(_tree.join(x, self.remainder))
-
-
-def _matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds._local import AbstractLocalGeometry, Minimised
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace, HessianNormalSpace
@@ -38,12 +38,14 @@ class HessianGeometry(AbstractLocalGeometry):
     def mixed_part(self, sigma: linalg.AbstractSigma) -> Tangent:
         # The contraction is symmetric in its two slots, so M needs no symmetrising here.
         inverse = linalg.pseudo_inverse(self.hessian, self.rank_rule)
-        across = _matmul(_matmul(inverse, self._covariance(sigma)), self._tangent)
-        return self._unravel(-2 * _matmul(self._tangent, self._third(across)))
+        across = _precision.matmul(
+            _precision.matmul(inverse, self._covariance(sigma)), self._tangent
+        )
+        return self._unravel(-2 * _precision.matmul(self._tangent, self._third(across)))
 
     def normal_part(self, sigma: linalg.AbstractSigma) -> Tangent:
         solution = linalg.lyapunov_solve(self.hessian, self._covariance(sigma), self.rank_rule)
-        return self._unravel(-_matmul(self._tangent, self._third(solution)))
+        return self._unravel(-_precision.matmul(self._tangent, self._third(solution)))
 
     @property
     def hessian(self) -> Float[Array, "D D"]:
@@ -70,7 +72,7 @@ class HessianGeometry(AbstractLocalGeometry):
         assert not isinstance(sigma, linalg.NormalFactor), "this manifold has no residuals"
         ravel = self.operator(lambda vector: _tree.ravel(vector)[0])
         matrix = linalg.columns(ravel @ sigma.operator)
-        return _matmul(matrix, matrix.T) if isinstance(sigma, linalg.Factor) else matrix
+        return _precision.matmul(matrix, matrix.T) if isinstance(sigma, linalg.Factor) else matrix
 
     def _loss(self, x: Float[Array, " D"]) -> Scalar:
         unravel = _tree.ravel(self.coordinates)[1]
@@ -86,7 +88,3 @@ class HessianGeometry(AbstractLocalGeometry):
 
     def _unravel(self, vector: Float[Array, " D"]) -> Tangent:
         return _tree.ravel(self.coordinates)[1](vector)
-
-
-def _matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -4,11 +4,10 @@ import abc
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._results import RESULTS
 from manifoldflow._types import Constraint, Coordinates, Flag, Scalar, Tangent
 
@@ -183,14 +182,14 @@ class HessianNormalSpace(AbstractNormalSpace):
     def tangent(self, vector: Tangent) -> Tangent:
         flat = self._flat(vector)
         projector = linalg.range_projection(self.hessian, self.rank_rule)
-        return self._tangent(flat - _matmul(projector, flat))
+        return self._tangent(flat - _precision.matmul(projector, flat))
 
     def mv(self, vector: Tangent) -> Constraint:
-        return self._tangent(_matmul(self.hessian, self._flat(vector)))
+        return self._tangent(_precision.matmul(self.hessian, self._flat(vector)))
 
     def pseudo_inverse(self, constraint: Constraint) -> Tangent:
         inverse = linalg.pseudo_inverse(self.hessian, self.rank_rule)
-        return self._tangent(_matmul(inverse, self._flat(constraint)))
+        return self._tangent(_precision.matmul(inverse, self._flat(constraint)))
 
     def multipliers(self, vector: Tangent) -> Constraint:
         return self.pseudo_inverse(vector)  # the Hessian is symmetric
@@ -207,8 +206,8 @@ class HessianNormalSpace(AbstractNormalSpace):
         curvatures = _tree.where(damping > 0, jnp.abs(values), values) / self._size
         curvatures = _tree.where(inside, curvatures, 1)
         weights = _tree.where(inside, curvatures / (curvatures**2 + damping), 0)
-        lift = _matmul(vectors, weights * _matmul(vectors.T, flat)) / self._size
-        return self._tangent(lift), self._tangent(flat - _matmul(self.hessian, lift))
+        lift = _precision.matmul(vectors, weights * _precision.matmul(vectors.T, flat)) / self._size
+        return self._tangent(lift), self._tangent(flat - _precision.matmul(self.hessian, lift))
 
     def eigenvalues(self) -> Float[Array, " n"]:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
@@ -235,7 +234,7 @@ class HessianNormalSpace(AbstractNormalSpace):
     def curvature(self, tol: Any = None) -> RESULTS:
         values, _, inside = linalg.range_spectrum(self.hessian, self.rank_rule)
         # As much as the third derivative makes of what the point is off by.
-        cutoff = float(jnp.finfo(values.dtype).eps) ** 0.5
+        cutoff = _precision.eps_of_dtype(values) ** 0.5
         noise = (cutoff if tol is None else jnp.maximum(tol, cutoff)) * jnp.max(jnp.abs(values))
         if isinstance(self.rank_rule, int):
             has_more = jnp.any(~inside & (values > noise))
@@ -245,7 +244,3 @@ class HessianNormalSpace(AbstractNormalSpace):
         is_upwards = jnp.all(_tree.where(inside, values > 0, values >= -noise))
         result = _tree.where(has_more, RESULTS.rank_too_small, RESULTS.successful)
         return _tree.where(is_upwards, result, RESULTS.not_a_minimum)
-
-
-def _matmul(matrix: Array, vector: Array) -> Array:
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)

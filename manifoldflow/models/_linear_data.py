@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_floats, is_traced
 from manifoldflow._types import Key
@@ -149,7 +150,7 @@ def _root(name: str, covariance: Any, size: int) -> Matrix:
             f"{name} must be ({size}, {size}), or ({size},) for a diagonal; got {array.shape}."
         )
     values, vectors = jnp.linalg.eigh(array)
-    floor = -jnp.sqrt(jnp.finfo(array.dtype).eps) * jnp.max(jnp.abs(array))
+    floor = -jnp.sqrt(_precision.eps_of_dtype(array)) * jnp.max(jnp.abs(array))
     if not is_traced(array) and (values[0] < floor or jnp.any(jnp.abs(array - array.T) > -floor)):
         raise ValueError(f"{name} must be symmetric, without negative eigenvalues.")
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T

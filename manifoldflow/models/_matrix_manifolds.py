@@ -14,6 +14,7 @@ import jax.random as jr
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_floats, is_traced
 from manifoldflow._types import Key, Scalar
@@ -303,7 +304,7 @@ class FixedProduct(eqx.Module):
 class _Orthonormal(eqx.Module):
     def __call__(self, point: Matrix) -> Float[Array, " constraints"]:
         size = point.shape[1]
-        gram = jnp.matmul(point.T, point, precision=jax.lax.Precision.HIGHEST)
+        gram = _precision.matmul(point.T, point)
         return (gram - jnp.eye(size, dtype=point.dtype))[jnp.triu_indices(size)]
 
 
@@ -316,7 +317,7 @@ class _Product(eqx.Module):
 
     def __call__(self, point: Factors) -> Float[Array, " constraints"]:
         rank, dtype = self.values.size, point["left"].dtype
-        product = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+        product = lambda x, y: _precision.matmul(x, y)
         left = product(self.left.T.astype(dtype), point["left"])
         right = product(point["right"], self.right.T.astype(dtype))
         across = product(left[:rank], right) - jnp.eye(rank, right.shape[1], dtype=dtype) * (

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from manifoldflow import theory
+from manifoldflow import _precision, theory
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_floats
 from manifoldflow._types import Key, Scalar
@@ -109,4 +108,4 @@ class LinearRegression(AbstractRegression):
 
 class _Linear(eqx.Module):
     def __call__(self, point: Float[Array, " d"], x: Float[Array, " d"]) -> Scalar:
-        return jnp.vdot(x, point, precision=jax.lax.Precision.HIGHEST)
+        return _precision.vdot(x, point)

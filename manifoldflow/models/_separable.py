@@ -10,7 +10,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from manifoldflow import theory
+from manifoldflow import _precision, theory
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_floats, checked_nonnegative, is_traced
 from manifoldflow._types import Key, Scalar
@@ -143,7 +143,7 @@ class _Loss(eqx.Module):
 
 def _products(signed: Float[Array, "n d"], point: Float[Array, " d"]) -> Float[Array, " n"]:
     """yᵢ⟨w, xᵢ⟩, in the point's dtype."""
-    return jnp.matmul(signed.astype(point.dtype), point, precision=jax.lax.Precision.HIGHEST)
+    return _precision.matmul(signed.astype(point.dtype), point)
 
 
 def _per_length(value: Scalar, point: Float[Array, " d"]) -> Scalar:

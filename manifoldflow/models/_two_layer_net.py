@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree, theory
+from manifoldflow import _precision, _tree, theory
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_floats
 from manifoldflow._types import Key, Scalar
@@ -86,7 +86,7 @@ class TwoLayerNet(eqx.Module):
 
     def features(self, point: Weights) -> Float[Array, "m n"]:
         """θⱼ·x_i."""
-        return jnp.matmul(point, self.inputs.T, precision=jax.lax.Precision.HIGHEST)
+        return _precision.matmul(point, self.inputs.T)
 
     def flatness(self, point: Weights) -> Scalar:
         """F = Σᵢⱼ wⱼ²φ'(θⱼ·x_i)²|x_i|²; tr ∇²L = 2F on the manifold."""

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, is_traced, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
@@ -72,11 +72,10 @@ class ResampledLabels(AbstractDataNoise):
         num_labels = columns.shape[0] * columns.shape[2]
 
         def from_labels(u: Array) -> Weights:
-            return jnp.einsum(
+            return _precision.einsum(
                 "noc,nc->no",
                 columns,
                 u.reshape(columns.shape[0], -1),
-                precision=jax.lax.Precision.HIGHEST,
             )
 
         return label_factor(loss, point, self.batch_size, from_labels, num_labels)
@@ -167,7 +166,7 @@ def _check_minimum(loss: PerExampleLoss) -> None:
     weights, probabilities = map(np.asarray, _label_weights(loss, loss.minimizers))
     mean = np.abs(np.sum(weights * probabilities, axis=-1))
     worst = np.max(mean / np.max(np.abs(weights), axis=-1))
-    if not worst < np.finfo(weights.dtype).eps ** 0.5:
+    if not worst < _precision.eps_of_dtype(weights) ** 0.5:
         raise ValueError(
             "ResampledLabels needs a loss that is linear in the probabilities, so that labels "
             "drawn from them leave the gradient unbiased; at the minimum of this one the mean "
@@ -181,7 +180,7 @@ def _check_likelihood(loss: PerExampleLoss) -> None:
     roots = np.asarray(loss.roots)
     covariances, hessians = (x @ np.swapaxes(x, 1, 2) for x in (columns, roots))
     worst = np.max(np.abs(covariances - hessians)) / np.max(np.abs(hessians))
-    if not worst < np.finfo(roots.dtype).eps ** 0.5:
+    if not worst < _precision.eps_of_dtype(roots) ** 0.5:
         raise ValueError(
             "ResampledLabels: the covariance of the labels' gradient differs from the Hessian "
             f"of the loss by {worst:.2g}, so the loss is not a negative log-likelihood of "

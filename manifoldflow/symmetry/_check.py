@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Example, Point, Scalar, Tangent
@@ -127,7 +127,7 @@ def _measured(
         change = jnp.max(jnp.abs(there - here))
         return jnp.asarray(left), jnp.asarray(terms), largest, change
 
-    with jax.default_matmul_precision("highest"):
+    with _precision.full_precision():
         found = over_chunks(of_example, data, _tree.size(coordinates))
     return *found, _asymmetry(generator, coordinates)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
@@ -189,7 +189,7 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
     Where one exponential e^{2μλ} rules, a Newton step has length 1/(2μ) however far there
     is to go: while the slope goes on steps are doubled.
     """
-    eps = float(jnp.finfo(start.dtype).eps)
+    eps = _precision.eps_of_dtype(start)
     bound = -math.log(eps) / jnp.where(norms > 0, norms, 1)
 
     def pushed(at: Float[Array, " k"], local: Local) -> Float[Array, " k"]:
@@ -252,7 +252,7 @@ def _vanished_side(generators: Sequence[AbstractGenerator], point: Point) -> Flo
             sum(jax.tree.leaves(jax.tree.map(lambda m, r, s=sign: side(m, r, s), modes, rates)))
             for sign in (1, -1)
         )
-        least = (64 * jnp.finfo(dtype).eps) ** 2
+        least = (64 * _precision.eps_of_dtype(dtype)) ** 2
         shrunk = lambda small, large: (small > 0) & (small < least * large)
         return (shrunk(down, up).astype(dtype) - shrunk(up, down)).astype(dtype)
 
@@ -274,7 +274,7 @@ def _broken(
         of = lambda x: value(x, example)
         return jnp.stack([jax.jvp(of, (coordinates,), (v,))[1] for v in velocities])
 
-    with jax.default_matmul_precision("highest"):
+    with _precision.full_precision():
         left = jnp.mean(over_chunks(slopes, data, _tree.size(coordinates)) ** 2, axis=0)
     square = LeafSquares()
     mean, centred = gradient_moments(example_loss, point, data, square)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Example, Point, Tangent
@@ -196,5 +196,5 @@ def _shares(
 
         return [share(first[1](products), second[1](products)) for first, second in pairs]
 
-    with jax.default_matmul_precision("highest"):
+    with _precision.full_precision():
         return over_chunks(of_example, data, _tree.size(coordinates))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._errors import is_traced, real_numbers, shapes_of
 from manifoldflow._types import Coordinates, Scalar, Tangent
 
@@ -140,13 +140,11 @@ class LowRank(AbstractSpectralGenerator):
                 f"The symmetry acts on {self.basis.shape[0]} numbers; the point has "
                 f"{flat.size} coordinates, {shapes_of(vector)}."
             )
-        return jnp.matmul(flat, self.basis.astype(flat.dtype), precision=jax.lax.Precision.HIGHEST)
+        return _precision.matmul(flat, self.basis.astype(flat.dtype))
 
     def with_modes(self, modes: Float[Array, " r"], vector: Tangent) -> Tangent:
         change = modes - self.modes(vector)
-        moved = jnp.matmul(
-            self.basis.astype(change.dtype), change, precision=jax.lax.Precision.HIGHEST
-        )
+        moved = _precision.matmul(self.basis.astype(change.dtype), change)
         return _tree.add(vector, _tree.ravel(vector)[1](moved))
 
     def rates(self, vector: Tangent) -> Float[Array, " r"]:
@@ -174,7 +172,7 @@ class Rotation(AbstractSpectralGenerator):
 
     def _turned(self, array: Array, spec: str) -> Array:
         vectors = self.vectors.astype(array.dtype)
-        return jnp.einsum(spec, vectors, array, precision=jax.lax.Precision.HIGHEST)
+        return _precision.einsum(spec, vectors, array)
 
     def modes(self, vector: Tangent) -> tuple[Array, ...]:
         def mode(leaf: Array, axis: int) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _precision, _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_data, is_traced
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
@@ -101,7 +101,7 @@ def _by_gradients(
     """Chunk → its mean gradient, and the sum of q over the gradients less that."""
 
     def of_chunk(examples: PyTree[Array]) -> tuple[Tangent, PyTree[Array]]:
-        with jax.default_matmul_precision("highest"):  # the model's own products as well
+        with _precision.full_precision():  # the model's own products as well
             gradients = jax.vmap(lambda example: jax.grad(value)(at, example))(examples)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
         centred = jax.tree.map(lambda g, m: g - m, gradients, mean)
@@ -124,7 +124,7 @@ def _by_structure(
             total = jnp.sum(norms)
             rest = total - count * _tree.inner(leaf, leaf)
             # The difference is of rounding where all gradients are the same.
-            floor = 16 * jnp.finfo(rest.dtype).eps * total
+            floor = 16 * _precision.eps_of_dtype(rest) * total
             return jnp.where(rest > floor, rest, 0)
 
         return mean, jax.tree.map(centred, jacobian.leaf_row_norms_squared(), mean)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import (
     AbstractGenerator,
@@ -114,7 +114,7 @@ def semidefinite_solve(
     moves = is_free & (diagonal > 0)
     scale = jnp.where(moves, jax.lax.rsqrt(jnp.where(moves, diagonal, 1)), 0)
     # The ridge is for symmetries that depend on each other.
-    ridge = jnp.where(moves, 8 * jnp.finfo(matrix.dtype).eps, 1)
+    ridge = jnp.where(moves, 8 * _precision.eps_of_dtype(matrix), 1)
     scaled = scale[:, None] * matrix * scale + jnp.diag(ridge)
     return scale * jnp.linalg.solve(scaled, scale * right)
 

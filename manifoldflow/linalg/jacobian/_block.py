@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow.linalg.jacobian._views import apply_view, pull_view, View
 
 # On NVIDIA GPUs float32 products default to TF32, three digits: too few for projections.
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class AbstractBlock(eqx.Module):
@@ -123,7 +123,7 @@ def einsum(spec: str, *arrays: Array) -> Array:
         kept.append("".join(long))
         squeezed.append(array.reshape(tuple(long.values())))
     found = "".join(letter for letter in output if letter in sizes)
-    product = jnp.einsum(",".join(kept) + "->" + found, *squeezed, precision=HIGHEST)
+    product = _precision.einsum(",".join(kept) + "->" + found, *squeezed)
     return product.reshape([sizes.get(letter, 1) for letter in output])
 
 

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
 
 # TF32 is the default for float32 matrix products on NVIDIA GPUs and loses the
 # projections three digits; every product here asks for full float32.
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class DenseJacobian(AbstractJacobian):
@@ -31,19 +30,17 @@ class DenseJacobian(AbstractJacobian):
     def mv(self, vector: Tangent) -> Float[Array, " n"]:
         parts = [leaf.reshape(-1) for leaf in jax.tree.leaves(vector)]
         products = [
-            jnp.matmul(rows, part, precision=_HIGHEST)
+            _precision.matmul(rows, part)
             for rows, part in zip(self._matrices(), parts, strict=True)
         ]
         return sum(products[1:], products[0])
 
     def transpose_mv(self, vector: Float[Array, " n"]) -> Tangent:
-        return jax.tree.map(
-            lambda rows: jnp.tensordot(vector, rows, axes=1, precision=_HIGHEST), self.leaf_rows
-        )
+        return jax.tree.map(lambda rows: _precision.tensordot(vector, rows, axes=1), self.leaf_rows)
 
     def cross_gram(self, other: "DenseJacobian") -> Float[Array, "n m"]:
         products = [
-            jnp.matmul(a, b.T, precision=_HIGHEST)
+            _precision.matmul(a, b.T)
             for a, b in zip(self._matrices(), other._matrices(), strict=True)
         ]
         return sum(products[1:], products[0])

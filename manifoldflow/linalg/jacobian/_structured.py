@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from manifoldflow import _precision
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers
 from manifoldflow.linalg.jacobian import _taps
@@ -180,7 +181,7 @@ def structured_jacobian(
     leaves, treedef = _checked_leaves(params)
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
     structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    with jax.default_matmul_precision("highest"):  # the model's own products as well
+    with _precision.full_precision():  # the model's own products as well
         model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
         try:
             blocks, labels = _structured_blocks(model, structures, leaves, columns)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView, rearranged
 from manifoldflow.linalg.jacobian._use import (
     AbstractMatrixUse,
@@ -49,7 +50,7 @@ class Kernel(NamedTuple):
 
         def along(piece: Array) -> Array:
             seen = piece.reshape(delta.shape[1], -1, self.groups, self.num_inputs)
-            return jnp.einsum("ktgf,twgc->kgfwc", delta, seen, precision=lax.Precision.HIGHEST)
+            return _precision.einsum("ktgf,twgc->kgfwc", delta, seen)
 
         pieces = _pieces(slabs, 1, self.size, self.stride, self.dilation)
         rows = jnp.stack([along(piece) for piece in pieces], axis=3)

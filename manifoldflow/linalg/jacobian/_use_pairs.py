@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from manifoldflow import _precision
 from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
@@ -99,7 +100,7 @@ class PairBlock(AbstractPositionBlock):
 
     def _apply(self, leaf: Array) -> Float[Array, "n T ..."]:
         weight = self.leaf.apply(leaf)
-        with jax.default_matmul_precision("highest"):
+        with _precision.full_precision():
             return jax.vmap(jax.vmap(lambda a: self.use.apply(weight, a)))(self.factor)
 
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
@@ -121,7 +122,7 @@ class PairBlock(AbstractPositionBlock):
             one = lambda w: jax.vmap(lambda a: self.use.apply(self.leaf.apply(w), a))(factor)
             return jax.vmap(lambda d: jax.linear_transpose(one, leaf)(d)[0])(delta)
 
-        with jax.default_matmul_precision("highest"):
+        with _precision.full_precision():
             return jax.vmap(of_example)(self.delta, self.factor)
 
     def cross_gram(self, other: AbstractBlock) -> Float[Array, "n k m l"]:
@@ -151,7 +152,7 @@ def _over_outputs(use: AbstractPairUse, *, pairs: bool) -> Callable[..., Array]:
     """The inner products of all pairs of rows (n, k, m, l), or of each with itself (n, k)."""
 
     def inner(delta: Array, factor: Any, other_delta: Array, other_factor: Any) -> Array:
-        with jax.default_matmul_precision("highest"):
+        with _precision.full_precision():
             return use.inner(delta, factor, other_delta, other_factor)
 
     if not pairs:

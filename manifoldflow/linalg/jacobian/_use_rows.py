@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from manifoldflow.linalg.jacobian._block import AbstractBlock, HIGHEST, LeafView
+from manifoldflow import _precision
+from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView
 
 DENSE_ROWS = "dense rows"
 """What `treatments` says of a leaf with a use that is not understood."""
@@ -23,17 +24,17 @@ class RowBlock(AbstractBlock):
     array: Float[Array, "n k ..."]
 
     def mv(self, leaf: Array) -> Float[Array, "n k"]:
-        return jnp.tensordot(self.array, leaf, axes=leaf.ndim, precision=HIGHEST)
+        return _precision.tensordot(self.array, leaf, axes=leaf.ndim)
 
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
-        return jnp.tensordot(weights, self.array, axes=2, precision=HIGHEST)
+        return _precision.tensordot(weights, self.array, axes=2)
 
     def rows(self) -> Float[Array, "n k ..."]:
         return self.array
 
     def cross_gram(self, other: AbstractBlock) -> Float[Array, "n k m l"]:
         axes = tuple(range(2, self.array.ndim))
-        return jnp.tensordot(self.array, other.rows(), axes=(axes, axes), precision=HIGHEST)
+        return _precision.tensordot(self.array, other.rows(), axes=(axes, axes))
 
     def norms(self) -> Float[Array, "n k"]:
         return jnp.sum(self.array**2, axis=tuple(range(2, self.array.ndim)))
