@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import manifoldflow as mf
-from checks import equal
-from manifoldflow._results import from_diffrax, or_nan
+from checks import equal, refused
+from manifoldflow._results import from_diffrax, Info, or_nan
 
 OURS = {
     "successful": "successful",
@@ -33,6 +33,30 @@ def test_every_word_of_diffrax_has_one_of_ours(theirs):
         name = wanted if isinstance(wanted, str) else wanted.get(expected, expected)
         found = jax.jit(lambda x: from_diffrax(given, x))(reached)
         assert bool(found == word(name)), f"{theirs} at {reached}: {found}, expected {name}"
+
+
+class Tired(mf.AbstractRetraction):
+    """A retraction that never gets anywhere."""
+
+    @property
+    def order(self):
+        return 1
+
+    def with_info(self, manifold, point, vector, *, space=None):
+        return point, Info(word("max_steps_reached"), jnp.ones(()), *[jnp.asarray(7)] * 2)
+
+    def inverse_with_info(self, manifold, point, other):
+        return self.with_info(manifold, point, other)
+
+
+def test_retractions_have_no_max_steps_to_be_raised():
+    sphere, x = mf.LevelSet(lambda p: jnp.sum(p**2) - 1), jnp.array([0.6, 0.8])
+    for call in (
+        lambda: Tired()(sphere, x, x),
+        lambda: mf.inverse_retract(Tired(), sphere, x, x),
+    ):
+        with refused(RuntimeError, "within its fixed number of steps"):
+            call()
 
 
 def test_all_that_was_used_has_no_derivative():

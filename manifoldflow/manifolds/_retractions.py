@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._results import delivered, Info, or_nan, RESULTS
+from manifoldflow._results import delivered, Info, or_nan, RESULTS, without_step_limit
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._normal_space import AbstractNormalSpace
@@ -53,7 +53,7 @@ class AbstractRetraction(eqx.Module):
     ) -> Point:
         """R_x(v); its tangent part counts. Raises if the search fails and `throw` is set."""
         landed, info = self.with_info(manifold, point, vector)
-        return delivered(landed, info.result, throw)
+        return delivered(landed, without_step_limit(info.result), throw)
 
 
 class NewtonRetraction(AbstractRetraction):
@@ -137,7 +137,8 @@ def inverse_retract(
         EquinoxRuntimeError: with the message of the `RESULTS` member.
     """
     vector, info = retraction.inverse_with_info(manifold, point, other)
-    return delivered(or_nan(vector, info.is_successful), info.result, throw)
+    result = without_step_limit(info.result)
+    return delivered(or_nan(vector, info.is_successful), result, throw)
 
 
 def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:
