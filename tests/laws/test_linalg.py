@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from checks import at_most, central_difference, close, equal, flat
+from checks import at_least, at_most, central_difference, close, equal, flat, norm, refused
 from manifoldflow import linalg
 
 
@@ -257,3 +257,65 @@ def test_jit_and_vmap(name):
     batched = jax.jit(jax.vmap(fn))(matrices)
     for i in range(3):
         close(f"vmap against loop, member {i}", flat(batched[i]), flat(fn(matrices[i])), 1e-11)
+
+
+SYMMETRIC = jnp.asarray(np.asarray(matrix_with_spectrum([3.0, 2.0, 1.0, 0.5], 4)))
+SYMMETRIC = SYMMETRIC @ SYMMETRIC.T + jnp.eye(4)
+
+
+def test_eigh_is_a_decomposition():
+    """A = V diag(λ) Vᵀ with orthonormal V and ascending λ, alone and for each of a batch."""
+    batch = jnp.stack([SYMMETRIC, SYMMETRIC - 3 * jnp.eye(4), jnp.diag(jnp.arange(4.0))])
+    values, vectors = jax.jit(jax.vmap(linalg.eigh))(batch)
+    close("V diag(λ) Vᵀ", vectors * values[:, None] @ vectors.mT, batch, 1e-14)
+    close("VᵀV", vectors.mT @ vectors, jnp.stack([jnp.eye(4)] * 3), 1e-14)
+    close("λ", values, np.linalg.eigvalsh(np.asarray(batch)), 1e-14)
+    at_least("steps of λ", jnp.min(jnp.diff(values, axis=1)), 0.0)
+    alone = linalg.eigh(batch[0])[0]
+    close("vmap against one", values[0], alone, 1e-15)
+    for wrong in (np.ones((2, 3)), np.ones(3), np.ones((2, 2), complex)):
+        with refused(ValueError, "eigh: matrix must be an array", wrong_type=True):
+            linalg.eigh(wrong)
+
+
+TANGENT = {"x": jnp.array([1.0, -2.0]), "y": jnp.array([[0.5], [3.0]], jnp.float32)}
+
+
+def shifted_gram(scale):
+    """v ↦ scale·S v on the four numbers of TANGENT, in the dtypes of its leaves."""
+
+    def mv(v):
+        assert [str(leaf.dtype) for leaf in jax.tree.leaves(v)] == ["float64", "float32"]
+        flat_v = jnp.concatenate([leaf.reshape(-1).astype(float) for leaf in jax.tree.leaves(v)])
+        product = scale * SYMMETRIC @ flat_v
+        return {"x": product[:2], "y": product[2:].reshape(2, 1).astype(jnp.float32)}
+
+    return mv
+
+
+def test_tangent_solve_of_mixed_precision():
+    """Against a dense solve; its derivatives are those of the equation, in both modes."""
+
+    def solved(scale, factor):
+        right = jax.tree.map(lambda x: x * factor.astype(x.dtype), TANGENT)
+        found = linalg.tangent_solve(shifted_gram(scale), right, rtol=1e-7)
+        assert [str(leaf.dtype) for leaf in jax.tree.leaves(found)] == ["float64", "float32"]
+        return flat(jax.tree.map(lambda x: x.astype(float), found))
+
+    at = jnp.asarray(2.0), jnp.asarray(3.0)
+    b = jnp.array([1.0, -2.0, 0.5, 3.0])
+    expected = jnp.linalg.solve(SYMMETRIC, b)
+    value, speed = jax.jvp(solved, at, (jnp.asarray(1.0), jnp.asarray(0.5)))
+    close("w = (3/2) S⁻¹b", value, 1.5 * expected, 3e-6)
+    # d(factor/scale) = 0.5/2 − 3/4.
+    close("dw", speed, (0.25 - 0.75) * expected, 3e-6)
+    gradient = jax.grad(lambda *a: jnp.sum(solved(*a)), argnums=(0, 1))(*at)
+    sums = jnp.array([-0.75, 0.5]) * jnp.sum(expected)
+    close("reverse mode", jnp.stack(gradient), sums, 3e-6)
+    few = linalg.tangent_solve(shifted_gram(1.0), TANGENT, rtol=1e-7, max_steps=1)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(few)), few
+    at_least("after one step", norm(flat(few) - expected), 1e-3)
+    with refused(ValueError, "tangent_solve: right must be a PyTree of real"):
+        linalg.tangent_solve(shifted_gram(1.0), {"x": jnp.arange(3)}, rtol=1e-7)
+    with refused(ValueError, "tangent_solve: mv must give tangents like right"):
+        linalg.tangent_solve(lambda v: {"x": v["x"]}, TANGENT, rtol=1e-7)

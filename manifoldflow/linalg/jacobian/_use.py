@@ -131,7 +131,7 @@ def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
     use that was registered for an operation is the one that counts.
 
     Args:
-        operation: the name of a primitive, as `"ragged_dot_general"`, or a function of arrays
+        operation: the name of a primitive, as `"reduce_sum"`, or a function of arrays
             under `jax.jit`. A function is known by its name and by its program: under `vmap`,
             or with static arguments, it is not recognised, and what is inside is looked at.
 
