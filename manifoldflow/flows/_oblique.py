@@ -47,14 +47,14 @@ def splitting(matrix: Matrix, rank: int | float) -> Splitting:
     one = jnp.diag(inside.astype(matrix.dtype))
     left, right = (jnp.where(inside, 0, basis) for basis in (left, right.T))
     # Bases of both kernels that stay so, to first order, where A changes at constant rank.
-    bordered = _inverse(matrix / size + product(left, right.T))
+    bordered = inverse(matrix / size + product(left, right.T))
     kernel, cokernel = product(bordered, left), product(bordered.T, right)
     crossing = product(cokernel.T, kernel) + one
-    tangent = product(kernel, _inverse(crossing), cokernel.T)
+    tangent = product(kernel, inverse(crossing), cokernel.T)
     whole = matrix / size + tangent
     angles = _svd(jax.lax.stop_gradient(product(left.T, right)) + one)[1]
     return Splitting(
-        whole, size, tangent, (_inverse(whole) - tangent) / size, jnp.sum(inside), angles[-1]
+        whole, size, tangent, (inverse(whole) - tangent) / size, jnp.sum(inside), angles[-1]
     )
 
 
@@ -89,11 +89,11 @@ def _by_sign(matrix: Matrix, rhs: Matrix) -> tuple[Matrix, Flag]:
 
     def step(carry):
         a, s, _, count = carry
-        inverse = _plain_inverse(a)
+        b = _plain_inverse(a)
         # In units in which A and its inverse are of one size: then few steps are enough.
-        unit = (jnp.sum(a**2) / jnp.sum(inverse**2)) ** 0.25
-        new = (a / unit + inverse * unit) / 2
-        sheared = (s / unit + product(inverse, s, inverse.T) * unit) / 2
+        unit = (jnp.sum(a**2) / jnp.sum(b**2)) ** 0.25
+        new = (a / unit + b * unit) / 2
+        sheared = (s / unit + product(b, s, b.T) * unit) / 2
         change = jnp.sqrt(jnp.sum((new - a) ** 2) / jnp.sum(new**2))
         return new, sheared, change, count + 1
 
@@ -123,14 +123,15 @@ def _svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 
 @jax.custom_jvp
-def _inverse(matrix: Matrix) -> Matrix:
+def inverse(matrix: Matrix) -> Matrix:
+    """The inverse of a square matrix, by an LU factorisation, with derivatives of any order."""
     return _plain_inverse(matrix)
 
 
-@_inverse.defjvp
+@inverse.defjvp
 def _inverse_jvp(primals: tuple[Matrix], tangents: tuple[Matrix]) -> tuple[Matrix, Matrix]:
-    inverse = _inverse(*primals)
-    return inverse, -product(inverse, tangents[0], inverse)
+    value = inverse(*primals)
+    return value, -product(value, tangents[0], value)
 
 
 @jax.custom_jvp
