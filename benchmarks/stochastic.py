@@ -23,7 +23,7 @@ def by_hand(flow: mf.BrownianMotion, start: jax.Array, num_steps: int):
             drawn = jr.normal(jr.split(jr.fold_in(key, index), 1)[0], point.shape, point.dtype)
             kick = flow.diffusion(point).mv(drawn)
             moved = point + size * flow.drift(point) + jnp.sqrt(size) * kick
-            return flow.manifold.touch_up(moved)[0], None
+            return flow.manifold.newton_correct(moved)[0], None
 
         return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
 

@@ -51,6 +51,7 @@ from manifoldflow.geometry import (
     divergence as divergence,
     exponential_map as exponential_map,
     geodesic as geodesic,
+    GeodesicOptions as GeodesicOptions,
     laplace_beltrami as laplace_beltrami,
     logarithm_map as logarithm_map,
     mean_curvature as mean_curvature,

@@ -72,7 +72,7 @@ TALL = {"inputs": INPUTS, "targets": TARGETS}
 ON = {"manifold": SPHERE, "point": X}
 COVARIANCES = {"input_covariance": np.eye(2), "noise_covariance": np.eye(2)}
 SGD = {"learning_rate": 0.1, "num_steps": 2, "key": KEY}
-WALK = mf.Walk(step_size=0.5)
+WALK = mf.GeodesicOptions(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
@@ -111,7 +111,7 @@ CALLS = {
     "SAMGradient": {"noise": LABEL, "radius": 0.1, "num_draws": 1},
     "SGDDiffusion": {"loss": LOSS, "noise": LABEL, "learning_rate": 0.1},
     "Stationary": {"tolerance": 0.1},
-    "Walk": {
+    "GeodesicOptions": {
         "solver": dfx.Euler(), "step_size": 0.1, "rtol": 0.1, "atol": 0.1,
         "adjoint": dfx.DirectAdjoint(),
     },

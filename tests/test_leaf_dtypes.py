@@ -37,7 +37,7 @@ FLOW, MOTION = mf.RiemannianGradientFlow(CIRCLE, first), mf.BrownianMotion(CIRCL
 FUNCTIONS = {
     "project": lambda p, o, t: CIRCLE.project(p),
     "retract": lambda p, o, t: CIRCLE.retract(p, t),
-    "touch_up": lambda p, o, t: CIRCLE.touch_up(p)[0],
+    "newton_correct": lambda p, o, t: CIRCLE.newton_correct(p)[0],
     "tangent_projection": lambda p, o, t: CIRCLE.tangent_projection(p, t),
     "random_tangent": lambda p, o, t: CIRCLE.random_tangent(p, jr.key(0)),
     "riemannian_gradient": lambda p, o, t: mf.riemannian_gradient(CIRCLE, first, p),

@@ -14,7 +14,7 @@ from jax import lax
 
 from checks import close
 from manifoldflow.linalg import structured_jacobian
-from manifoldflow.linalg.jacobian import _taps, _use, _views, _walk
+from manifoldflow.linalg.jacobian import _taps, _use, _views
 from structured_models import CASES, normal
 
 # Programs for each primitive whose parameters are read.
@@ -70,7 +70,7 @@ def dense_rows(fn, params=PARAMS, inputs=INPUTS):
 
 def parameters_of(name, jaxpr):
     """Names of the parameters of the first equation with this primitive."""
-    for eqn in _walk.body_of(jaxpr).eqns:
+    for eqn in _interpreter.body_of(jaxpr).eqns:
         if eqn.primitive.name == name:
             return list(eqn.params)
     raise AssertionError(f"no {name} in {jaxpr}")
@@ -78,7 +78,7 @@ def parameters_of(name, jaxpr):
 
 def hide_parameters(monkeypatch, name, hidden):
     """The rule of a primitive finds those parameters under other names."""
-    rule, plain = _use.RULES[name], _walk.Walk.plain
+    rule, plain = _use.RULES[name], _interpreter.Walk.plain
 
     def with_other_names(walk, eqn, inputs):
         params = {f"{key}_" if key in hidden else key: x for key, x in eqn.params.items()}
@@ -89,7 +89,9 @@ def hide_parameters(monkeypatch, name, hidden):
 
     monkeypatch.setitem(_use.RULES, name, with_other_names)
     monkeypatch.setattr(
-        _walk.Walk, "plain", lambda self, eqn, inputs: plain(self, getattr(eqn, "eqn", eqn), inputs)
+        _interpreter.Walk,
+        "plain",
+        lambda self, eqn, inputs: plain(self, getattr(eqn, "eqn", eqn), inputs),
     )
 
 
@@ -125,7 +127,7 @@ def raising_when_tapped(rule):
 
 def forgetful_when_tapped(rule):
     """It evaluates the equation, and does not meet its site again."""
-    return lambda walk, eqn, inputs: (rule if walk.taps is None else _walk.Walk.plain)(
+    return lambda walk, eqn, inputs: (rule if walk.taps is None else _interpreter.Walk.plain)(
         walk, eqn, inputs
     )
 

@@ -13,8 +13,8 @@ from manifoldflow._results import or_nan, RESULTS, Solution
 from manifoldflow._run import observed, show
 from manifoldflow._types import Coordinates, Flag, Scalar
 from manifoldflow.flows._base import AbstractFlow
-from manifoldflow.flows._landing import Start
 from manifoldflow.flows._options import Options
+from manifoldflow.flows._start import Start
 from manifoldflow.flows._task import Task
 
 COUNTS = "num_steps", "num_rejected", "num_gradients", "num_factorizations"

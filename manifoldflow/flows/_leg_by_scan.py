@@ -12,7 +12,7 @@ from manifoldflow._results import RESULTS
 from manifoldflow._types import Scalar
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import Here
-from manifoldflow.flows._landing import touched_up
+from manifoldflow.flows._start import newton_corrected
 from manifoldflow.flows._task import Task
 
 
@@ -35,7 +35,7 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
         moved = _tree.add(state.coordinates, _tree.scale(size, flow.drift(point)))
         kick = flow.diffusion(point).mv(drawn)
         moved = _tree.add(moved, _tree.scale(jnp.sqrt(size), kick))
-        landed, defect = touched_up(flow, moved, remainder)
+        landed, defect = newton_corrected(flow, moved, remainder)
         result = _tree.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
         result = _tree.where(_tree.all_finite(moved), result, RESULTS.nonfinite)
         is_fine = result == RESULTS.successful

@@ -20,7 +20,6 @@ from manifoldflow._types import Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._checkpointed import solve_to_file
 from manifoldflow.flows._here import at_start, Here, report, Row, row_of, solution_of
-from manifoldflow.flows._landing import check_can_move, Start, started
 from manifoldflow.flows._legs import leg_of
 from manifoldflow.flows._options import (
     has_tail,
@@ -31,6 +30,7 @@ from manifoldflow.flows._options import (
     Stationary,
     tolerance,
 )
+from manifoldflow.flows._start import check_can_move, Start, started
 from manifoldflow.flows._task import task_of
 
 

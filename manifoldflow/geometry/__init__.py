@@ -24,6 +24,7 @@ from manifoldflow.geometry._curvature import (
 from manifoldflow.geometry._geodesics import (
     exponential_map as exponential_map,
     geodesic as geodesic,
+    GeodesicOptions as GeodesicOptions,
     parallel_transport as parallel_transport,
     transport_along_geodesic as transport_along_geodesic,
     Walk as Walk,

@@ -42,7 +42,7 @@ Bundle = tuple[Coordinates, tuple[Tangent, ...]]
 """A point and some tangents there; the first is the velocity."""
 
 
-class Walk(eqx.Module):
+class GeodesicOptions(eqx.Module):
     """How to solve for geodesics and transport.
 
     Args:
@@ -65,7 +65,7 @@ class Walk(eqx.Module):
         checked_fields(self)
         for name in ("step_size", "rtol", "atol"):
             if getattr(self, name) is not None:
-                checked_positive(f"Walk: {name}", getattr(self, name))
+                checked_positive(f"GeodesicOptions: {name}", getattr(self, name))
 
     def controller(
         self, size: Scalar, first: Scalar, unit: Scalar | float = 1.0
@@ -82,6 +82,10 @@ class Walk(eqx.Module):
         return AdaptiveSteps(controller, first)
 
 
+# The old name.
+Walk = GeodesicOptions
+
+
 @checked
 def geodesic(
     manifold: AbstractManifold,
@@ -89,7 +93,7 @@ def geodesic(
     velocity: Tangent,
     times: Float[Array, " times"] | Any,
     *,
-    walk: Walk | None = None,
+    walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
     """γ(times) for the geodesic with γ(0) = point and γ′(0) = velocity.
@@ -119,7 +123,7 @@ def exponential_map(
     point: Point,
     vector: Tangent,
     *,
-    walk: Walk | None = None,
+    walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
     """exp_p(v), the point that the geodesic from `point` along `vector` reaches at time 1.
@@ -143,7 +147,7 @@ def transport_along_geodesic(
     vector: Tangent,
     time: Scalar | float,
     *,
-    walk: Walk | None = None,
+    walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Tangent:
     """The parallel transport of a tangent along the geodesic of `geodesic`, to `time`.
@@ -170,7 +174,7 @@ def _path(
     point: Point,
     vectors: tuple[Tangent, ...],
     times: Any,
-    walk: Walk | None,
+    walk: GeodesicOptions | None,
     throw: bool,
 ) -> tuple[Point, tuple[Tangent, ...]]:
     coordinates, _ = manifold.split(point)
@@ -187,7 +191,7 @@ def _path(
         if not (np.all(away >= 0) and np.all(known * known[-1] >= 0)):
             raise ValueError(f"times must lead away from 0 on one side of it; got {times}.")
     times = jnp.asarray(times, _tree.dtype_of(coordinates))
-    path, others, result = walk_along(manifold, point, vectors, times, walk or Walk())
+    path, others, result = walk_along(manifold, point, vectors, times, walk or GeodesicOptions())
     return delivered((path, others), result, throw)
 
 
@@ -218,9 +222,9 @@ class _TangentBundle(eqx.Module):
         return point, None
 
     @jit_part
-    def touch_up(self, point: Bundle) -> tuple[Bundle, Info]:
+    def newton_correct(self, point: Bundle) -> tuple[Bundle, Info]:
         x, vectors = point
-        landed, info = self.manifold.touch_up(_tree.join(x, self.remainder))
+        landed, info = self.manifold.newton_correct(_tree.join(x, self.remainder))
         space = self.manifold.normal_space(landed)
         return (self.manifold.split(landed)[0], tuple(map(space.tangent, vectors))), info
 
@@ -231,11 +235,11 @@ def walk_along(
     point: Point,
     vectors: tuple[Tangent, ...],
     times: Float[Array, " times"],
-    walk: Walk,
+    walk: GeodesicOptions,
 ) -> tuple[Point, tuple[Tangent, ...], RESULTS]:
     """The geodesic along the first vector, with all of them transported along it."""
     coordinates, remainder = manifold.split(point)
-    landed, info = manifold.touch_up(point)
+    landed, info = manifold.newton_correct(point)
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     space = manifold.normal_space(_tree.join(start, remainder))
     # Tangents that are only carried along have units of their own: as long as the point is.
@@ -320,7 +324,7 @@ def parallel_transport(
     path: Callable[[Scalar], Point],
     vector: Tangent,
     *,
-    walk: Walk | None = None,
+    walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Tangent:
     """The parallel transport of a tangent at path(0) along a path to path(1).
@@ -328,7 +332,8 @@ def parallel_transport(
     Args:
         manifold: the manifold.
         path: time in [0, 1] → point of the manifold, differentiable in forward mode: one
-            that is solved for, as by `geodesic`, with `Walk(adjoint=diffrax.ForwardMode())`.
+            that is solved for, as by `geodesic`, with
+            `GeodesicOptions(adjoint=diffrax.ForwardMode())`.
         vector: a tangent at path(0); its tangent part counts.
         walk: how to solve.
         throw: as for `geodesic`.
@@ -353,7 +358,7 @@ def parallel_transport(
                     )
     coordinates, _ = manifold.split(ends[0])
     vector = _tree.as_tangent(coordinates, vector)
-    return delivered(*_transported(manifold, path, vector, walk or Walk()), throw)
+    return delivered(*_transported(manifold, path, vector, walk or GeodesicOptions()), throw)
 
 
 def _is_on_path(manifold: AbstractManifold, path: Callable[..., Any], time: Scalar) -> Flag:
@@ -365,7 +370,7 @@ def _is_on_path(manifold: AbstractManifold, path: Callable[..., Any], time: Scal
 
 @eqx.filter_jit
 def _transported(
-    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: Walk
+    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: GeodesicOptions
 ) -> tuple[Tangent, RESULTS]:
     dtype = _tree.dtype_of(vector)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)

@@ -14,7 +14,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
-from manifoldflow.geometry._geodesics import Walk, walk_along
+from manifoldflow.geometry._geodesics import GeodesicOptions, walk_along
 from manifoldflow.manifolds import (
     AbstractManifold,
 )
@@ -82,7 +82,7 @@ class _Shots(eqx.Module):
         """exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
         start = _tree.join(self.coordinates, remainder)
         vector = _tree.ravel(self.coordinates)[1](v)
-        walk = Walk(adjoint=adjoint)
+        walk = GeodesicOptions(adjoint=adjoint)
         ended, _, _ = walk_along(self.manifold, start, (vector,), jnp.ones(1, v.dtype), walk)
         end = jax.tree.map(lambda leaf: leaf[-1], self.manifold.split(ended)[0])
         gap = _tree.ravel(_tree.subtract(end, self.target))[0]

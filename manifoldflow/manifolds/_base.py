@@ -20,7 +20,7 @@ from manifoldflow._jit import jit_part
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Constraint, Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
-from manifoldflow.manifolds._land import land
+from manifoldflow.manifolds._gauss_newton import gauss_newton_project
 from manifoldflow.manifolds._local import AbstractLocalGeometry
 from manifoldflow.manifolds._local_gram import GramGeometry
 from manifoldflow.manifolds._local_hessian import HessianGeometry
@@ -28,7 +28,7 @@ from manifoldflow.manifolds._normal_space import (
     AbstractNormalSpace,
     GramNormalSpace,
 )
-from manifoldflow.manifolds._retreat import retreat
+from manifoldflow.manifolds._orthographic import orthographic_retract
 from manifoldflow.manifolds._search import MAX_STEPS, tolerance
 
 
@@ -181,7 +181,7 @@ class AbstractManifold(eqx.Module):
     ) -> tuple[Point, Info]:
         """As `project_with_info`, but where it fails with the point that it has come to."""
         coordinates, remainder = self.split(point)
-        landed, info = land(self, coordinates, remainder, max_steps=max_steps)
+        landed, info = gauss_newton_project(self, coordinates, remainder, max_steps=max_steps)
         return _tree.join(landed, remainder), self._judged(landed, remainder, info)
 
     def _judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
@@ -193,7 +193,7 @@ class AbstractManifold(eqx.Module):
         return eqx.tree_at(lambda i: i.result, info, result)
 
     @jit_part
-    def touch_up(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
+    def newton_correct(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
         """As `project_with_info` for points that are almost on the manifold.
 
         Undamped, for solvers and saves: fails where `project` would have to shorten a
@@ -201,7 +201,9 @@ class AbstractManifold(eqx.Module):
         what failed is zero: a step that is tried again must not spoil that of the whole path.
         """
         coordinates, remainder = self.split(point)
-        landed, info = land(self, coordinates, remainder, is_near=True, max_steps=max_steps)
+        landed, info = gauss_newton_project(
+            self, coordinates, remainder, is_near=True, max_steps=max_steps
+        )
         missing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), landed)
         return _tree.join(_tree.where(info.is_successful, landed, missing), remainder), info
 
@@ -252,7 +254,9 @@ class AbstractManifold(eqx.Module):
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
         base = jax.lax.stop_gradient(base)
-        landed, info = retreat(self, coordinates, vector, remainder, max_steps=max_steps, base=base)
+        landed, info = orthographic_retract(
+            self, coordinates, vector, remainder, max_steps=max_steps, base=base
+        )
         info = self._judged(landed, remainder, info)
         return _tree.join(or_nan(landed, info.is_successful), remainder), info
 

@@ -25,7 +25,7 @@ class Reachable(Protocol):
 
     def split(self, point: Point) -> tuple[Coordinates, Point]: ...
 
-    def touch_up(self, point: Point) -> tuple[Point, Info]: ...
+    def newton_correct(self, point: Point) -> tuple[Point, Info]: ...
 
 
 class _ProjectedState(eqx.Module):
@@ -128,5 +128,5 @@ class Projected(dfx.AbstractWrappedSolver):
     def _project(self, y: Coordinates) -> tuple[Coordinates, Any]:
         remainder = None if self.like is None else self.manifold.split(self.like)[1]
         point = y if remainder is None else _tree.join(y, remainder)
-        landed, info = self.manifold.touch_up(point)
+        landed, info = self.manifold.newton_correct(point)
         return self.manifold.split(landed)[0], info

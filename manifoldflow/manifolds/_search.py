@@ -1,8 +1,8 @@
 """What searches for a point of a manifold share: when they have arrived, and derivatives.
 
-`land` goes there from anywhere, `retreat` after a step. Both are loops that cannot be
-differentiated through; each has a derivative rule that follows from what its result
-satisfies, so that forward and reverse mode both work.
+`gauss_newton_project` goes there from anywhere, `orthographic_retract` after a step. Both are
+loops that cannot be differentiated through; each has a derivative rule that follows from what
+its result satisfies, so that forward and reverse mode both work.
 """
 
 from typing import Protocol, runtime_checkable

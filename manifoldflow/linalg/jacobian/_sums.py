@@ -12,6 +12,7 @@ from manifoldflow.linalg.jacobian._block import (
     AbstractPositionBlock,
     LeafView,
 )
+from manifoldflow.linalg.jacobian._interpreter import Record, Site
 from manifoldflow.linalg.jacobian._taps import Group
 from manifoldflow.linalg.jacobian._use import AbstractElementwise, AbstractMatrixUse
 from manifoldflow.linalg.jacobian._use_convolution import Convolution
@@ -19,7 +20,6 @@ from manifoldflow.linalg.jacobian._use_look_up import LookUpBlock
 from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_pairs import PairBlock
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._walk import Record, Site
 
 
 def block_of(

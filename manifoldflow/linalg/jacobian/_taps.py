@@ -6,7 +6,7 @@ factor a (for z = W·a it is δ ⊗ a), both far smaller than ∂f/∂W itself. 
 additions, so that everything stays differentiable to any order by plain autodiff; a custom
 derivative rule would not allow forward-over-reverse.
 
-The walk below evaluates the jaxpr of one example. Next to every value it carries an
+The interpreter below evaluates the jaxpr of one example. Next to every value it carries an
 `Alias` as long as the value is still a mere rearrangement of one parameter leaf.
 """
 
@@ -19,11 +19,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
+from manifoldflow.linalg.jacobian._interpreter import (
+    Alias,
+    body_of,
+    Interpreter,
+    Record,
+    Site,
+    Value,
+)
 from manifoldflow.linalg.jacobian._known import RULES
 from manifoldflow.linalg.jacobian._use import AbstractElementwise, AbstractMatrixUse
 from manifoldflow.linalg.jacobian._use_pairs import AbstractPairUse
 from manifoldflow.linalg.jacobian._views import Entries, entries_of
-from manifoldflow.linalg.jacobian._walk import Alias, body_of, Record, Site, Value, Walk
 
 
 class Group(NamedTuple):
@@ -105,15 +112,19 @@ class Model(NamedTuple):
         return self.jaxpr.out_avals[0].size
 
     def evaluate(
-        self, walk: Walk, leaves: Sequence[Array], example: Sequence[Array], opaque: Any
+        self,
+        interpreter: Interpreter,
+        leaves: Sequence[Array],
+        example: Sequence[Array],
+        opaque: Any,
     ) -> Array:
         """The outputs of one example as a vector, with aliases for all leaves but `opaque`."""
         values = [
             Value(leaf, None if i in opaque else Alias(i, (), None))
             for i, leaf in enumerate(leaves)
         ]
-        (output,) = walk.run(self.jaxpr, values + [Value(x) for x in example])
-        walk.give_up([output])
+        (output,) = interpreter.run(self.jaxpr, values + [Value(x) for x in example])
+        interpreter.give_up([output])
         return output.array
 
     def uses(self, leaves: Sequence[Any]) -> Uses:
@@ -121,18 +132,20 @@ class Model(NamedTuple):
         opaque: frozenset[int] = frozenset()
         reasons: dict[int, str] = {}
         while True:
-            walk = Walk(body_of(self.jaxpr), RULES)
-            evaluate = partial(self.evaluate, walk, opaque=opaque)
+            interpreter = Interpreter(body_of(self.jaxpr), RULES)
+            evaluate = partial(self.evaluate, interpreter, opaque=opaque)
             jax.eval_shape(evaluate, leaves, self.example)
             groups: dict[int, Any] = {
-                index: group_sites(walk.sites, index, leaf.shape)
+                index: group_sites(interpreter.sites, index, leaf.shape)
                 for index, leaf in enumerate(leaves)
-                if index not in opaque | walk.opaque
+                if index not in opaque | interpreter.opaque
             }
-            refused = walk.opaque | {index for index, found in groups.items() if found is None}
-            reasons |= walk.reasons
+            refused = interpreter.opaque | {
+                index for index, found in groups.items() if found is None
+            }
+            reasons |= interpreter.reasons
             if not refused:
-                return Uses(tuple(walk.sites), groups, opaque, tuple(reasons.items()))
+                return Uses(tuple(interpreter.sites), groups, opaque, tuple(reasons.items()))
             opaque = opaque | refused
 
 
@@ -171,12 +184,14 @@ def read_taps(
     dense = {i: leaves[i] for i in sorted(uses.opaque)}
 
     def tapped(taps: tuple[Array, ...], dense: dict[int, Array]) -> Any:
-        walk = Walk(body_of(model.jaxpr), RULES, taps)
+        interpreter = Interpreter(body_of(model.jaxpr), RULES, taps)
         merged = [dense.get(i, leaf) for i, leaf in enumerate(leaves)]
-        output = model.evaluate(walk, merged, example, uses.opaque)
-        if tuple(walk.sites) != uses.sites:  # the derivative of a tap not met would be zero
-            raise ValueError(f"the tapped walk met {walk.sites}, listed were {uses.sites}")
-        return output, walk.records
+        output = model.evaluate(interpreter, merged, example, uses.opaque)
+        if tuple(interpreter.sites) != uses.sites:  # the derivative of a tap not met would be zero
+            raise ValueError(
+                f"the tapped interpreter met {interpreter.sites}, listed were {uses.sites}"
+            )
+        return output, interpreter.records
 
     output, pullback, records = jax.vjp(tapped, zeros, dense, has_aux=True)
     if output.size == 1:  # no need for a batched backward pass

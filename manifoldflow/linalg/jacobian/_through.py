@@ -6,17 +6,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from manifoldflow.linalg.jacobian._interpreter import (
+    closed,
+    Interpreter,
+    is_differentiable,
+    times,
+    Value,
+)
 from manifoldflow.linalg.jacobian._use import function_use, met, rule
 from manifoldflow.linalg.jacobian._views import ints, View
-from manifoldflow.linalg.jacobian._walk import closed, is_differentiable, times, Value, Walk
 
 
 def _rearranged(step: Callable[[Any, Any], tuple[Any, ...]]) -> Callable[..., Any]:
-    def passed_on(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+    def passed_on(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
         if len(inputs) != 1:  # dynamic shapes
             return None
         (value,) = inputs
-        (output,) = walk.plain(eqn, inputs)
+        (output,) = interpreter.plain(eqn, inputs)
         if not jnp.issubdtype(jnp.result_type(output.array), jnp.floating):
             # Taps are real; a leaf that becomes complex has its rows from JAX itself.
             return None if is_differentiable(output.array) else [output]
@@ -47,11 +53,11 @@ def _slice_step(params: Any, shape: tuple[int, ...]) -> View:
 
 
 @rule("split")
-def _split(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value]:
+def _split(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value]:
     (value,), axis = inputs, eqn.params["axis"]
     ends = np.cumsum(eqn.params["sizes"])
     outputs = []
-    for output, end in zip(walk.plain(eqn, inputs), ends, strict=True):
+    for output, end in zip(interpreter.plain(eqn, inputs), ends, strict=True):
         low, high = [0] * value.array.ndim, list(value.array.shape)
         low[axis], high[axis] = end - output.array.shape[axis], end
         view = value.alias.view + (("slice", ints(low), ints(high), None),)
@@ -60,33 +66,33 @@ def _split(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value]:
 
 
 @rule("broadcast_in_dim")
-def _broadcast(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+def _broadcast(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     # Adding axes of size one is a reshape, which the matrix rules can look through.
     shape = eqn.outvars[0].aval.shape
     grows = inputs[0].array.size != np.prod(shape)
     step = _broadcast_step if grows else lambda _, new: (("reshape", ints(new)),)
-    return _rearranged(step)(walk, eqn, inputs)
+    return _rearranged(step)(interpreter, eqn, inputs)
 
 
 @rule("neg")
-def _negative(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value]:
-    (output,), alias = walk.plain(eqn, inputs), inputs[0].alias
+def _negative(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value]:
+    (output,), alias = interpreter.plain(eqn, inputs), inputs[0].alias
     return [Value(output.array, alias._replace(scale=times(alias.scale, -1)))]
 
 
 @rule("stop_gradient")
-def _constant(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value]:
-    return walk.plain(eqn, inputs)  # no derivative passes
+def _constant(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value]:
+    return interpreter.plain(eqn, inputs)  # no derivative passes
 
 
 @rule("jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat2")
-def _call(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """Look inside, unless the function itself is a registered use."""
     kind = function_use(eqn, [var.aval for var in eqn.invars])
     if kind is not None:
-        return met(walk, eqn, inputs, kind, eqn.params["name"])
+        return met(interpreter, eqn, inputs, kind, eqn.params["name"])
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return None if body is None else walk.run(closed(body), inputs)
+    return None if body is None else interpreter.run(closed(body), inputs)
 
 
 rule("transpose")(_rearranged(lambda p, _: (("transpose", ints(p["permutation"])),)))

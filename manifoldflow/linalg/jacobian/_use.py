@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._errors import described
 from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView
+from manifoldflow.linalg.jacobian._interpreter import Interpreter, Rule, times, Value
 from manifoldflow.linalg.jacobian._views import is_selection, View
-from manifoldflow.linalg.jacobian._walk import Rule, times, Value, Walk
 
 
 class Equation(NamedTuple):
@@ -155,7 +155,7 @@ def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
                 f"{described(kind)}. Derive the class from linalg.AbstractPairUse."
             )
         if isinstance(operation, str):
-            RULES[operation] = lambda walk, eqn, inputs: met(walk, eqn, inputs, kind)
+            RULES[operation] = lambda interpreter, eqn, inputs: met(interpreter, eqn, inputs, kind)
         else:
             FUNCTIONS[operation.__name__] = operation, kind
         return kind
@@ -164,10 +164,14 @@ def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
 
 
 def met(
-    walk: Walk, eqn: Any, inputs: list[Value], kind: type[AbstractUse], name: str | None = None
+    interpreter: Interpreter,
+    eqn: Any,
+    inputs: list[Value],
+    kind: type[AbstractUse],
+    name: str | None = None,
 ) -> list[Value] | None:
     """Evaluate an equation, with a tap for every leaf that enters and is recognised."""
-    outputs = walk.plain(eqn, inputs)
+    outputs = interpreter.plain(eqn, inputs)
     if len(outputs) != 1 or not jnp.issubdtype(jnp.result_type(outputs[0].array), jnp.floating):
         return None  # taps are real
     z = outputs[0].array
@@ -177,32 +181,37 @@ def met(
         tuple(value.array for value in inputs),
         z,
         tuple(value.alias is not None for value in inputs),
-        lambda *operands: walk.plain(eqn, [Value(x) for x in operands])[0].array,
+        lambda *operands: interpreter.plain(eqn, [Value(x) for x in operands])[0].array,
     )
     for index, value in enumerate(inputs):
         if value.alias is not None:
-            z = _tapped(walk, z, equation, index, value, kind)
+            z = _tapped(interpreter, z, equation, index, value, kind)
     return [Value(z)]
 
 
 def _tapped(
-    walk: Walk, z: Array, equation: Equation, index: int, value: Value, kind: type[AbstractUse]
+    interpreter: Interpreter,
+    z: Array,
+    equation: Equation,
+    index: int,
+    value: Value,
+    kind: type[AbstractUse],
 ) -> Array:
     """The output with a tap; without one, and with explicit rows, where a use is not known.
 
-    While uses are listed, an error costs this leaf alone. The walk with taps must meet what was
-    listed, so that there it ends the walk.
+    While uses are listed, an error costs this leaf alone. With taps the interpreter must meet
+    what was listed, so that an error ends it.
     """
     try:
-        found = _recognised(equation, index, value, kind, walk.taps is None)
+        found = _recognised(equation, index, value, kind, interpreter.taps is None)
     except Exception as error:
-        if walk.taps is not None:
+        if interpreter.taps is not None:
             raise
         text = f"{kind.__name__}: {type(error).__name__}: {error}".splitlines()[0]
-        walk.give_up([value], None if isinstance(error, NotImplementedError) else text)
+        interpreter.give_up([value], None if isinstance(error, NotImplementedError) else text)
         return z
     alias = value.alias._replace(scale=times(value.alias.scale, found.scale))
-    return walk.tap(z, alias, found.use, found.factor, alias.view + found.steps)
+    return interpreter.tap(z, alias, found.use, found.factor, alias.view + found.steps)
 
 
 def _recognised(

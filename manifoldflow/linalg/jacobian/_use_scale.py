@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from manifoldflow.linalg.jacobian._block import LeafView
+from manifoldflow.linalg.jacobian._interpreter import Interpreter, times, Value
 from manifoldflow.linalg.jacobian._use import AbstractElementwise, Equation, met, Recognised, rule
 from manifoldflow.linalg.jacobian._use_rows import RowBlock, rows_of
-from manifoldflow.linalg.jacobian._walk import times, Value, Walk
 
 
 class Scale(AbstractElementwise):
@@ -24,16 +24,16 @@ class Scale(AbstractElementwise):
 
 
 @rule("mul", "div")
-def _product(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+def _product(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """A number times a leaf is still that leaf, scaled; all else is a use of it."""
     divides = eqn.primitive.name == "div"
     if divides and inputs[1].alias is not None:
         return None
     for value, other in ((inputs[0], inputs[1]), (inputs[1], inputs[0])):
         if value.alias is not None and jnp.ndim(other.array) == 0 < jnp.ndim(value.array):
-            (output,) = walk.plain(eqn, inputs)
-            walk.give_up([other])
+            (output,) = interpreter.plain(eqn, inputs)
+            interpreter.give_up([other])
             factor = 1 / other.array if divides else other.array
             alias = value.alias._replace(scale=times(value.alias.scale, factor))
             return [Value(output.array, alias)]
-    return met(walk, eqn, inputs, Scale)
+    return met(interpreter, eqn, inputs, Scale)

@@ -11,43 +11,43 @@ from typing import Any
 import jax
 from jax import lax
 
+from manifoldflow.linalg.jacobian._interpreter import body_of, Interpreter, Site, Value
 from manifoldflow.linalg.jacobian._use import rule
-from manifoldflow.linalg.jacobian._walk import body_of, Site, Value, Walk
 
 
 @rule("scan")
-def _scan(walk: Walk, eqn: Any, inputs: list[Value]) -> list[Value] | None:
-    """Walk through the body once to list its uses, and scan it with their taps."""
+def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
+    """Interpreter through the body once to list its uses, and scan it with their taps."""
     # All is read before the sites are listed: a name that is not there then costs no other leaf.
     body, length, reverse = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
     unroll = eqn.params.get("unroll", 1)  # a matter of speed alone
     num_consts, num_carry = _scan_counts(eqn, body_of(body))
-    walk.give_up(inputs[num_consts:])
+    interpreter.give_up(inputs[num_consts:])
     consts = inputs[:num_consts]
     plain = [value.array for value in inputs[num_consts:]]
     carry, xs = plain[:num_carry], plain[num_carry:]
 
-    def step(inner: Walk, carry: Any, xs: Any) -> Any:
+    def step(inner: Interpreter, carry: Any, xs: Any) -> Any:
         values = inner.run(body, consts + [Value(x) for x in (*carry, *xs)])
         inner.give_up(values)
         arrays = [value.array for value in values]
         return arrays[:num_carry], (arrays[num_carry:], inner.records)
 
-    listing = walk.within()
+    listing = interpreter.within()
     first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
     jax.eval_shape(lambda c, x: step(listing, c, x), carry, first)
-    walk.opaque |= listing.opaque
-    walk.reasons |= listing.reasons
-    taps = walk.register([_stacked(site, length) for site in listing.sites])
-    if walk.taps is None:
-        walk.records += [None] * len(taps)
-        return walk.plain(eqn, inputs)
+    interpreter.opaque |= listing.opaque
+    interpreter.reasons |= listing.reasons
+    taps = interpreter.register([_stacked(site, length) for site in listing.sites])
+    if interpreter.taps is None:
+        interpreter.records += [None] * len(taps)
+        return interpreter.plain(eqn, inputs)
 
     def tapped(carry: Any, xs_taps: Any) -> Any:
-        return step(walk.within(xs_taps[1]), carry, xs_taps[0])
+        return step(interpreter.within(xs_taps[1]), carry, xs_taps[0])
 
     carry, (ys, records) = lax.scan(tapped, carry, (xs, taps), length, reverse, unroll)
-    walk.records += records
+    interpreter.records += records
     return [Value(x) for x in (*carry, *ys)]
 
 

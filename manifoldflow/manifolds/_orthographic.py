@@ -21,8 +21,8 @@ from manifoldflow.manifolds._search import (
 )
 
 
-class _Retreat(eqx.Module):
-    """Where `retreat` stands."""
+class _State(eqx.Module):
+    """Where `orthographic_retract` stands."""
 
     coordinates: Coordinates
     found: Found
@@ -31,7 +31,7 @@ class _Retreat(eqx.Module):
 
 
 @eqx.filter_custom_jvp
-def retreat(
+def orthographic_retract(
     manifold: Constrained,
     coordinates: Coordinates,
     vector: Tangent,
@@ -52,10 +52,10 @@ def retreat(
     start = _tree.add(coordinates, vector)
     floors = Floors(start)
 
-    def going(state: _Retreat) -> Flag:
+    def going(state: _State) -> Flag:
         return ~state.is_done & (state.num_steps < max_steps)
 
-    def step(state: _Retreat) -> _Retreat:
+    def step(state: _State) -> _State:
         point = _tree.join(state.coordinates, remainder)
         space, value = manifold.normal_space(point), manifold.constraint(point)
         lift = space.pseudo_inverse(value)
@@ -64,21 +64,21 @@ def retreat(
         moved = _tree.subtract(state.coordinates, back)
         # At the floor of rounding, or on the way out: keep what is there.
         is_done = (defect <= floors.target) | ~(defect <= 0.9 * state.found.defect)
-        return _Retreat(
+        return _State(
             _tree.where(is_done, state.coordinates, moved),
             look(space, value, defect, floors),
             state.num_steps + 1,
             is_done,
         )
 
-    first = _Retreat(start, nothing_found(floors.target), jnp.asarray(0), jnp.asarray(False))
+    first = _State(start, nothing_found(floors.target), jnp.asarray(0), jnp.asarray(False))
     end = jax.lax.while_loop(going, step, first)
     result = end.found.verdict(end.is_done, jnp.asarray(False))
     return end.coordinates, Info(result, end.found.defect, end.num_steps, end.num_steps + 1)
 
 
-@retreat.def_jvp
-def _retreat_jvp(
+@orthographic_retract.def_jvp
+def _orthographic_jvp(
     primals: tuple,
     tangents: tuple,
     *,
@@ -90,7 +90,7 @@ def _retreat_jvp(
     # P_x dy = P_x(dx + dv) − dP_x(y − x − v).
     manifold, coordinates, vector, remainder = primals
     manifold_dot, coordinates_dot, vector_dot, remainder_dot = tangents
-    landed, info = retreat(*primals, max_steps=max_steps, base=base)
+    landed, info = orthographic_retract(*primals, max_steps=max_steps, base=base)
     here = manifold.normal_space(_tree.join(coordinates, remainder)) if base is None else base
     there = manifold.normal_space(_tree.join(landed, remainder))
     gap = _tree.subtract(_tree.subtract(landed, coordinates), vector)

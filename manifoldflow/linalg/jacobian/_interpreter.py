@@ -49,10 +49,10 @@ def times(a: Any, b: Any) -> Any:
 
 
 Rule = Callable[..., list[Value] | None]
-"""(walk, equation, inputs) → outputs, or None where the rule does not apply."""
+"""(interpreter, equation, inputs) → outputs, or None where the rule does not apply."""
 
 
-class Walk:
+class Interpreter:
     """One evaluation of a model's jaxpr that meets its taps in a fixed order.
 
     Without taps it only lists the sites and the leaves it cannot treat (`opaque`, some with
@@ -68,9 +68,9 @@ class Walk:
         self.opaque: set[int] = set()
         self.reasons: dict[int, str] = {}
 
-    def within(self, taps: Sequence[Array] | None = None) -> "Walk":
-        """A walk through a body inside."""
-        return Walk(self.template, self.rules, taps)
+    def within(self, taps: Sequence[Array] | None = None) -> "Interpreter":
+        """A interpreter through a body inside."""
+        return Interpreter(self.template, self.rules, taps)
 
     def run(self, jaxpr: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate a closed jaxpr."""
@@ -103,7 +103,7 @@ class Walk:
         """What a rule says; one that raises while sites are being listed gives its leaves up.
 
         The parameters of an equation are private to JAX, and change with its versions. The
-        tapped walk must meet the sites that were listed, so that there an error ends it.
+        tapped interpreter must meet the sites that were listed, so that there an error ends it.
         """
         if self.taps is not None:
             return rule(self, eqn, inputs)

@@ -10,10 +10,12 @@ from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow
 
 
-def touched_up(flow: AbstractFlow, y: Coordinates, remainder: Point) -> tuple[Coordinates, Scalar]:
+def newton_corrected(
+    flow: AbstractFlow, y: Coordinates, remainder: Point
+) -> tuple[Coordinates, Scalar]:
     if flow.manifold is None:
         return y, jnp.zeros((), _tree.dtype_of(y))
-    point, info = flow.manifold.touch_up(_tree.join(y, remainder))
+    point, info = flow.manifold.newton_correct(_tree.join(y, remainder))
     return flow.split(point)[0], _tree.where(info.is_successful, info.defect, jnp.inf)
 
 

@@ -94,7 +94,7 @@ def _chord_steps(
 
 
 class _Landing(eqx.Module):
-    """Where `land` stands."""
+    """Where `gauss_newton_project` stands."""
 
     coordinates: Coordinates
     value: Constraint
@@ -113,7 +113,7 @@ _NUM_QUARTERS = 4
 
 
 @eqx.filter_custom_jvp
-def land(
+def gauss_newton_project(
     manifold: Constrained,
     coordinates: Coordinates,
     remainder: Point,
@@ -209,8 +209,8 @@ def _is_slope_rounding(
     return space.shortfall(growth) > 0.05 / root * reach
 
 
-@land.def_jvp
-def _land_jvp(
+@gauss_newton_project.def_jvp
+def _gauss_newton_jvp(
     primals: tuple,
     tangents: tuple,
     *,
@@ -221,7 +221,7 @@ def _land_jvp(
     # the result, and data that move the manifold move the result along J†.
     manifold, _, remainder = primals
     manifold_dot, coordinates_dot, remainder_dot = tangents
-    landed, info = land(*primals, is_near=is_near, max_steps=max_steps)
+    landed, info = gauss_newton_project(*primals, is_near=is_near, max_steps=max_steps)
     space = manifold.normal_space(_tree.join(landed, remainder))
     landed_dot = _tree.zeros_like(landed)
     if jax.tree.leaves(coordinates_dot):
