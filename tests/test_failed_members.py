@@ -33,7 +33,7 @@ def height(slope, x):
 
 
 def geodesics(adjoint):
-    return geometry.Walk(solver=dfx.Heun(), step_size=0.5, adjoint=adjoint)
+    return geometry.GeodesicOptions(solver=dfx.Heun(), step_size=0.5, adjoint=adjoint)
 
 
 def rotated(x, angle):

@@ -16,7 +16,7 @@ from manifoldflow import _tree, geometry, linalg
 
 CIRCLE = mf.LevelSet(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2) - 1)
 WELL = mf.MinimizerManifold(CIRCLE.loss, 1)
-WALK = geometry.Walk(solver=dfx.Heun(), step_size=0.5)
+WALK = geometry.GeodesicOptions(solver=dfx.Heun(), step_size=0.5)
 
 
 def first(p):

@@ -14,7 +14,7 @@ from jax import lax
 
 from checks import close
 from manifoldflow.linalg import structured_jacobian
-from manifoldflow.linalg.jacobian import _taps, _use, _views
+from manifoldflow.linalg.jacobian import _interpreter, _taps, _use, _views
 from structured_models import CASES, normal
 
 # Programs for each primitive whose parameters are read.
@@ -78,7 +78,7 @@ def parameters_of(name, jaxpr):
 
 def hide_parameters(monkeypatch, name, hidden):
     """The rule of a primitive finds those parameters under other names."""
-    rule, plain = _use.RULES[name], _interpreter.Walk.plain
+    rule, plain = _use.RULES[name], _interpreter.Interpreter.plain
 
     def with_other_names(walk, eqn, inputs):
         params = {f"{key}_" if key in hidden else key: x for key, x in eqn.params.items()}
@@ -89,7 +89,7 @@ def hide_parameters(monkeypatch, name, hidden):
 
     monkeypatch.setitem(_use.RULES, name, with_other_names)
     monkeypatch.setattr(
-        _interpreter.Walk,
+        _interpreter.Interpreter,
         "plain",
         lambda self, eqn, inputs: plain(self, getattr(eqn, "eqn", eqn), inputs),
     )
@@ -127,9 +127,8 @@ def raising_when_tapped(rule):
 
 def forgetful_when_tapped(rule):
     """It evaluates the equation, and does not meet its site again."""
-    return lambda walk, eqn, inputs: (rule if walk.taps is None else _interpreter.Walk.plain)(
-        walk, eqn, inputs
-    )
+    plain = _interpreter.Interpreter.plain
+    return lambda walk, eqn, inputs: (rule if walk.taps is None else plain)(walk, eqn, inputs)
 
 
 def test_whatever_raises_leaves_the_rows(monkeypatch):
@@ -142,7 +141,7 @@ def test_whatever_raises_leaves_the_rows(monkeypatch):
         "tapped": (_use.RULES, "dot_general", raising_when_tapped(rule), 6 * dense),
         "forgetful": (_use.RULES, "dot_general", forgetful_when_tapped(rule), 6 * dense),
         "body": (vars(_taps), "body_of", raising, 6 * dense),
-        "walk": (vars(_taps), "Walk", raising, 6 * dense),
+        "walk": (vars(_taps), "Interpreter", raising, 6 * dense),
         "grouping": (vars(_taps), "group_sites", raising, 6 * dense),
     }
 

@@ -81,9 +81,11 @@ def test_holonomy_of_latitude_circles(angle):
 def test_the_order_of_the_solver_is_kept(solver, order, coarsest):
     start = on_torus()
     velocity = torus.tangent_projection(start, jnp.array([0.5, 1.0, 0.6]))
-    exact = mf.exponential_map(torus, start, velocity, walk=mf.Walk(rtol=1e-13, atol=1e-13))
+    exact = mf.exponential_map(
+        torus, start, velocity, walk=mf.GeodesicOptions(rtol=1e-13, atol=1e-13)
+    )
     steps = coarsest / jnp.array([1.0, 2.0, 4.0])
-    walk = lambda h: mf.Walk(solver, step_size=h)
+    walk = lambda h: mf.GeodesicOptions(solver, step_size=h)
     end = jax.jit(lambda h: mf.exponential_map(torus, start, velocity, walk=walk(h)))
     ends = [end(h) for h in steps]
     errors = [float(jnp.linalg.norm(end - exact)) for end in ends]
@@ -175,7 +177,7 @@ def test_derivatives_of_a_geodesic():
         mf.exponential_map(torus, point, velocity + h * change)
         - mf.exponential_map(torus, point, velocity - h * change)
     ) / (2 * h)
-    forward = mf.Walk(adjoint=dfx.ForwardMode())
+    forward = mf.GeodesicOptions(adjoint=dfx.ForwardMode())
     _, pushed = jax.jvp(
         lambda v: mf.exponential_map(torus, point, v, walk=forward), (velocity,), (change,)
     )
