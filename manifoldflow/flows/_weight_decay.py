@@ -15,8 +15,8 @@ class WeightDecayFlow(AbstractFlow):
     Gradient descent θ ← θ − η∇L(θ) − ηλθ lands on the manifold of minimisers, by about kη of
     gradient flow, and then follows this flow as λ → 0, at any fixed η < 2/λ_max(∇²L) on the
     way; so does SGD where its noise vanishes on the manifold and η is stable. The start is the
-    landing point of that descent: `limit_map` for small η. For `weight_decay` of
-    `optax.adamw` and of others that multiply it by η, λ is that number.
+    landing point of that descent: `limit_map` for small η. In Optax it is
+    `chain(add_decayed_weights(λ), sgd(η))`; AdamW has another projector than P.
 
     To first order in λ the iterates are θ = Y + λ(z − H†Y), with H = ∇²L and z tangent: λ must
     be far below the smallest eigenvalue of H that is not zero. Frozen leaves of the loss

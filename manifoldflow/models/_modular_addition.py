@@ -30,8 +30,8 @@ class ModularAddition(eqx.Module):
       0.1, where guessing gives 1/11. From there `WeightDecayFlow`, along which the training loss
       stays zero, takes it to at least 0.99 by time 6 on the clock kηλ: grokking without a change
       of the training loss [Power2022].
-    - V ← V/t², W ← tW leaves f as it is: V and W are balanced, 2|V|² = |W|², where the norm is
-      least along this symmetry, and at the end of `WeightDecayFlow`.
+    - V ← V/t², W ← tW leaves f as it is, and the norm is least where |W|² = 2|V|². Along
+      `WeightDecayFlow` the difference |W|² − 2|V|² falls exactly as e^(−2t), whatever p and m.
 
     Args:
         modulus: p ≥ 2.
