@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
 from manifoldflow._errors import checked_point, described, numbers, shapes_of
+from manifoldflow._signatures import readable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -92,6 +93,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 raise
             raise ValueError(sentence) from error
 
+    call.__signature__ = readable(signature)  # type: ignore[attr-defined]
     return typing.cast(Function, call)
 
 

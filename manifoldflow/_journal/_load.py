@@ -8,11 +8,13 @@ from manifoldflow import _tree
 from manifoldflow._errors import shapes_of
 from manifoldflow._journal._contents import unpacked
 from manifoldflow._journal._stores import Place, store_of
+from manifoldflow._signatures import shown
 from manifoldflow._types import Point
 
 _KINDS = "`solve`, `simulate` or `minimize`"
 
 
+@shown
 def load_checkpoint(path: Place, point: Point) -> tuple[Array, Point]:
     """The time and the point of the last save in a checkpoint.
 

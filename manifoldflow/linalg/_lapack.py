@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 
 from manifoldflow._boundary import checked
 from manifoldflow._errors import described
+from manifoldflow._signatures import shown
 
 
+@shown
 def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function, mapped over the members of a batch on CPUs. It has no reverse mode."""
     if not callable(fn):

@@ -8,6 +8,7 @@ import lineax as lx
 
 from manifoldflow._boundary import checked
 from manifoldflow._errors import described
+from manifoldflow._signatures import shown
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
 from manifoldflow.noise._short_limit import hessian_trace, ShortLimit
@@ -84,6 +85,7 @@ def short_limit(noise: AbstractNoise, loss: AbstractLoss) -> ShortLimit | None:
     return noise.short_limit(loss) if isinstance(noise, AbstractShortNoise) else None
 
 
+@shown
 def checked_noise(name: str, noise: Any) -> AbstractNoise:
     """A noise with a covariance, for what is called `name`.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import described, is_traced, real_numbers
+from manifoldflow._signatures import shown
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import AbstractGenerator, resolved
 
@@ -94,6 +95,7 @@ Symmetries = ExponentialSymmetry | Sequence[ExponentialSymmetry]
 """One symmetry, or several that commute."""
 
 
+@shown
 def symmetries_of(symmetry: Symmetries) -> tuple[ExponentialSymmetry, ...]:
     """One symmetry, or several that commute, as a tuple.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._errors import described
+from manifoldflow._signatures import shown
 from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView
 from manifoldflow.linalg.jacobian._interpreter import Interpreter, Rule, times, Value
 from manifoldflow.linalg.jacobian._views import is_selection, View
@@ -122,6 +123,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@shown
 def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
     """Class decorator: how an operation uses a leaf, so that its explicit rows are not needed.
 

@@ -1,0 +1,75 @@
+"""Signatures as `help` shows them: in the words of those who call, not of the type checker."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jaxtyping import AbstractArray, PyTree
+
+
+class _Shown:
+    """An annotation that is shown as a text, without quotes."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shown(fn: Function) -> Function:
+    """The function, whose `help` is readable."""
+    fn.__signature__ = readable(inspect.signature(fn))  # type: ignore[attr-defined]
+    return fn
+
+
+def readable(signature: inspect.Signature) -> inspect.Signature:
+    """The same signature with annotations that are short to read."""
+    empty = inspect.Parameter.empty
+
+    def as_text(annotation: Any) -> Any:
+        return empty if annotation is empty else _Shown(text_of(annotation))
+
+    parameters = [
+        parameter.replace(annotation=as_text(parameter.annotation))
+        for parameter in signature.parameters.values()
+    ]
+    result = as_text(signature.return_annotation)
+    return signature.replace(parameters=parameters, return_annotation=result)
+
+
+def text_of(annotation: Any) -> str:
+    """The annotation without the names of modules; arrays by their shapes."""
+    if annotation in (None, type(None)):
+        return "None"
+    if annotation is Any or isinstance(annotation, str):
+        return str(annotation).removeprefix("typing.")
+    if isinstance(annotation, typing.TypeVar):
+        return text_of(annotation.__bound__) if annotation.__bound__ else "Any"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(map(text_of, arguments)))
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    if origin is Callable or annotation is Callable:
+        return "Callable"
+    if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
+        return _array(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, PyTree):
+        return "PyTree"
+    # Classes of compiled modules have the name of the module in theirs.
+    name = getattr(origin or annotation, "__name__", str(annotation)).rpartition(".")[2]
+    inner = ", ".join("…" if a is ... else text_of(a) for a in arguments)
+    return f"{name}[{inner}]" if inner else name
+
+
+def _array(annotation: Any) -> str:
+    dtypes = annotation.dtypes
+    if "prng_key" in dtypes or tuple(dtypes) == ("uint32",):
+        return "Key"
+    return f'Array["{annotation.dim_str}"]' if annotation.dim_str else "Scalar"
