@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def shown(fn: Function) -> Function:
     """The function, whose `help` is readable."""
-    fn.__signature__ = readable(inspect.signature(fn))  # type: ignore[attr-defined]
+    fn.__signature__ = readable(inspect.signature(fn))
     return fn
 
 
