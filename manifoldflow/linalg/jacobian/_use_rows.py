@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision
-from manifoldflow.linalg.jacobian._block import AbstractBlock, LeafView
+from manifoldflow.linalg.jacobian._block import AbstractBlock, inner_products, LeafView
 
 DENSE_ROWS = "dense rows"
 """What `treatments` says of a leaf with a use that is not understood."""
@@ -33,8 +33,9 @@ class RowBlock(AbstractBlock):
         return self.array
 
     def cross_gram(self, other: AbstractBlock) -> Float[Array, "n k m l"]:
-        axes = tuple(range(2, self.array.ndim))
-        return _precision.tensordot(self.array, other.rows(), axes=(axes, axes))
+        # As for factors: the compiler then sees that δ·δ of a bias is that of its weight.
+        flat = lambda rows: rows.reshape(*rows.shape[:2], -1)
+        return inner_products(flat(self.array), flat(other.rows()))
 
     def norms(self) -> Float[Array, "n k"]:
         return jnp.sum(self.array**2, axis=tuple(range(2, self.array.ndim)))
