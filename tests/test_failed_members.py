@@ -132,6 +132,9 @@ CASES = {
         lambda x, scale, adjoint: SPHERE.normal_projection(x, scale * TANGENT, throw=False),
         NOWHERE,
     ),
+    "tangent_projection, of a manifold that moves": Case(
+        on_circle(lambda m, x: m.tangent_projection(x, TANGENT, throw=False)), NOWHERE
+    ),
     "limit_map": Case(
         on_circle(lambda m, x: mf.limit_map(m, x, max_steps=10, throw=False)),
         (*NOWHERE, 1e9 * START),

@@ -140,7 +140,8 @@ class AbstractManifold(eqx.Module):
         space = self.normal_space(point)
         projected = space.tangent(vector) if is_tangent else space.normal(vector)
         result = space.existence()
-        return or_nan(projected, result == RESULTS.successful), result
+        used = self, point, vector
+        return or_nan(projected, result == RESULTS.successful, of=used), result
 
     @checked
     def project(self, point: Point, *, throw: bool = True, max_steps: int = MAX_STEPS) -> Point:
