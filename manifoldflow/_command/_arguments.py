@@ -21,16 +21,16 @@ python -m manifoldflow walk   the same question for data of your own: a small ne
 EXAMPLES = """\
 examples:
   python -m manifoldflow
-  python -m manifoldflow --modulus 13 --width 120 --seed 1
+  python -m manifoldflow --seed 1 --out another
   python -m manifoldflow walk --data digits
   python -m manifoldflow walk --data table.csv --target price
   python -m manifoldflow walk --data arrays.npz --noise none        weight decay alone
   python -m manifoldflow walk --help
 """
 ABOUT_WALK = """\
-Trains an MLP with one hidden layer of tanh units on some of your examples, to zero loss, and walks it
-along the manifold of perfect fits as SGD does in the limit of small steps. What the walk does is
-measured on the other examples.
+Trains an MLP with one hidden layer of tanh units on some of your examples, to zero loss, and walks
+it along the manifold of perfect fits as SGD does in the limit of small steps. What the walk does to
+it is measured on the other examples.
 """
 EXAMPLES_WALK = """\
 examples:
@@ -62,6 +62,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options = _walk_parser().parse_args(arguments)
     else:
         options = _grok_parser().parse_args(arguments)
+        if options.command:
+            raise ValueError(f"{options.command} must come first: manifoldflow {options.command} …")
     _check(options)
     return options
 
@@ -76,6 +78,9 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be positive and finite; got {value}.")
+    decay = getattr(options, "weight_decay", None)
+    if decay is not None and not 0 <= decay < float("inf"):
+        raise ValueError(f"--weight-decay must be finite and not negative; got {decay}.")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2^32 − 1; got {options.seed}.")
 
@@ -101,8 +106,9 @@ def _parser(name: str, about: str, examples: str, folder: str, saves: int) -> _P
 def _grok_parser() -> _Parser:
     parser = _parser("manifoldflow", ABOUT, EXAMPLES, "grokking", 20)
     parser.set_defaults(run=lambda options: _grok.run(options))
-    add = parser.add_argument
-    add("command", nargs="?", choices=["walk"], help="walk: data of your own; see `walk --help`")
+    walk = "data of your own: see `python -m manifoldflow walk --help`"
+    parser.add_argument("command", nargs="?", choices=["walk"], help=walk)
+    add = parser.add_argument_group("addition modulo p").add_argument
     add("--modulus", type=int, default=11, metavar="P", help="p of a + b mod p (default: 11)")
     add("--width", type=int, default=96, metavar="M", help="hidden units (default: 96)")
     add("--train-fraction", type=float, default=0.8, metavar="F",

@@ -45,7 +45,9 @@ def _rows(path: pathlib.Path) -> tuple[list[str] | None, list[int], list[list[st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason}); save it as such.") from None
+        raise ValueError(
+            f"{path} is not text in UTF-8 ({error.reason}); save it as such."
+        ) from None
     lines = text.splitlines()
     first = next((line for line in lines if line.strip()), "")
     separator = max(",;\t", key=first.count)

@@ -45,16 +45,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> mf.models.ModularAddition:
     if not 0 < options.train_fraction < 1:
-        raise ValueError(
-            f"--train-fraction must be between 0 and 1; got {options.train_fraction}."
-        )
+        raise ValueError(f"--train-fraction must be between 0 and 1; got {options.train_fraction}.")
     p, width = options.modulus, options.width
+    num_residuals = max(1, int(options.train_fraction * p * p)) * p
     check_sizes(
-        max(1, int(options.train_fraction * p * p)) * p,
+        num_residuals,
         3 * p * width,
         4 if options.float32 else 8,
-        fewer=f"a --modulus below {p}",
-        wider=f"more than {width} in --width",
+        fewer=lambda most: f"--modulus {max(2, int((most / options.train_fraction) ** (1 / 3)))}",
+        wider=f"--width {num_residuals // (3 * p) + 1} or more",
     )
     return mf.models.ModularAddition(p, width, options.train_fraction, seed=options.seed)
 

@@ -61,9 +61,7 @@ def update_of(options: argparse.Namespace) -> updates.AbstractUpdate:
             raise ValueError(
                 f"--update {name} has no {option}; it has {some(list(parameters)) or 'none'}."
             )
-    missing = [
-        p.name for p in parameters.values() if p.default is p.empty and p.name not in values
-    ]
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
     if missing:
         raise ValueError(
             f"--update {name} needs {some(missing)}; write --update {name}:{missing[0]}=NUMBER."

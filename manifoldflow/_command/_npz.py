@@ -69,8 +69,8 @@ def _finite(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
     if len(bad):
         index = ", ".join(str(i + 1) for i in bad[0])
         raise ValueError(
-            f"{path}: {name} is not finite in {len(bad)} places, first at row (and column) {index}, "
-            "counted from 1; fill or delete such rows."
+            f"{path}: {name} is not finite in {len(bad)} places, first in row (and column) "
+            f"{index}, counted from 1; fill or delete such rows."
         )
     return array
 

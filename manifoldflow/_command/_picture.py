@@ -2,11 +2,6 @@
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file is written; no window is opened
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -20,8 +15,9 @@ TEST_COLOUR, TRAIN_COLOUR = "#d55e00", "#0072b2"
 
 def plot_grokking(model: ModularAddition, walk: Solution, start: Any) -> Figure:
     """Right answers above the training loss, against time; beside them the units' spectra."""
-    figure = plt.figure(figsize=(12.5, 5.8), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.05], wspace=0.03)
+    figure = Figure(figsize=(12.5, 5.8), layout="constrained")  # for a file: no window is opened
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1, 1.05], wspace=0.03)
+    left, right = halves
     answers, loss = left.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     left.suptitle(f"a + b mod {model.modulus} under weight decay, at zero training loss")
     _draw_answers(answers, model, walk)
@@ -70,7 +66,9 @@ def _draw_spectra(figure: Any, model: ModularAddition, points: tuple, titles: li
             length[order], aspect="auto", cmap="cividis", vmin=0, vmax=np.max(lengths),
             interpolation="nearest",
         )  # fmt: skip
-        axes.set_title(f"{title}\n{concentration(p, point):.0%} in one frequency a unit", fontsize=10)
+        axes.set_title(
+            f"{title}\n{concentration(p, point):.0%} in one frequency a unit", fontsize=10
+        )
         if p <= 31:
             axes.set_xticks(np.arange(length.shape[1]))
     panels[0].set_ylabel("hidden unit, sorted by its main frequency at the end")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from manifoldflow import models
-from manifoldflow._command._builtin import builtin, BUILTIN
+from manifoldflow._command._builtin import BUILTIN, builtin
 from manifoldflow._command._csv import read_csv
 from manifoldflow._command._examples import Examples, some
 from manifoldflow._command._npz import read_npz
@@ -117,9 +117,7 @@ def _distinct(options: argparse.Namespace, inputs: np.ndarray) -> np.ndarray:
     order = np.random.default_rng(options.seed).permutation(len(inputs))
     _, first = np.unique(inputs[order], axis=0, return_index=True)
     if len(first) < len(order):
-        print(
-            f"left out, since with the same inputs as another row: {len(order) - len(first)}"
-        )
+        print(f"left out, since with the same inputs as another row: {len(order) - len(first)}")
     return order[np.sort(first)]
 
 

@@ -21,7 +21,7 @@ def power(modulus: int, point: Any) -> np.ndarray:
 
 
 def concentration(modulus: int, point: Any) -> float:
-    """The part of |θ|² that is in the largest frequency of its unit, from 2/(p + 1) to 1."""
+    """The part of |θ|² that is in the strongest frequency of its unit, at most 1."""
     spectrum = power(modulus, point)
     return float(np.sum(np.max(spectrum, axis=1)) / np.sum(spectrum))
 

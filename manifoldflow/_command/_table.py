@@ -48,5 +48,3 @@ class LiveTable:
 
 def _short(time: float) -> str:
     return f"{time:.2f}" if time == 0 or time >= 0.1 else f"{time:.3g}"
-
-

@@ -30,13 +30,7 @@ def run(options: argparse.Namespace) -> None:
     model = network(*problem.train, options)
     loss = mf.LeastSquares(*problem.train)
     coordinates, _ = loss.split(model)
-    check_sizes(
-        loss.targets.size,
-        _tree.size(coordinates),
-        _tree.dtype_of(coordinates).itemsize,
-        fewer=f"fewer than {len(loss.targets)} --examples",
-        wider=f"more than {options.width} in --width",
-    )
+    _check_sizes(options, problem, _tree.size(coordinates), _tree.dtype_of(coordinates).itemsize)
     manifold = mf.ZeroLossManifold(loss)
     print(
         f"{len(loss.targets)} examples, {loss.num_residuals} residuals, "
@@ -48,6 +42,23 @@ def run(options: argparse.Namespace) -> None:
     checkpoint_of(options.out).unlink()  # the walk is whole and saved: nothing to go on from
     _say_what_happened(problem, walk)
     print(f"{time.perf_counter() - began:.0f} s; picture, network and path are in {options.out}/")
+
+
+def _check_sizes(
+    options: argparse.Namespace, problem: Problem, num_coordinates: int, itemsize: int
+) -> None:
+    inputs, targets = problem.train
+    num_outputs = targets.shape[1]
+
+    def fewer(most: int) -> str:
+        count = most // num_outputs
+        return f"--examples {count}" if count else f"fewer than {num_outputs} outputs"
+
+    per_unit = inputs.shape[1] + 1 + num_outputs
+    enough = max(0, targets.size - num_outputs) // per_unit + 1
+    check_sizes(
+        targets.size, num_coordinates, itemsize, fewer=fewer, wider=f"--width {enough} or more"
+    )
 
 
 def _start(options: argparse.Namespace, loss: mf.LeastSquares, model: eqx.nn.MLP) -> eqx.nn.MLP:
