@@ -52,3 +52,8 @@ def arrays(path: pathlib.Path, first: str = "X", second: str = "y") -> pathlib.P
     inputs, signal = measured(3)
     np.savez(path, **{first: inputs, second: signal})
     return path
+
+
+def rows_of(out: str) -> list[list[str]]:
+    """The cells of the table that a command has printed; the bar is the first."""
+    return [line.split() for line in out.splitlines() if line.startswith("[")]

@@ -1,4 +1,4 @@
-"""Files as people have them: what is read, what is guessed, what is said of those that are wrong."""
+"""Files as people have them: what is read and guessed, what is said of wrong ones."""
 
 import numpy as np
 import pytest

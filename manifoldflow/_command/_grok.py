@@ -1,6 +1,7 @@
 """Grokking: a network that fits learns to add by weight decay, at zero training loss."""
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -47,15 +48,26 @@ def _model(options: argparse.Namespace) -> mf.models.ModularAddition:
     if not 0 < options.train_fraction < 1:
         raise ValueError(f"--train-fraction must be between 0 and 1; got {options.train_fraction}.")
     p, width = options.modulus, options.width
-    num_residuals = max(1, int(options.train_fraction * p * p)) * p
+    fraction = options.train_fraction
+    num_residuals = max(1, int(fraction * p * p)) * p
+
+    def fewer(most: int) -> str:
+        # fraction·p³ residuals, 3·p·width weights
+        return f"--modulus {max(2, int(min((most / fraction) ** (1 / 3), _widest(options))))}"
+
     check_sizes(
         num_residuals,
         3 * p * width,
         4 if options.float32 else 8,
-        fewer=lambda most: f"--modulus {max(2, int((most / options.train_fraction) ** (1 / 3)))}",
+        fewer=fewer,
         wider=f"--width {num_residuals // (3 * p) + 1} or more",
     )
     return mf.models.ModularAddition(p, width, options.train_fraction, seed=options.seed)
+
+
+def _widest(options: argparse.Namespace) -> float:
+    """The modulus up to which a network of this width has more weights than residuals."""
+    return math.sqrt(3 * options.width / options.train_fraction)
 
 
 def _start(options: argparse.Namespace, loss: mf.LeastSquares, initial: Any) -> Any:
