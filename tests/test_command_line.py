@@ -122,6 +122,28 @@ def test_a_landed_network_is_landed_once(tmp_path, capsys, monkeypatch):
     equal("the same walk as from the file", rows_of(again), rows_of(first.out))
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (["--seed", "1"], "belongs to a walk from another network or on other data"),
+        (["--end-time", "3"], "belongs to a solve with other save times"),
+    ],
+)
+def test_a_stopped_walk_is_not_overwritten(tmp_path, capsys, monkeypatch, other, words):
+    command = ["walk", *SMALL, "--data", str(arrays(tmp_path / "data.npz"))]
+    command += ["--out", str(tmp_path)]
+    with monkeypatch.context() as context:
+        context.setattr("manifoldflow._command._walk._save", interrupted)
+        assert main(command) == 130
+    kept = (tmp_path / "landed.npz").read_bytes(), (tmp_path / "checkpoint.npz").read_bytes()
+    capsys.readouterr()
+    assert main([*command, *other]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert words in err and "--out" in err, err
+    now = (tmp_path / "landed.npz").read_bytes(), (tmp_path / "checkpoint.npz").read_bytes()
+    assert now == kept, "what was there is lost"
+
+
 def interrupted(*arguments):
     raise KeyboardInterrupt
 
@@ -142,6 +164,18 @@ def test_other_limits(tmp_path, capsys, options):
     rows = rows_of(capsys.readouterr().out)
     at_most("the largest loss", max(float(row[2]) for row in rows), 1e-20)
     at_least("the way walked", float(rows[-1][5]), 1e-3)
+
+
+def test_isotropic_noise_goes_half_the_length_of_the_weights(tmp_path, capsys):
+    data = ["--data", str(arrays(tmp_path / "data.npz")), "--out", str(tmp_path)]
+    limit = ["--noise", "isotropic", "--steps", "8", "--saves", "2"]
+    assert main(["walk", "--examples", "8", "--width", "10", *data, *limit]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    at_most("the largest loss", max(float(row[2]) for row in rows), 1e-20)
+    with np.load(tmp_path / "landed.npz") as landed:
+        weights = np.concatenate([np.ravel(landed[name]) for name in landed if "leaf" in name])
+    time = weights @ weights / (4 * (weights.size - 8))
+    at_most("end time less |θ|²/4D", abs(float(rows[-1][1]) - time), 6e-3)
 
 
 def test_what_cannot_be_fitted_is_said(tmp_path, capsys):

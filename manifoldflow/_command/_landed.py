@@ -39,13 +39,25 @@ class Landed:
         self._identity = digest((arrays, rest, jax.__version__))
 
     def found(self, like: Any) -> Any | None:
-        """What an earlier call has left here, if it was for the same; else nothing is left."""
+        """What an earlier call has left here, if it was for the same; else nothing is left.
+
+        Raises:
+            ValueError: a walk of something else was stopped here, and could still go on.
+        """
+        is_other = False
         try:
             with np.load(self.path) as stored:
-                if str(stored["identity"]) == self._identity:
+                is_other = str(stored["identity"]) != self._identity
+                if not is_other:
                     return self._rebuilt(stored, like)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
+        checkpoint = checkpoint_of(self.path.parent)
+        if is_other and checkpoint.exists():
+            raise ValueError(
+                f"{checkpoint} belongs to a walk from another network or on other data, which was "
+                "stopped. Delete it to begin anew, or choose another folder (--out)."
+            )
         self.path.unlink(missing_ok=True)
         return None
 

@@ -14,7 +14,11 @@ def solved(flow: mf.AbstractFlow, start: Any, **options: Any) -> mf.Solution:
     Raises:
         ValueError: the walk did not reach its end; says where it stopped, and why.
     """
-    walk = mf.solve(flow, start, throw=False, **options)
+    try:
+        walk = mf.solve(flow, start, throw=False, **options)
+    except ValueError as error:
+        elsewhere = "choose another folder (--out)"
+        raise ValueError(re.sub(r"give this \w+ another file", elsewhere, str(error))) from error
     jax.effects_barrier()
     if bool(walk.result == mf.RESULTS.successful):
         return walk

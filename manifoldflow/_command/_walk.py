@@ -159,8 +159,9 @@ def _save(
         caption=_caption(options, problem, loss),
     )
     sharpness = walk.observables["sharpness"]
-    if sharpness[-1] > sharpness[0]:  # the legend stands where it falls to
-        figure.axes[0].get_legend().set_loc("lower right")
+    legend: Any = figure.axes[0].get_legend()
+    if sharpness[-1] > sharpness[0]:  # the legend stands where it rises to
+        legend.set_loc("lower right")
     if options.noise == "none":
         figure.axes[0].set_xlabel("time  Σ ηλ  (steps × learning rate × weight decay)")
     figure.savefig(options.out / "walk.png", dpi=150)
