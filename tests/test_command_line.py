@@ -185,7 +185,13 @@ def test_what_cannot_be_fitted_is_said(tmp_path, capsys):
     data = ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path), "--no-standardise"]
     assert main(["walk", *SMALL, *data]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    for words in ("training did not fit", "--width", "--examples", "--seed"):
+    for words in (
+        "training did not fit",
+        "Leave out --no-standardise",
+        "--width",
+        "--examples",
+        "--seed",
+    ):
         assert words in err, err
 
 

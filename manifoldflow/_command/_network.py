@@ -30,8 +30,13 @@ def network(inputs: Array, targets: Array, options: argparse.Namespace) -> eqx.n
     )
 
 
-def landed_network(loss: LeastSquares, model: eqx.nn.MLP) -> eqx.nn.MLP:
+def landed_network(loss: LeastSquares, model: eqx.nn.MLP, is_raw: bool) -> eqx.nn.MLP:
     """Trained by Adam, then by gradient flow to zero loss.
+
+    Args:
+        loss: on the training examples.
+        model: where training starts.
+        is_raw: whether the data are as they came, and not standardised.
 
     Raises:
         ValueError: it did not get there.
@@ -51,8 +56,9 @@ def landed_network(loss: LeastSquares, model: eqx.nn.MLP) -> eqx.nn.MLP:
     if not is_there:
         raise ValueError(
             f"training did not fit the examples: the loss is {reached:.2g}, where guessing the "
-            f"mean has {guess:.2g}, and gradient flow from there finds no perfect fit. Use a wider "
-            "model (--width), fewer --examples, or another --init-scale or --seed."
+            f"mean has {guess:.2g}, and gradient flow from there finds no perfect fit. "
+            + ("Leave out --no-standardise, or use" if is_raw else "Use")
+            + " a wider model (--width), fewer --examples, or another --init-scale or --seed."
         )
     return landed
 

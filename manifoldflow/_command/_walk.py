@@ -68,7 +68,7 @@ def _start(options: argparse.Namespace, loss: mf.LeastSquares, model: eqx.nn.MLP
     if start is not None:
         print(f"landed by an earlier call: {landed.path}\n")
         return start
-    start = landed_network(loss, model)
+    start = landed_network(loss, model, options.no_standardise)
     landed.keep(start)
     print(f"landed on the manifold: loss {float(loss(start)):.1e}\n")
     return start
