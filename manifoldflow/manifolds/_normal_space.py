@@ -79,7 +79,7 @@ class AbstractNormalSpace(eqx.Module):
         return _tree.subtract(vector, self.tangent(vector))
 
     def existence(self) -> RESULTS:
-        """`rank_zero` where J vanishes, so that P would be the identity; `nonfinite` where it is."""
+        """`rank_zero` where J vanishes, so that P would be the identity; `nonfinite` for NaN."""
         size = self.largest_eigenvalue_bound()
         result = _tree.where(size == 0, RESULTS.rank_zero, RESULTS.successful)
         return _tree.where(jnp.isfinite(size), result, RESULTS.nonfinite)

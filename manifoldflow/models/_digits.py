@@ -1,9 +1,12 @@
 """Handwritten digits that come with scikit-learn: real data without a download."""
 
+import importlib.util
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from manifoldflow._boundary import checked
 
@@ -30,13 +33,7 @@ def digits(
         ImportError: scikit-learn is missing; `pip install manifoldflow[demo]`.
         ValueError: more examples than there are.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "models.digits needs scikit-learn: python -m pip install 'manifoldflow[demo]'"
-        ) from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _read()
     order = np.random.default_rng(seed).permutation(len(images))
     part = order[NUM_TRAIN:] if test else order[:NUM_TRAIN]
     if num_examples is not None and not 1 <= num_examples <= len(part):
@@ -45,3 +42,19 @@ def digits(
         )
     part = part[:num_examples]
     return jnp.asarray(images[part] / 16.0), jax.nn.one_hot(labels[part], 10)
+
+
+def _read() -> tuple[Float[np.ndarray, "1797 64"], Int[np.ndarray, " 1797"]]:
+    """All images and labels, from the file in scikit-learn: its import takes a second or two."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "models.digits needs scikit-learn: python -m pip install 'manifoldflow[demo]'"
+        )
+    path = pathlib.Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if path.is_file():
+        rows = np.loadtxt(path, delimiter=",")
+        return rows[:, :-1], rows[:, -1].astype(int)
+    from sklearn.datasets import load_digits  # where a later version keeps it elsewhere
+
+    return load_digits(return_X_y=True)

@@ -106,3 +106,14 @@ def test_bad_input():
         mf.models.sparse_regression(jr.key(0), 3, 4, 1, design="uniform")
     with refused(ValueError, "sparsity must be between"):
         mf.models.sparse_regression(jr.key(0), 3, 4, 5)
+
+
+def test_digits_are_those_of_scikit_learn():
+    """Read from its file, without its import."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(3).permutation(len(images))
+    for test, part in ((False, order[:7]), (True, order[1000:1007])):
+        found = mf.models.digits(7, test=test, seed=3)
+        close("images", found[0], images[part] / 16, 1e-12)
+        close("labels", np.argmax(found[1], axis=1), labels[part], 0)
