@@ -122,7 +122,7 @@ class RESULTS(eqx.Enumeration):
 def without_step_limit(result: RESULTS) -> RESULTS:
     """For callers that cannot choose how many steps a search inside them may take."""
     is_limit = result == RESULTS.max_steps_reached
-    return RESULTS.where(is_limit, RESULTS.out_of_steps, result)
+    return _tree.where(is_limit, RESULTS.out_of_steps, result)
 
 
 def from_diffrax(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:

@@ -18,7 +18,7 @@ def checked_local(manifold: AbstractManifold, point: Point) -> AbstractLocalGeom
     coordinates, remainder = manifold.split(point)
     space = manifold.normal_space(point)
     size = space.largest_eigenvalue_bound()
-    result = RESULTS.where(jnp.isfinite(size), RESULTS.rank_zero, RESULTS.nonfinite)
+    result = _tree.where(jnp.isfinite(size), RESULTS.rank_zero, RESULTS.nonfinite)
     is_bad: Array = ~(size > 0) | ~jnp.isfinite(size)
     # Where f is quadratic the coordinates do not matter, and a check of them would be dropped.
     coordinates, space = result.error_if((coordinates, space), is_bad)

@@ -153,9 +153,9 @@ def judged(
     """Are the eigenvalues found, with Av − λv left over?"""
     residuals = jax.lax.stop_gradient(jnp.linalg.norm(left, axis=1))
     is_found = jnp.all(residuals <= target(eps, values, scale))
-    result = RESULTS.where(is_found, RESULTS.successful, RESULTS.not_converged)
+    result = _tree.where(is_found, RESULTS.successful, RESULTS.not_converged)
     is_finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(residuals))
-    result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
+    result = _tree.where(is_finite, result, RESULTS.nonfinite)
     return Eigenvalues(values, residuals, result, jnp.asarray(num_steps, int))
 
 

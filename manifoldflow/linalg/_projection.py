@@ -94,6 +94,8 @@ def refined_solve(
         )
 
     shift = None if damping is None else damping * gram.row_norms_squared()
+    # When to stop has no derivative: a solve must not depend on it.
+    floor = jax.lax.stop_gradient(floor)
 
     def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
         product = jacobian.mv(jacobian.transpose_mv(vector))
@@ -141,7 +143,7 @@ def _refined(
     norm_of = lambda left: _tree.norm(gram.row_scale * left)
     target = eps * norm_of(right)
     if enough is not None:
-        target = jnp.maximum(target, jax.lax.stop_gradient(enough))
+        target = jnp.maximum(target, enough)
 
     def is_going(state: _State) -> Flag:
         is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)

@@ -57,4 +57,5 @@ def _read() -> tuple[Float[np.ndarray, "1797 64"], Int[np.ndarray, " 1797"]]:
         return rows[:, :-1], rows[:, -1].astype(int)
     from sklearn.datasets import load_digits  # where a later version keeps it elsewhere
 
-    return load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
+    return np.asarray(images), np.asarray(labels)

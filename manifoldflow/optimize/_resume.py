@@ -92,7 +92,7 @@ class _Search(AbstractRun[_Here]):
 
     def again(self, journal: Journal, state: _Place, step: int) -> _Here:
         """A search that had ended there had ended well."""
-        result = RESULTS.where(state.is_done, RESULTS.successful, RESULTS.max_steps_reached)
+        result = _tree.where(state.is_done, RESULTS.successful, RESULTS.max_steps_reached)
         return eqx.tree_at(lambda h: (h.place, h.result), self.first, (state, result))
 
     def legs(self, state: _Here, journal: Journal) -> Iterator[Leg]:

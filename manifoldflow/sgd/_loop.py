@@ -214,8 +214,8 @@ def solution_of(
 ) -> Solution:
     """What the user gets; NaN as final point where the run failed."""
     has_diverged = state.diverged_at >= 0
-    result = RESULTS.where(has_diverged, RESULTS.diverged, RESULTS.successful)
-    result = RESULTS.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
+    result = _tree.where(has_diverged, RESULTS.diverged, RESULTS.successful)
+    result = _tree.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
     is_fine = result == RESULTS.successful
     done = jnp.where(has_diverged, state.diverged_at, num_steps)
     zero = jnp.zeros_like(done)

@@ -141,7 +141,7 @@ def balance_with_info(
         weight_decay=gamma,
     )
     is_infinite = jnp.isinf(parameters)
-    result = RESULTS.where(jnp.any(is_infinite), RESULTS.no_equilibrium, info.result)
+    result = _tree.where(jnp.any(is_infinite), RESULTS.no_equilibrium, info.result)
     info = Info(result, info.defect, info.num_steps, info.num_factorizations)
     found = Balance(parameters, names, info)
     if throw and not is_traced(parameters):

@@ -160,11 +160,11 @@ def _equilibrium(
         _broken(generators, there, noise.example_loss, noise.data),
         _noncommuting(generators, frozen[0]),
     )
-    result = RESULTS.where(is_done > 0, RESULTS.successful, RESULTS.out_of_steps)
-    result = RESULTS.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)
+    result = _tree.where(is_done > 0, RESULTS.successful, RESULTS.out_of_steps)
+    result = _tree.where(defect <= _BROKEN, result, RESULTS.not_a_symmetry)
     is_finite = (is_finite > 0) & jnp.isfinite(defect)
     num_steps = num_steps.astype(int)
-    info = Info(RESULTS.where(is_finite, result, RESULTS.nonfinite), defect, num_steps, num_steps)
+    info = Info(_tree.where(is_finite, result, RESULTS.nonfinite), defect, num_steps, num_steps)
     outward = jnp.where(outward != 0, outward, _vanished_side(generators, there))
     at = jnp.where(outward != 0, jnp.copysign(jnp.inf, outward), at)
     return or_nan(at, info.is_successful), info
