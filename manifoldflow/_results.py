@@ -202,7 +202,7 @@ def _tied_jvp(primals: tuple, tangents: tuple) -> tuple:
     dtype = jnp.result_type(total, float)
     drag = total * jax.lax.select(is_there, jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
 
-    def moved(leaf: Array, dot: Array | None) -> Array | None:
+    def moved(leaf: Array | None, dot: Array | None) -> Array | None:
         if not eqx.is_inexact_array(leaf):
             return dot
         return jnp.full_like(leaf, 0) + drag.astype(leaf.dtype) + (0 if dot is None else dot)

@@ -23,9 +23,6 @@ from manifoldflow.linalg.jacobian import AbstractJacobian
 _MAX_ITERATIONS = 12
 _NUM_PLAIN = 3
 _LONGEST = 30
-# Of the rounding of a projected vector, that may stay normal with rows of length one. What is
-# normal is longer than that by one over the smallest singular value of those rows.
-_ENOUGH = 1e-2
 
 
 @checked
@@ -53,11 +50,8 @@ def tangent_component(
 
     if _precision.is_double(_tree.dtype_of(vector)):
         return jax.lax.fori_loop(0, 2, lambda _, left: again(left, gram.solve), vector)
-    # What a plain solve leaves in single precision takes more than another one, but no more
-    # than the rounding of the result.
-    left = again(vector, gram.solve)
-    floor = _ENOUGH * _precision.eps_of_dtype(_tree.dtype_of(left)) * _tree.norm(left)
-    return again(left, lambda value: refined_solve(jacobian, gram, value, floor=floor))
+    # What a plain solve leaves in single precision takes more than another one.
+    return again(again(vector, gram.solve), lambda value: refined_solve(jacobian, gram, value))
 
 
 @checked
@@ -76,7 +70,6 @@ def refined_solve(
     gram: AbstractGramSolve,
     vector: Float[Array, " n"],
     damping: Scalar | None = None,
-    floor: Scalar | None = None,
 ) -> Float[Array, " n"]:
     """K⁻¹w by as many solves with the factorisation as rounding lets help.
 
@@ -85,7 +78,6 @@ def refined_solve(
         gram: solves with K, or with K + damping·diag(K) if a damping is given.
         vector: w, (n,), in the range of J.
         damping: not negative, relative to the diagonal of K.
-        floor: what may be left of w, with rows of length one; by default its rounding.
     """
     if vector.shape != jacobian.out_structure().shape:
         raise ValueError(
@@ -94,8 +86,6 @@ def refined_solve(
         )
 
     shift = None if damping is None else damping * gram.row_norms_squared()
-    # When to stop has no derivative: a solve must not depend on it.
-    floor = jax.lax.stop_gradient(floor)
 
     def mv(vector: Float[Array, " n"]) -> Float[Array, " n"]:
         product = jacobian.mv(jacobian.transpose_mv(vector))
@@ -105,8 +95,7 @@ def refined_solve(
         # In units of the right side: in float32 the squares of small ones are zero.
         size = jnp.max(jnp.abs(gram.row_scale * right))
         unit = right / _tree.where(size == 0, 1, size)
-        enough = None if floor is None else floor / _tree.where(size == 0, 1, size)
-        return size * _refined(mv, gram, unit, enough)
+        return size * _refined(mv, gram, unit)
 
     # Reverse mode cannot transpose the loop, but knows the transpose of a linear solve.
     return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
@@ -125,10 +114,7 @@ class _State(eqx.Module):
 
 
 def _refined(
-    mv: Callable[[Array], Array],
-    gram: AbstractGramSolve,
-    right: Float[Array, " n"],
-    enough: Scalar | None,
+    mv: Callable[[Array], Array], gram: AbstractGramSolve, right: Float[Array, " n"]
 ) -> Float[Array, " n"]:
     """Until what is left is rounding, or no longer falls, in rows of length one.
 
@@ -142,8 +128,6 @@ def _refined(
     eps = _precision.eps_of_dtype(right)
     norm_of = lambda left: _tree.norm(gram.row_scale * left)
     target = eps * norm_of(right)
-    if enough is not None:
-        target = jnp.maximum(target, enough)
 
     def is_going(state: _State) -> Flag:
         is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)
