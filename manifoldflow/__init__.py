@@ -4,6 +4,9 @@ loss ─► manifold ─┬─► flow ─► solve ─► Solution
          noise ───┘
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from manifoldflow import (
     diagnostics as diagnostics,
     ensembles as ensembles,
@@ -11,7 +14,6 @@ from manifoldflow import (
     limits as limits,
     linalg as linalg,
     manifolds as manifolds,
-    models as models,
     optimize as optimize,
     symmetry as symmetry,
     theory as theory,
@@ -109,3 +111,13 @@ from manifoldflow.optimize import (
 from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
 
 __version__ = "0.1.0"
+
+if _typing.TYPE_CHECKING:
+    from manifoldflow import models as models
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """The worked problems, which nothing else here needs, are imported when they are asked for."""
+    if name == "models":
+        return _importlib.import_module("manifoldflow.models")
+    raise AttributeError(f"module 'manifoldflow' has no attribute {name!r}")

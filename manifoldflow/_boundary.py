@@ -65,6 +65,7 @@ def checked(fn: Function) -> Function:
 def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
     signature = inspect.signature(fn)
     wanted = {name: p.annotation for name, p in signature.parameters.items()}
+    signature = readable(signature)
     name = fn.__qualname__.removesuffix(".__init__")
     starred = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     plain = [n for n, p in signature.parameters.items() if p.kind not in starred]

@@ -203,7 +203,7 @@ def _tied_jvp(primals: tuple, tangents: tuple) -> tuple:
     drag = total * jax.lax.select(is_there, jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
 
     def moved(leaf: Array | None, dot: Array | None) -> Array | None:
-        if not eqx.is_inexact_array(leaf):
+        if leaf is None or not eqx.is_inexact_array(leaf):
             return dot
         return jnp.full_like(leaf, 0) + drag.astype(leaf.dtype) + (0 if dot is None else dot)
 

@@ -10,13 +10,15 @@ from jaxtyping import AbstractArray, PyTree
 
 
 class _Shown:
-    """An annotation that is shown as a text, without quotes."""
+    """An annotation that is shown as a text, without quotes, which is made when it is asked for."""
 
-    def __init__(self, text: str):
-        self.text = text
+    __slots__ = ("annotation",)
+
+    def __init__(self, annotation: Any):
+        self.annotation = annotation
 
     def __repr__(self) -> str:
-        return self.text
+        return text_of(self.annotation)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -33,7 +35,7 @@ def readable(signature: inspect.Signature) -> inspect.Signature:
     empty = inspect.Parameter.empty
 
     def as_text(annotation: Any) -> Any:
-        return empty if annotation is empty else _Shown(text_of(annotation))
+        return empty if annotation is empty else _Shown(annotation)
 
     parameters = [
         parameter.replace(annotation=as_text(parameter.annotation))
