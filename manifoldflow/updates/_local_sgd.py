@@ -86,11 +86,22 @@ class LocalSGD(AbstractPotentialUpdate, AbstractScalableUpdate):
 
 
 def _ein_over(x: Array) -> Array:
-    """Ein(x)/x, by its series or by Ein(x) = E₁(x) + ln x + γ."""
+    """Ein(x)/x, for small x by its series."""
     small, large = jnp.minimum(x, 1), jnp.maximum(x, 1)
     term, total = jnp.ones_like(x), jnp.ones_like(x)
     for k in range(1, _SERIES):
         term = -term * small / (k + 1)
         total = total + term / (k + 1)
-    far = (jax.scipy.special.exp1(large) + jnp.log(large) + np.euler_gamma) / large
-    return _tree.where(x < 1, total, far)
+    return _tree.where(x < 1, total, _ein(large) / large)
+
+
+@jax.custom_jvp
+def _ein(x: Array) -> Array:
+    """E₁(x) + ln x + γ, with a rule of its own, since JAX's exp1 has no second derivative."""
+    return jax.scipy.special.exp1(x) + jnp.log(x) + np.euler_gamma
+
+
+@_ein.defjvp
+def _ein_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,) = primals
+    return _ein(x), -jnp.expm1(-x) / x * tangents[0]

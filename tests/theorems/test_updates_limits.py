@@ -1,10 +1,8 @@
 """Limits of updates in n dimensions against the dense formula for any iteration.
 
-A network of two layers with D = 8 or 9 weights on n = 3 or 2 examples; mean fields, covariances
-and second moments are written out here, and `IterationLimit` knows nothing of rows or gains.
+Mean fields, covariances and second moments are written out here; `IterationLimit` knows nothing of
+rows, gains or preconditioners.
 """
-
-import functools
 
 import equinox as eqx
 import jax
@@ -16,65 +14,9 @@ from jax.scipy.stats import norm as normal
 from scipy.integrate import quad
 
 import manifoldflow as mf
-from checks import at_least, at_most, close, flat, norm, refused
+from checks import at_most, close, flat, norm, refused
 from manifoldflow import updates
-
-STD = 0.6
-rejected = pytest.raises(AssertionError, match="above the bound")
-
-
-def once(point, x):
-    """f(x) = v·tanh(W x): the gradient in W is of rank one."""
-    return jnp.dot(point["v"], jnp.tanh(point["W"] @ x))
-
-
-def twice(point, x):
-    """v·tanh(W x) with the same W for two inputs: the gradient in W is of rank two."""
-    return point["v"][0] * jnp.tanh(point["W"] @ x[:3])[0] + jnp.dot(
-        point["v"], jnp.sin(point["W"] @ x[3:])
-    )
-
-
-SHAPES = {"once": (once, (3, 2), 2, 3), "twice": (twice, (2, 3), 6, 2)}  # f, W, inputs, n
-
-
-class Problem:
-    """A loss, a point of its zero set, and what of it is written out densely."""
-
-    def __init__(self, name, seed=0):
-        predict, shape, num_inputs, self.count = SHAPES[name]
-        rng = np.random.default_rng(seed)
-        inputs, targets = rng.normal(size=(self.count, num_inputs)), rng.normal(size=self.count) / 2
-        self.loss = mf.LeastSquares(inputs, targets, predict=predict)
-        self.manifold = mf.ZeroLossManifold(self.loss)
-        start = {"W": rng.normal(size=shape), "v": rng.normal(size=shape[0])}
-        self.point = self.manifold.project(jax.tree.map(jnp.asarray, start))
-        self.flat, self.unravel = ravel_pytree(self.point)
-        at_most("distance", self.manifold.defect(self.point), 1e-12)
-
-    def residual(self, x):
-        return self.loss.residual(self.unravel(x))
-
-    def rows(self, x):
-        """∇rᵢ, (n, D)."""
-        return jax.jacfwd(self.residual)(x)
-
-    def found(self, update, noise=None):
-        noise = mf.LabelNoise(STD, batch_size=1) if noise is None else noise
-        flow = mf.LimitDiffusion(self.manifold, noise, update)
-        assert not flow.is_stochastic
-        return flow
-
-
-@functools.cache
-def problem(name="once", seed=0):
-    return Problem(name, seed)
-
-
-def law(what, found, expected, bound=1e-9):
-    at_least(f"the drift of {what}", norm(expected), 1e-3)
-    close(f"the drift of {what}", flat(found), flat(expected), bound)
-
+from update_problems import law, once, problem, rejected, SHAPES, STD
 
 # --- updates that see one example at a time --------------------------------------------------
 
@@ -283,7 +225,6 @@ def test_likelihoods_too():
     x0, unravel = ravel_pytree(point)
     outputs = lambda x: jax.vmap(lambda z: once(unravel(x), z))(jnp.asarray(inputs))
     rows, b = jax.jacfwd(outputs), 0.7
-    weights = lambda x: jax.nn.sigmoid(outputs(x)) * jax.nn.sigmoid(-outputs(x))
     mean = lambda x: rows(x).T @ (jax.nn.sigmoid(outputs(x)) - labels) / 3
 
     def covariance_of_gradient(x):
@@ -308,132 +249,3 @@ def test_likelihoods_too():
     expected = mf.IterationLimit(field, covariance, rank=12).drift(start)["x"]
     found = mf.LimitDiffusion(manifold, noise, updates.Adam(averaging=b)).drift(point)
     law("Adam on a likelihood", found, expected, 1e-8)
-
-
-# --- potentials ------------------------------------------------------------------------------
-
-
-def along(here, fn):
-    """P∇fn by dense matrices."""
-    slope, rows = jax.grad(fn)(here.flat), here.rows(here.flat)
-    return slope - rows.T @ jnp.linalg.solve(rows @ rows.T, rows @ slope)
-
-
-def gauss_newton(here, x):
-    """The D×D Hessian on the manifold."""
-    return here.loss.scale * here.rows(x).T @ here.rows(x)
-
-
-CLEAN = {"one": mf.MinibatchNoise(1), "all": mf.MinibatchNoise(3)}
-
-
-def test_sharpness_aware_minimisation():
-    here = problem()
-    trace = lambda x: jnp.trace(gauss_newton(here, x))
-    largest = lambda x: jnp.linalg.eigvalsh(gauss_newton(here, x))[-1]
-    one = here.found(updates.SAM(0.1), CLEAN["one"]).drift(here.point)
-    law("SAM by example", one, -along(here, trace) / 2)
-    whole = here.found(updates.SAM(0.1, per_example=False), CLEAN["all"]).drift(here.point)
-    law("SAM of all", whole, -along(here, largest) / 2)
-    with rejected:
-        law("one for the other", one, -along(here, largest) / 2, 1e-2)
-
-
-def test_normalised_gradients():
-    here = problem()
-    largest = lambda x: jnp.log(jnp.linalg.eigvalsh(gauss_newton(here, x))[-1])
-    found = here.found(updates.NormalizedGD(), CLEAN["all"]).drift(here.point)
-    law("normalised GD", found, -along(here, largest) / 4)
-    with rejected:
-        law("of λ₁", found, -along(here, lambda x: jnp.exp(largest(x))) / 4, 1e-2)
-
-
-def averaged(here, num_workers, alpha):
-    """The limit of local SGD with nothing but two-time covariances: −½P∂²(∇L)[the mean of
-
-    K⁻¹ of the stationary covariance M of one worker, and (1 − K⁻¹) of what its own noise has
-    made since the last average, M − e^{−Hτ}M e^{−Hτ}, over τ from 0 to α]. M = (c/2)P⊥.
-    """
-    hessian = gauss_newton(here, here.flat)
-    values, vectors = jnp.linalg.eigh(hessian)
-    c = float(mf.LabelNoise(STD, batch_size=1).strength(here.loss))
-    times, weights = np.polynomial.legendre.leggauss(60)
-    times, weights = alpha * (times + 1) / 2, weights / 2
-    rates = values[:, None] + values
-    normal = (values > 1e-9 * values[-1]).astype(float)
-    own = sum(w * (1 - jnp.exp(-rates * t)) for t, w in zip(times, weights))
-    shares = 1 / num_workers + (1 - 1 / num_workers) * own
-    covariance = c / 2 * (vectors * normal) @ (shares * jnp.eye(len(values))) @ (vectors * normal).T
-    loss = lambda x: here.loss(here.unravel(x))
-    third = lambda x: jnp.sum(jax.hessian(loss)(x) * covariance)
-    return -along(here, third) / 2
-
-
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("num_workers, alpha", [(3, 0.7), (2, 40.0), (5, 1e-3)])
-def test_local_sgd(name, num_workers, alpha):
-    here = problem(name)
-    update = updates.LocalSGD(num_workers, alpha)
-    expected = averaged(here, num_workers, alpha)
-    law("local SGD", here.found(update).drift(here.point), expected, 1e-8)
-
-
-def test_local_sgd_between_its_ends():
-    here = problem()
-    sgd = flat(here.found(updates.SGD()).drift(here.point))
-    ends = {a: here.found(updates.LocalSGD(4, a)).drift(here.point) for a in (0.0, 1e-9, 1e9)}
-    law("α = 0", ends[0.0], sgd / 4)
-    law("α → 0", ends[1e-9], sgd / 4, 1e-7)
-    law("α → ∞", ends[1e9], sgd, 1e-6)
-    law("one worker", here.found(updates.LocalSGD(1, 0.5)).drift(here.point), sgd)
-    with rejected:
-        law("in between", here.found(updates.LocalSGD(4, 0.5)).drift(here.point), sgd, 1e-2)
-
-
-# --- which of them is known where -------------------------------------------------------------
-
-LABELS, ONE = mf.LabelNoise(STD), mf.LabelNoise(STD, batch_size=1)
-
-
-@pytest.mark.parametrize(
-    "update, noise, words",
-    [
-        (updates.Adam(), mf.IsotropicNoise(), "covariance c∇²L"),
-        (updates.Adam(), CLEAN["one"], "covariance c∇²L"),
-        (updates.LocalSGD(2, 0.1), mf.IsotropicNoise(), "covariance c∇²L"),
-        (updates.ClippedSGD(1.0), LABELS, "batch_size=1"),
-        (updates.ClippedSGD(1.0), CLEAN["one"], "LabelNoise(std, batch_size=1)"),
-        (updates.Muon(), LABELS, "batch_size=1"),
-        (updates.SignSGD(), mf.IsotropicNoise(), "batch_size=1"),
-        (updates.SAM(0.1), CLEAN["all"], "MinibatchNoise(1)"),
-        (updates.SAM(0.1), ONE, "MinibatchNoise(1)"),
-        (updates.SAM(0.1, per_example=False), CLEAN["one"], "MinibatchNoise(N)"),
-        (updates.NormalizedGD(), mf.MinibatchNoise(3, replacement=True), "MinibatchNoise(N)"),
-    ],
-)
-def test_other_noises_are_refused(update, noise, words):
-    with refused(ValueError, f"updates.{type(update).__name__}", words, "IterationLimit"):
-        mf.LimitDiffusion(problem().manifold, noise, update)
-
-
-def test_several_outputs_and_other_manifolds():
-    targets = np.zeros((2, 2))
-    loss = mf.LeastSquares(np.ones((2, 2)), targets, predict=lambda p, x: p["W"] @ x)
-    pairs = mf.ZeroLossManifold(loss)
-    for update, noise in ((updates.Muon(), ONE), (updates.SAM(0.1), CLEAN["one"])):
-        with refused(ValueError, "one output for each example"):
-            mf.LimitDiffusion(pairs, noise, update)
-    dense = mf.MinimizerManifold(problem().loss, 3)
-    for update in (updates.Adam(), updates.ClippedSGD(1.0)):
-        with refused(ValueError, "MinimizerManifold", "IterationLimit"):
-            mf.LimitDiffusion(dense, ONE, update)
-
-
-def test_an_update_that_does_not_lead_back():
-    """Two examples with one gradient: no rows make up for that."""
-    loss = mf.LeastSquares(
-        np.ones((2, 1)), np.ones(2), predict=lambda p, x: p[0] * p[1] * x[0] + 0 * p[2]
-    )
-    flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), ONE, updates.Muon())
-    with refused(ValueError, "no drift at this point", "two examples with one gradient"):
-        flow.drift(jnp.array([2.0, 0.5, 1.0]))
