@@ -96,12 +96,13 @@ ARGUMENTS = {
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative train_fraction",
+    " third_derivative train_fraction max_norm averaging batch_factor",
     "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
-    " reference_standard_error noise_constant label_std averaging_rate gradient_time trace",
+    " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
+    " b1 eps",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron"
-    " is_ode at_zero_loss decoupled",
+    " is_ode at_zero_loss decoupled per_example",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target residuals product input_noise"
     " output_noise weights labels generator direction start coefficients second_moments",
@@ -126,6 +127,7 @@ EXCEPTIONS = {
     ("linalg.gauss_newton", "scale"): "number",
     ("linalg.as_sigma", "given"): "instance",
     ("IterationLimit", "covariance"): "function",
+    ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
 }
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]

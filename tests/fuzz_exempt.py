@@ -10,7 +10,7 @@ RESULT_CLASSES = {
     "linalg.ResidualFactor", "flows.IterationCheck",
     "linalg.Equation", "linalg.LeafView",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
-    "noise.LocalHessian",
+    "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",

@@ -8,13 +8,27 @@ import lineax as lx
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
 from manifoldflow._clock import AbstractClock
-from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow._errors import is_traced
+from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
+from manifoldflow.flows._own_limit import OwnLimit
+from manifoldflow.flows._update_limits import (
+    check_update,
+    failure,
+    has_own_limit,
+    own_limit,
+    potential_limit,
+)
 from manifoldflow.geometry import potential_gradient
 from manifoldflow.losses import SquaredNorm
 from manifoldflow.manifolds import AbstractLocalGeometry, AbstractManifold
 from manifoldflow.noise import AbstractNoise, checked_noise, short_limit, ShortLimit
-from manifoldflow.updates import AbstractUpdate, SGD
+from manifoldflow.updates import (
+    AbstractLimitedUpdate,
+    AbstractPotentialUpdate,
+    AbstractUpdate,
+    SGD,
+)
 
 
 class LimitDiffusion(AbstractDiffusion):
@@ -39,17 +53,21 @@ class LimitDiffusion(AbstractDiffusion):
     the non-zero eigenvalues.
 
     The update adds PG, where it has a slow drift G: −wPY for a weight decay λ = wη of plain SGD.
+    Updates other than SGD have their own drift instead, that of normal noise alone, for the
+    noises that they name, and always an ordinary differential equation.
 
     Args:
         manifold: the minimisers of a loss: `ZeroLossManifold` or, with dense D×D matrices,
             `MinimizerManifold`.
         noise: any noise with a covariance.
-        update: the optimiser, such as `updates.SGD(momentum, weight_decay)`; plain SGD by
-            default.
+        update: the optimiser, such as `updates.SGD(momentum, weight_decay)` or `updates.Adam()`;
+            plain SGD by default.
 
     Raises:
         ValueError: a bare level set has no loss that noise could perturb; a noise of data
-            on a loss without examples, or with larger batches than there are examples.
+            on a loss without examples, or with larger batches than there are examples; an
+            update whose limit is not known for this noise; outside of jit, a point where it
+            has none. Under jit the drift is NaN there.
 
     Assumes:
         The Hessian has constant rank along the path. Where the Jacobian of the residuals
@@ -80,6 +98,7 @@ class LimitDiffusion(AbstractDiffusion):
         short_limit(self.noise, manifold.loss)  # raises if the noise does not fit the loss
         self.manifold = manifold
         self.update = SGD() if update is None else update
+        check_update(self.update, manifold, self.noise)
 
     @property
     def clock(self) -> AbstractClock:
@@ -88,7 +107,9 @@ class LimitDiffusion(AbstractDiffusion):
 
     @property
     def short_limit(self) -> ShortLimit | None:
-        """The short form of the limit, where this noise has one on this manifold."""
+        """The short form of the limit, where this noise or update has one on this manifold."""
+        if isinstance(self.update, AbstractPotentialUpdate):
+            return potential_limit(self.update, self.manifold, self.noise)
         limit = short_limit(self.noise, self.manifold.loss)
         if limit is not None and limit.at_zero_loss and self.manifold.residual_loss is None:
             return None
@@ -97,15 +118,26 @@ class LimitDiffusion(AbstractDiffusion):
     @property
     def is_stochastic(self) -> bool:
         """Whether the limit is a stochastic differential equation: by types, never by values."""
+        if isinstance(self.update, AbstractLimitedUpdate):
+            return False
         limit = self.short_limit
         return limit is None or not limit.is_ode
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
-    @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """½ ∂²Φ[Σ] + PG, the drift in the sense of Itô: three parts and the update's own."""
+        drift, is_fine = self._drift(point)
+        if is_fine is not None and not is_traced(is_fine) and not is_fine:
+            raise ValueError(f"LimitDiffusion has no drift at this point. {failure(self.update)}")
+        return drift
+
+    @eqx.filter_jit
+    def _drift(self, point: Point) -> tuple[Tangent, Flag | None]:
+        if has_own_limit(self.update):
+            own = self._own(point)
+            return _tree.add(own.drift, self._slow(own, point)), own.is_fine
         limit = self.short_limit
         if limit is not None:
             along, local = self._short(limit, point)
@@ -115,7 +147,7 @@ class LimitDiffusion(AbstractDiffusion):
             along = _tree.add(local.mixed_part(sigma), local.normal_part(sigma))
             total = _tree.scale(0.5, _tree.add(local.tangent_part(sigma), along))
         slow = self.update.slow_drift(local.coordinates)
-        return total if slow is None else _tree.add(total, local.space.tangent(slow))
+        return (total if slow is None else _tree.add(total, local.space.tangent(slow))), None
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """PF, from the space of the noise to tangents; zero where the noise is normal.
@@ -141,7 +173,7 @@ class LimitDiffusion(AbstractDiffusion):
     @eqx.filter_jit
     def mixed_regularisation(self, point: Point) -> Tangent:
         """−P∂²(∇L)[H†P⊥ΣP], what correlations of normal and tangent noise cause."""
-        if self.short_limit is not None:
+        if not self.is_stochastic or self.short_limit is not None:
             return _tree.zeros_like(self.split(point)[0])
         local = self.manifold.local(point)
         return _tree.scale(0.5, local.mixed_part(self._sigma(point)))
@@ -149,6 +181,8 @@ class LimitDiffusion(AbstractDiffusion):
     @eqx.filter_jit
     def normal_regularisation(self, point: Point) -> Tangent:
         """−½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)], what normal noise causes: all of it for label noise."""
+        if has_own_limit(self.update):
+            return self._own(point).drift
         limit = self.short_limit
         if limit is not None:
             return self._short(limit, point)[0]
@@ -157,11 +191,20 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def slow_drift(self, point: Point) -> Tangent:
-        """PG, what the update adds: weight decay."""
+        """PG, what the update adds: weight decay. ΠG where it has a projection of its own."""
+        if has_own_limit(self.update):
+            return self._slow(self._own(point), point)
         local = self.manifold.local(point)
         slow = self.update.slow_drift(local.coordinates)
         zeros = _tree.zeros_like(local.coordinates)
         return zeros if slow is None else local.space.tangent(slow)
+
+    def _own(self, point: Point) -> OwnLimit:
+        return own_limit(self.update, self.manifold, self.noise, point)
+
+    def _slow(self, own: OwnLimit, point: Point) -> Tangent:
+        slow = self.update.slow_drift(self.split(point)[0])
+        return _tree.zeros_like(own.drift) if slow is None else own.project(slow)
 
     def _short(self, limit: ShortLimit, point: Point) -> tuple[Tangent, AbstractLocalGeometry]:
         """−rate·P∇potential, and the local geometry that it took."""

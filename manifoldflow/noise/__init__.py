@@ -1,10 +1,12 @@
 """Noise: what SGD adds to the gradient, sampled and as a covariance."""
 
 from manifoldflow.noise._base import (
+    AbstractBatchNoise as AbstractBatchNoise,
     AbstractDataNoise as AbstractDataNoise,
     AbstractNoise as AbstractNoise,
     AbstractShortNoise as AbstractShortNoise,
     AbstractStochasticGradient as AbstractStochasticGradient,
+    Batch as Batch,
     checked_noise as checked_noise,
     short_limit as short_limit,
 )

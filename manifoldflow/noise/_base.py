@@ -1,7 +1,7 @@
 """What noise is: a sampler of stochastic gradients, and the covariance that they have."""
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import lineax as lx
@@ -66,6 +66,28 @@ class AbstractDataNoise(AbstractShortNoise):
         if multiple is None:
             return None
         return ShortLimit(hessian_trace, multiple / 4, is_ode=True, at_zero_loss=True)
+
+
+class Batch(NamedTuple):
+    """The batch of a step: how many examples, and how noisy their labels are.
+
+    Attributes:
+        size: B.
+        is_full: whether all examples are in it, each once.
+        label_std: of Gaussian noise on every target, None where the labels are as they are.
+    """
+
+    size: int
+    is_full: bool
+    label_std: Scalar | None
+
+
+class AbstractBatchNoise(AbstractDataNoise):
+    """Noise of the data that can say what a batch is, for limits of other optimisers than SGD."""
+
+    @abc.abstractmethod
+    def batch(self, loss: AbstractLoss) -> Batch | None:
+        """The batch of a step; None where its gradients are not those of such labels."""
 
 
 @checked

@@ -16,7 +16,7 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, LeastSquares
-from manifoldflow.noise._base import AbstractDataNoise
+from manifoldflow.noise._base import AbstractBatchNoise, Batch
 from manifoldflow.noise._examples import (
     batch_of,
     checked_examples,
@@ -25,7 +25,7 @@ from manifoldflow.noise._examples import (
 )
 
 
-class LabelNoise(AbstractDataNoise):
+class LabelNoise(AbstractBatchNoise):
     """Gaussian noise of standard deviation `std` on every target, redrawn at each step.
 
     On the zero-loss manifold of `LeastSquares` the covariance of the gradient is c·∇²L with
@@ -98,6 +98,12 @@ class LabelNoise(AbstractDataNoise):
     def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
         """`strength` on LeastSquares, None elsewhere."""
         return self.strength(loss) if isinstance(loss, LeastSquares) else None
+
+    def batch(self, loss: AbstractLoss) -> Batch | None:
+        """None on other losses than LeastSquares, which feel a label to first order only."""
+        size = self.batch_size or self.checked(loss).num_examples
+        is_full = size == self.checked(loss).num_examples
+        return Batch(size, is_full, self.std) if isinstance(loss, LeastSquares) else None
 
     def checked(self, loss: AbstractLoss) -> AbstractExampleLoss:
         loss = checked_examples("LabelNoise", loss, self.batch_size)

@@ -11,11 +11,11 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
-from manifoldflow.noise._base import AbstractDataNoise
+from manifoldflow.noise._base import AbstractBatchNoise, Batch
 from manifoldflow.noise._examples import batch_of, batch_spread, checked_examples, output_factor
 
 
-class MinibatchNoise(AbstractDataNoise):
+class MinibatchNoise(AbstractBatchNoise):
     """The gradient of a random batch of B of the N examples.
 
     Its covariance is exactly
@@ -62,3 +62,7 @@ class MinibatchNoise(AbstractDataNoise):
     def hessian_multiple(self, loss: AbstractLoss) -> None:
         """None: the noise vanishes where the Hessian does not."""
         return None
+
+    def batch(self, loss: AbstractLoss) -> Batch:
+        is_full = self.batch_size == self.checked(loss).num_examples and not self.replacement
+        return Batch(self.batch_size, is_full, None)

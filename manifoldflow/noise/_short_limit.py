@@ -7,6 +7,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_number, is_traced
 from manifoldflow._types import Scalar
 
 
@@ -49,7 +50,7 @@ class ShortLimit(eqx.Module):
         at_zero_loss: bool = False,
     ):
         self.potential = potential
-        self.rate = rate
+        self.rate = rate if is_traced(rate) else checked_number("ShortLimit: rate", rate)
         self.is_ode = is_ode
         self.at_zero_loss = at_zero_loss
 

@@ -1,13 +1,23 @@
 """What an update is: the transform that runs it, the clock that it runs on, its slow drift."""
 
 import abc
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import optax
+from jaxtyping import Array, Float
 
 from manifoldflow._clock import AbstractClock
-from manifoldflow._types import Coordinates, Tangent
+from manifoldflow._types import Coordinates, Scalar, Tangent
+
+
+@runtime_checkable
+class LocalHessian(Protocol):
+    """What an update may ask of a point of the manifold: ∇²L as it is where L is minimal."""
+
+    def hessian_trace(self) -> Scalar: ...
+
+    def hessian_eigenvalues(self) -> Float[Array, " n"]: ...
 
 
 class AbstractUpdate(eqx.Module):

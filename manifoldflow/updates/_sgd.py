@@ -11,10 +11,10 @@ from manifoldflow._boundary import checked
 from manifoldflow._clock import LimitClock
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Coordinates, Scalar, Tangent
-from manifoldflow.updates._base import AbstractUpdate
+from manifoldflow.updates._scaling import AbstractScalableUpdate, ScalingRule
 
 
-class SGD(AbstractUpdate):
+class SGD(AbstractScalableUpdate):
     """θ ← θ − η·m − ηλθ with m ← βm + g, and a weight decay λ = `weight_decay`·η.
 
     The limit of small η is that of SGD on the clock Ση²/(1−β)², with the drift
@@ -59,6 +59,12 @@ class SGD(AbstractUpdate):
             return None
         rate = jnp.asarray(self.weight_decay * (1 - self.momentum) ** 2)
         return _tree.scale(-rate.astype(_tree.dtype_of(coordinates)), coordinates)
+
+    def scaling(self, batch_factor: Scalar) -> ScalingRule:
+        decay = 0.0 if self.weight_decay is None else self.weight_decay / batch_factor
+        kept = None if self.weight_decay is None else jnp.ones_like(batch_factor)
+        larger = SGD(self.momentum, decay)
+        return ScalingRule(larger, batch_factor, batch_factor, weight_decay=kept)
 
 
 def with_decay(

@@ -1,0 +1,91 @@
+"""SGD that clips the gradient of every example."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from manifoldflow import _tree
+from manifoldflow._boundary import checked
+from manifoldflow._clock import LimitClock
+from manifoldflow._errors import checked_positive
+from manifoldflow._types import Coordinates, Scalar, Tangent
+from manifoldflow.updates._kinds import AbstractRowsUpdate
+from manifoldflow.updates._setting import Setting
+
+
+class ClippedSGD(AbstractRowsUpdate):
+    """θ ← θ − η·g·min(1, C/‖g‖) with g the gradient of one example.
+
+    For label noise ε of variance δ² and gradients a·ε∇rᵢ, the limit on the clock Ση² is
+
+        Y' = −(1/N) P Σᵢ ∇²rᵢ(JᵀTKD)_{·i},   DKT + TKD = diag s,   K = JJᵀ, D = diag κ,
+
+        κᵢ = a·P(|ε| < hᵢ),   sᵢ = a²·E min(ε², hᵢ²),   hᵢ = C/(a‖∇rᵢ‖):
+
+    SGD's as C grows. With batches of more than one example the transform clips their mean,
+    which has another limit.
+
+    Args:
+        max_norm: C > 0.
+
+    Raises:
+        ValueError: a norm that is not positive.
+
+    References:
+        theory.md, section 11; rows form of `IterationLimit`.
+    """
+
+    keeps_gradients: ClassVar[bool] = True
+    max_norm: Scalar
+
+    @checked
+    def __init__(self, max_norm: Any):
+        self.max_norm = checked_positive("ClippedSGD: max_norm", max_norm, "It is a length.")
+
+    @property
+    def clock(self) -> LimitClock:
+        return LimitClock()
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        step = optax.sgd(learning_rate)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            size = _tree.norm(updates)
+            share = jnp.minimum(1, self.max_norm / jnp.where(size > 0, size, 1))
+            kept = jax.tree.map(lambda g: (share * g).astype(g.dtype), updates)
+            return step.update(kept, state, params)
+
+        return optax.GradientTransformation(step.init, update)
+
+    def slow_drift(self, coordinates: Coordinates) -> None:
+        return None
+
+    @property
+    def needs(self) -> str:
+        return "LabelNoise(std, batch_size=1) on LeastSquares with one output for each example"
+
+    def fits(self, setting: Setting) -> bool:
+        return setting.label_std is not None
+
+    def row(self, gradient: Tangent) -> Tangent:
+        return gradient
+
+    def response(
+        self, lengths: Float[Array, " n"], setting: Setting
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        assert setting.label_std is not None and setting.slope is not None
+        std, slope, most = (
+            value.astype(lengths.dtype)
+            for value in (setting.label_std, setting.slope, self.max_norm)
+        )
+        # Where the noise is clipped, in its standard deviations; beyond 40 of them never.
+        spread = slope * std * lengths
+        height = jnp.minimum(40, most / _tree.where(spread > 0, spread, 1))
+        height = _tree.where(spread > 0, height, 40)
+        inside = jax.lax.erf(height / jnp.sqrt(2.0).astype(height.dtype))
+        density = jnp.exp(-(height**2) / 2) * jnp.sqrt(2 / jnp.pi).astype(height.dtype)
+        squares = inside - height * density + height**2 * (1 - inside)
+        return slope * inside, (slope * std) ** 2 * squares

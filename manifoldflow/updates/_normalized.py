@@ -1,0 +1,60 @@
+"""Gradient descent with steps of one length."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from manifoldflow import _tree
+from manifoldflow._clock import LimitClock
+from manifoldflow._types import Coordinates, Scalar
+from manifoldflow.updates._base import LocalHessian
+from manifoldflow.updates._kinds import AbstractPotentialUpdate
+from manifoldflow.updates._setting import Setting
+
+
+class NormalizedGD(AbstractPotentialUpdate):
+    """θ ← θ − η∇L/‖∇L‖, which does not move where ∇L = 0.
+
+    It ends up bouncing along the sharpest direction, and on the clock Ση² the limit is
+
+        Y' = −¼P∇ln λ₁(∇²L).
+
+    The gradient is that of all examples, `MinibatchNoise(N)`.
+
+    References:
+        [AroraLiPanigrahi2022].
+    """
+
+    @property
+    def clock(self) -> LimitClock:
+        return LimitClock()
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        step = optax.sgd(learning_rate)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            size = _tree.norm(updates)
+            inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+            unit = jax.tree.map(lambda g: (inverse * g).astype(g.dtype), updates)
+            return step.update(unit, state, params)
+
+        return optax.GradientTransformation(step.init, update)
+
+    def slow_drift(self, coordinates: Coordinates) -> None:
+        return None
+
+    @property
+    def needs(self) -> str:
+        return "MinibatchNoise(N), all examples in a batch, on a zero-loss manifold"
+
+    def fits(self, setting: Setting) -> bool:
+        return setting.is_full_batch and setting.num_outputs > 0
+
+    def potential(self, local: LocalHessian) -> Scalar:
+        return jnp.log(local.hessian_eigenvalues()[-1])
+
+    def rate(self, setting: Setting) -> Scalar:
+        del setting
+        return jnp.asarray(0.25)

@@ -1,0 +1,17 @@
+"""How an update answers a noisy label when it keeps only the sign of the error."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from manifoldflow.updates._setting import Setting
+
+NEEDS = "LabelNoise(std, batch_size=1) on LeastSquares with one output for each example"
+
+
+def sign_response(
+    lengths: Float[Array, " n"], setting: Setting
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """E sign'(r + ε) = √(2/π)/δ at r = 0, and E sign² = 1; infinite gains without noise."""
+    assert setting.label_std is not None
+    gain = jnp.sqrt(2 / jnp.pi) / setting.label_std
+    return jnp.full_like(lengths, gain), jnp.ones_like(lengths)

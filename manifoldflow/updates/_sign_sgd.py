@@ -1,0 +1,59 @@
+"""Steps along the signs of the gradient."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from manifoldflow._clock import LimitClock
+from manifoldflow._types import Coordinates, Tangent
+from manifoldflow.updates._kinds import AbstractRowsUpdate
+from manifoldflow.updates._response import NEEDS, sign_response
+from manifoldflow.updates._setting import Setting
+
+
+class SignSGD(AbstractRowsUpdate):
+    """θ ← θ − η·sign(g), one sign for each coordinate, with g the gradient of one example.
+
+    It does not move along the manifold: the limit is Y' = 0 until a coordinate of some ∇rᵢ
+    changes its sign, since every step is ± the signs of a ∇rᵢ. The drift is NaN where the
+    signs do not lead back to the manifold, that is where an eigenvalue of J sign(J)ᵀ has no
+    positive real part.
+
+    References:
+        theory.md, section 11; rows form of `IterationLimit`.
+    """
+
+    keeps_gradients: ClassVar[bool] = False
+
+    @property
+    def clock(self) -> LimitClock:
+        return LimitClock()
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        step = optax.sgd(learning_rate)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            return step.update(self.row(updates), state, params)
+
+        return optax.GradientTransformation(step.init, update)
+
+    def slow_drift(self, coordinates: Coordinates) -> None:
+        return None
+
+    @property
+    def needs(self) -> str:
+        return NEEDS
+
+    def fits(self, setting: Setting) -> bool:
+        return setting.label_std is not None
+
+    def row(self, gradient: Tangent) -> Tangent:
+        return jax.tree.map(jnp.sign, gradient)
+
+    def response(
+        self, lengths: Float[Array, " n"], setting: Setting
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        return sign_response(lengths, setting)
