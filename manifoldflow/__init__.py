@@ -16,7 +16,6 @@ from manifoldflow import (
     manifolds as manifolds,
     optimize as optimize,
     symmetry as symmetry,
-    theory as theory,
     updates as updates,
 )
 from manifoldflow._clock import (
@@ -113,11 +112,11 @@ from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from manifoldflow import models as models
+    from manifoldflow import models as models, theory as theory
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """The worked problems, which nothing else here needs, are imported when they are asked for."""
-    if name == "models":
-        return _importlib.import_module("manifoldflow.models")
+    """Worked problems and closed forms, of which most need none, are imported when asked for."""
+    if name in ("models", "theory"):
+        return _importlib.import_module(f"manifoldflow.{name}")
     raise AttributeError(f"module 'manifoldflow' has no attribute {name!r}")

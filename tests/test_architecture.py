@@ -73,7 +73,7 @@ import json
 print(json.dumps({
     "share": seconds / (between - began),
     "unwanted": sorted({
-        "matplotlib", "sklearn", "pytest", "beartype", "manifoldflow.models"
+        "matplotlib", "sklearn", "pytest", "beartype", "manifoldflow.models", "manifoldflow.theory"
     } & set(sys.modules)),
     "x64": bool(jax.config.jax_enable_x64),
 }))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from manifoldflow import Solution
+from manifoldflow import _precision, Solution
 from manifoldflow._command._spectrum import concentration, order_of_units, power
 from manifoldflow.models import ModularAddition
 
@@ -46,7 +46,10 @@ def _draw_answers(axes: Any, model: ModularAddition, walk: Solution) -> None:
 
 def _draw_loss(axes: Any, walk: Solution) -> None:
     values = np.asarray(walk.observables["loss"])
-    zero, least = 10 * np.finfo(values.dtype).eps ** 2, np.finfo(values.dtype).eps ** 2 / 500
+    zero, least = (
+        10 * _precision.eps_of_dtype(values) ** 2,
+        _precision.eps_of_dtype(values) ** 2 / 500,
+    )
     shown = np.maximum(values, 2 * least)
     axes.semilogy(walk.times, shown, "s--", color=TRAIN_COLOUR, markersize=4.5, lw=2)
     axes.axhspan(least, zero, color="#999999", alpha=0.25, lw=0)

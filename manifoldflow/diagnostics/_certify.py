@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from manifoldflow import _precision, _tree, theory
+from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
@@ -259,6 +259,8 @@ def _of_network(
     unit = float(np.sqrt(_precision.eps_of_dtype(network.inputs)))
     yield _most("|‖xᵢ‖ − 1|", norms, unit, "Gatmiry2024, section 3", "example")
     yield _most("|wⱼ − 1|", np.abs(layer - 1), 0, "Gatmiry2024, section 3", "neuron")
+    from manifoldflow import theory  # only now: most who import the package need none of it
+
     coherence = theory.coherence(inputs)
     source = "Gatmiry2024, Assumption 2"
     yield Certificate("coherence μ", coherence, unit**2 * len(inputs), ">", "", source)
@@ -266,6 +268,8 @@ def _of_network(
     points = jax.vmap(lambda x: network.features(_tree.join(x, remainder)))(coordinates)
     low, high = float(jnp.min(points)), float(jnp.max(points))
     widen = 1e-6 * max(1.0, abs(low), abs(high))
+    from manifoldflow import theory
+
     constants = theory.activation_constants(network.activation, low - widen, high + widen)
     for name, value, where, source in (
         ("ϱ₁ = min φ′", constants.slope, constants.slope_at, "Assumption 1"),
