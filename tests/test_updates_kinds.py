@@ -240,6 +240,14 @@ def test_what_a_batch_is():
     assert mf.LabelNoise(0.3).batch(other) is None
 
 
+def test_subsampled_drifts_are_those_of_sgd():
+    for name in ("Adam", "LocalSGD", "Muon"):
+        with refused(ValueError, "subsampled_drift", f"updates.{name}"):
+            mf.flows.subsampled_drift(
+                flow_of(name), POINT, jax.random.key(0), num_examples=2, num_groups=2
+            )
+
+
 # --- scaling rules ---------------------------------------------------------------------------
 
 

@@ -27,7 +27,9 @@ def twice(point, x):
     )
 
 
-SHAPES = {"once": (once, (3, 2), 2, 3), "twice": (twice, (2, 3), 6, 2)}  # f, W, inputs, n
+SHAPES = {  # f, W, inputs, n
+    "once": (once, (3, 2), 2, 3), "wide": (once, (2, 3), 3, 2), "twice": (twice, (2, 3), 6, 2)
+}  # fmt: skip
 
 
 class Problem:

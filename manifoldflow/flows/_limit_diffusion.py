@@ -110,6 +110,8 @@ class LimitDiffusion(AbstractDiffusion):
         """The short form of the limit, where this noise or update has one on this manifold."""
         if isinstance(self.update, AbstractPotentialUpdate):
             return potential_limit(self.update, self.manifold, self.noise)
+        if has_own_limit(self.update):
+            return None
         limit = short_limit(self.noise, self.manifold.loss)
         if limit is not None and limit.at_zero_loss and self.manifold.residual_loss is None:
             return None

@@ -46,7 +46,7 @@ def subsampled_drift(
     is 100 % off, a subset of m of N examples costs m/N of it.
 
     Args:
-        flow: of label noise on a zero-loss manifold.
+        flow: of label noise on a zero-loss manifold, under SGD.
         point: a point of the manifold.
         key: draws the subset, without replacement.
         num_examples: m, a multiple of `num_groups`, at most N.
@@ -55,7 +55,7 @@ def subsampled_drift(
             conjugate gradients on it, if the manifold's `gram` says so).
 
     Raises:
-        ValueError: another noise, a subset larger than the data or not divisible.
+        ValueError: another noise or update, a subset larger than the data or not divisible.
     """
     loss, limit = flow.manifold.loss, flow.short_limit
     is_trace = limit is not None and limit.is_ode and limit.potential is hessian_trace
@@ -63,7 +63,8 @@ def subsampled_drift(
         raise ValueError(
             "subsampled_drift is for a drift −rate·P∇tr∇²L, the gradient of a mean over examples, "
             "as LabelNoise has on LeastSquares; got "
-            f"{type(flow.noise).__name__} on {type(loss).__name__}."
+            f"{type(flow.noise).__name__} on {type(loss).__name__} under "
+            f"updates.{type(flow.update).__name__}."
         )
     total = loss.num_examples
     num_examples = checked_count("subsampled_drift: num_examples", num_examples)

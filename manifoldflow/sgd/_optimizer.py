@@ -132,8 +132,8 @@ def check_clock(
 _NO_CLOCK = (
     "end_time counts on the limit clock of SGD with or without momentum, Ση²/(1−β)²; the steps "
     "of this optimizer are not proportional to the gradients (Adam and its kin normalise "
-    "them, clipping shortens them, SAM runs on kηρ²). Give num_steps instead; the limit of any "
-    "iteration is IterationLimit."
+    "them, clipping shortens them, SAM runs on kηρ²). Hand over an update that knows its clock, as "
+    "updates.Adam(), or give num_steps instead; the limit of any iteration is IterationLimit."
 )
 _DECAYS = (
     "end_time counts on the limit clock of SGD with or without momentum, Ση²/(1−β)²; this "

@@ -61,7 +61,9 @@ def simulate(
     Args:
         loss: what SGD lowers.
         noise: draws the stochastic gradients: a noise, or `SAMGradient`.
-        optimizer: an update such as `updates.SGD(momentum, weight_decay)`, or a function
+        optimizer: an update such as `updates.SGD(momentum, weight_decay)`, `updates.Adam()` or
+            `updates.SAM(radius)` (all but `updates.LocalSGD`, whose workers need a gradient each;
+            Muon, signs and clipping are meant for batches of one example), or a function
             learning rate or schedule ↦ Optax transform: `optax.sgd`, `optax.adam`,
             `lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)`. Transforms that ask
             for them get `grad_fn`, at this step's batch and labels
@@ -172,7 +174,10 @@ def _checked_ends(noise: Any, num_steps: Any, end_time: Any) -> bool:
             f"end_time={end_time}."
         )
     if end_time is not None and isinstance(noise, SAMGradient):
-        raise ValueError("SAM runs on the clock kηρ², not on end_time's. Give num_steps instead.")
+        raise ValueError(
+            "SAM runs on the clock kηρ², not on end_time's. Give num_steps instead, "
+            "or draw by MinibatchNoise and hand over updates.SAM, which knows that clock."
+        )
     return end_time is not None
 
 

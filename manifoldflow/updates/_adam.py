@@ -46,7 +46,7 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
         ValueError: numbers out of range.
 
     References:
-        [LiWenLyu2025] for "fast"; theory.md, section 11, for the lag.
+        [LiWenLyu2025] for "fast"; the formula of `IterationLimit` for the lag.
     """
 
     b1: Any

@@ -35,7 +35,7 @@ class ClippedSGD(AbstractRowsUpdate):
         ValueError: a norm that is not positive.
 
     References:
-        theory.md, section 11; rows form of `IterationLimit`.
+        The formula of `IterationLimit`, in n dimensions.
     """
 
     keeps_gradients: ClassVar[bool] = True

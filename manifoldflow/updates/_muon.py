@@ -28,7 +28,7 @@ class Muon(AbstractRowsUpdate):
     It needs Re spec G > 0, and n×D numbers; the drift is NaN elsewhere.
 
     References:
-        theory.md, section 11; rows form of `IterationLimit`.
+        The formula of `IterationLimit`, in n dimensions.
     """
 
     keeps_gradients: ClassVar[bool] = False

@@ -23,7 +23,7 @@ class SignSGD(AbstractRowsUpdate):
     positive real part.
 
     References:
-        theory.md, section 11; rows form of `IterationLimit`.
+        The formula of `IterationLimit`, in n dimensions.
     """
 
     keeps_gradients: ClassVar[bool] = False
