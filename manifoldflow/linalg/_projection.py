@@ -127,7 +127,7 @@ def _refined(
     """
     eps = _precision.eps_of_dtype(right)
     norm_of = lambda left: _tree.norm(gram.row_scale * left)
-    target = eps * norm_of(right)
+    target = 4 * eps * norm_of(right)  # a few roundings
 
     def is_going(state: _State) -> Flag:
         is_useful = (state.least > target) & (state.num_idle < 2) & (state.size > 0)
