@@ -182,6 +182,8 @@ def test_a_new_manifold_has_the_short_limit_of_label_noise():
     size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     text = eqx.filter_jit(flow.drift).lower(model).as_text()
     assert f"{size}x{size}" not in text, f"a matrix of D×D numbers, D = {size}"
+    dense = mf.LimitDiffusion(mf.MinimizerManifold(loss, 4), labels)
+    assert f"{size}x{size}" in eqx.filter_jit(dense.drift).lower(model).as_text(), "none is seen"
     walk = mf.solve(flow, model, end_time=0.1)
     checks.at_most("the defect after a walk", walk.stats["max_defect"], 1e-8)
 

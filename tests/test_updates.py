@@ -198,3 +198,19 @@ def test_bare_transforms_that_are_not_sgd_have_no_clock(optimizer):
 def test_momentum_belongs_to_the_update():
     with refused(ValueError, "momentum only beside a bare Optax optimizer"):
         mf.simulate(LOSS, mf.LabelNoise(0.3), updates.SGD(0.9), POINT, **RUN, momentum=0.9)
+
+
+def test_the_clock_of_every_flow():
+    square = lambda p: jnp.sum(p**2)
+    symmetric = mf.symmetry.ExponentialSymmetry(jnp.array([1.0, -1.0, 0.0]))
+    flows = (
+        (mf.GradientFlow(LOSS), "Ση/(1−β)"),
+        (mf.NoetherFlow(symmetric, product, jnp.ones(2), noise_scale=0.1), "Ση/(1−β)"),
+        (mf.SGDDiffusion(LOSS, mf.LabelNoise(0.3), 0.1), "Ση²/(1−β)²"),
+        (mf.LimitDiffusion(GAMMA, mf.LabelNoise(0.3)), "Ση²/(1−β)²"),
+        (mf.IterationLimit(jax.grad(square), lambda p: jnp.eye(3)), "Ση²/(1−β)²"),
+        (mf.WeightDecayFlow(GAMMA), "Σηλ"),
+        (mf.LimitDiffusion(GAMMA, mf.MinibatchNoise(1), updates.SAM(0.1)), "Σηρ²"),
+    )
+    for flow, formula in flows:
+        equal(type(flow).__name__, flow.clock.formula, formula)

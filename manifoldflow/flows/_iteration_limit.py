@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree, linalg
 from manifoldflow._boundary import checked_but
+from manifoldflow._clock import LimitClock
 from manifoldflow._errors import described, is_traced
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
@@ -118,6 +119,11 @@ class IterationLimit(AbstractDiffusion):
                 f"or None; got {described(manifold)}."
             )
         self.manifold = manifold
+
+    @property
+    def clock(self) -> LimitClock:
+        """Ση²."""
+        return LimitClock()
 
     @property
     def is_stochastic(self) -> bool:

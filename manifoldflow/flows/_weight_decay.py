@@ -4,6 +4,7 @@ import equinox as eqx
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_fields
+from manifoldflow._clock import DecayClock
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.manifolds import AbstractManifold
@@ -34,6 +35,11 @@ class WeightDecayFlow(AbstractFlow):
 
     def __check_init__(self):
         checked_fields(self)
+
+    @property
+    def clock(self) -> DecayClock:
+        """Σηλ, in units of 1/λ."""
+        return DecayClock()
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)

@@ -1,6 +1,7 @@
 """What an update is: the transform that runs it, the clock that it runs on, its slow drift."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -42,3 +43,8 @@ class AbstractUpdate(eqx.Module):
     @abc.abstractmethod
     def slow_drift(self, coordinates: Coordinates) -> Tangent | None:
         """G per unit of the clock, None where there is none."""
+
+
+def sgd_of(fn: Callable[[Tangent], Tangent], learning_rate: Any) -> optax.GradientTransformation:
+    """SGD on a function of the gradient."""
+    return optax.chain(optax.stateless(lambda gradient, _: fn(gradient)), optax.sgd(learning_rate))

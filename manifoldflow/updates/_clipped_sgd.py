@@ -12,6 +12,7 @@ from manifoldflow._boundary import checked
 from manifoldflow._clock import LimitClock
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Coordinates, Scalar, Tangent
+from manifoldflow.updates._base import sgd_of
 from manifoldflow.updates._kinds import AbstractRowsUpdate
 from manifoldflow.updates._setting import Setting
 
@@ -50,15 +51,12 @@ class ClippedSGD(AbstractRowsUpdate):
         return LimitClock()
 
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
-        step = optax.sgd(learning_rate)
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            size = _tree.norm(updates)
+        def clipped(gradient: Tangent) -> Tangent:
+            size = _tree.norm(gradient)
             share = jnp.minimum(1, self.max_norm / jnp.where(size > 0, size, 1))
-            kept = jax.tree.map(lambda g: (share * g).astype(g.dtype), updates)
-            return step.update(kept, state, params)
+            return jax.tree.map(lambda g: (share * g).astype(g.dtype), gradient)
 
-        return optax.GradientTransformation(step.init, update)
+        return sgd_of(clipped, learning_rate)
 
     def slow_drift(self, coordinates: Coordinates) -> None:
         return None

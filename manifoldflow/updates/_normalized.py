@@ -8,8 +8,8 @@ import optax
 
 from manifoldflow import _tree
 from manifoldflow._clock import LimitClock
-from manifoldflow._types import Coordinates, Scalar
-from manifoldflow.updates._base import LocalHessian
+from manifoldflow._types import Coordinates, Scalar, Tangent
+from manifoldflow.updates._base import LocalHessian, sgd_of
 from manifoldflow.updates._kinds import AbstractPotentialUpdate
 from manifoldflow.updates._setting import Setting
 
@@ -32,15 +32,12 @@ class NormalizedGD(AbstractPotentialUpdate):
         return LimitClock()
 
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
-        step = optax.sgd(learning_rate)
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            size = _tree.norm(updates)
+        def unit(gradient: Tangent) -> Tangent:
+            size = _tree.norm(gradient)
             inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-            unit = jax.tree.map(lambda g: (inverse * g).astype(g.dtype), updates)
-            return step.update(unit, state, params)
+            return jax.tree.map(lambda g: (inverse * g).astype(g.dtype), gradient)
 
-        return optax.GradientTransformation(step.init, update)
+        return sgd_of(unit, learning_rate)
 
     def slow_drift(self, coordinates: Coordinates) -> None:
         return None

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow._clock import LimitClock
 from manifoldflow._types import Coordinates, Tangent
+from manifoldflow.updates._base import sgd_of
 from manifoldflow.updates._kinds import AbstractRowsUpdate
 from manifoldflow.updates._response import NEEDS, sign_response
 from manifoldflow.updates._setting import Setting
@@ -33,12 +34,7 @@ class SignSGD(AbstractRowsUpdate):
         return LimitClock()
 
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
-        step = optax.sgd(learning_rate)
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            return step.update(self.row(updates), state, params)
-
-        return optax.GradientTransformation(step.init, update)
+        return sgd_of(self.row, learning_rate)
 
     def slow_drift(self, coordinates: Coordinates) -> None:
         return None

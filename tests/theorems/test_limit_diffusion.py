@@ -294,3 +294,12 @@ def test_no_array_has_a_tangent_for_each_residual():
 
     largest = max(zoo.array_sizes(jax.make_jaxpr(drift)(coordinates)))
     at_most("largest array in units of n·D", largest / whole, 0.25)
+
+
+def test_a_subsampled_drift_of_resampled_labels():
+    """Of all examples it is the whole drift, whatever noise has it."""
+    here = problem("per example")
+    flow = mf.LimitDiffusion(here.manifold, mf.ResampledLabels(1))
+    found = mf.subsampled_drift(flow, here.point, jr.key(0), num_examples=2, num_groups=2)
+    close("drift", found.drift, flow.drift(here.point), 1e-10)
+    close("its standard error", found.standard_error, 0.0, 1e-12)
