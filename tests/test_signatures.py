@@ -13,7 +13,8 @@ FOREIGN = "jaxtyping", "jaxlib", "manifoldflow.", "collections.abc", "typing.", 
 
 
 def test_help_of_solve():
-    text = pydoc.render_doc(mf.solve, renderer=pydoc.plaintext).splitlines()[2]
+    # From Python 3.13 on, one line for each parameter.
+    text = " ".join(pydoc.render_doc(mf.solve, renderer=pydoc.plaintext).split())
     for words in (
         "flow: AbstractFlow, point: PyTree",
         "solver: AbstractSolver | None = None",
