@@ -96,7 +96,8 @@ CALLS = {
     | {"noise_scale": 0.1, "weight_decay": 0.1},
     "OnlineBatch": {"sample_fn": dot, "example_loss": pair_loss, "batch_size": 1},
     "PerExampleLoss": {
-        **TALL, "loss_fn": lambda f, y: (f - y) ** 2, "predict": dot, "minimizer_fn": lambda y: y
+        **TALL, "loss_fn": lambda f, y: (f - y) ** 2, "predict": dot, "minimizer_fn": lambda y: y,
+        "weight_decay": 0.1,
     },
     "Projected": {"solver": dfx.Euler(), "manifold": SPHERE},
     "ProjectionRetraction": {},
@@ -251,6 +252,9 @@ CALLS = {
     "linalg.smallest_eigenvalues": {"operator": OPERATOR, "num": 1},
     "linalg.structured_jacobian": {"fn": outputs, "params": X, "inputs": jnp.asarray(INPUTS)},
     "linalg.sum_terms": {"term": lambda i: jnp.ones(2) * i, "count": 3, "chunk_size": 2},
+    "losses.ResidualForm": {
+        "loss": mf.PerExampleLoss(**TALL, loss_fn=lambda f, y: (f - y) ** 2, predict=dot)
+    },
     "losses.SquaredNorm": {"fn": sphere},
     "geometry.closest_point_with_info": ON,
     "geometry.gradient_along": {**ON, "fn": height},

@@ -20,11 +20,11 @@ from manifoldflow._errors import (
     shapes_of,
 )
 from manifoldflow._types import Example, Point, Scalar
-from manifoldflow.losses._base import AbstractExampleLoss
+from manifoldflow.losses._base import AbstractExampleLoss, AbstractResidualLoss
 from manifoldflow.losses._predict import call_point, model_output
 
 
-class LeastSquares(AbstractExampleLoss):
+class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
     """L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
 
     Args:
@@ -82,6 +82,11 @@ class LeastSquares(AbstractExampleLoss):
     @property
     def data(self) -> PyTree[Array]:
         return self.inputs, self.targets
+
+    @property
+    def weight_decay(self) -> None:
+        """None: it would have no zero-loss manifold. `WeightDecayFlow` is its limit."""
+        return None
 
     @property
     def num_residuals(self) -> int:
