@@ -95,6 +95,7 @@ CALLS = {
     "NoetherFlow": {k: v for k, v in NOISY.items() if k != "point"}
     | {"noise_scale": 0.1, "weight_decay": 0.1},
     "OnlineBatch": {"sample_fn": dot, "example_loss": pair_loss, "batch_size": 1},
+    "OutputManifold": {"predict": dot, "inputs": INPUTS, "like": X, "gram": linalg.DenseGram()},
     "PerExampleLoss": {
         **TALL, "loss_fn": lambda f, y: (f - y) ** 2, "predict": dot, "minimizer_fn": lambda y: y,
         "weight_decay": 0.1,

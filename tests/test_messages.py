@@ -29,7 +29,14 @@ WHOSE = {
     ("ensembles/_ensemble.py", "_num_members"): {"num_members": "member_keys"},
     ("losses/_residual_form.py", "__init__"): {"weight_decay": "PerExampleLoss"},
     ("losses/_residual_form.py", "_roots_of_constant_rank"): {"minimizer_fn": "PerExampleLoss"},
-    ("losses/_residual_form.py", "_search_minimizer"): {"minimizer_fn": "PerExampleLoss"},
+    ("losses/_residual_form.py", "_search_minimizer"): {
+        "minimizer_fn": "PerExampleLoss",
+        "like": "OutputManifold",
+    },
+    ("losses/_residual_form.py", "_minimizers"): {
+        "minimizer_fn": "PerExampleLoss",
+        "like": "OutputManifold",
+    },
     ("losses/_predict.py", "call_point"): {"predict": "LeastSquares PerExampleLoss"},
     ("_run/_recorded.py", "check_concrete"): {"checkpoint": "solve simulate minimize"},
     ("_run/_forms.py", "check_form"): {"form": "AbstractFlow.terms"},

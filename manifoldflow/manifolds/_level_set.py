@@ -137,7 +137,7 @@ def check_precision(coordinates: Coordinates) -> None:
         )
 
 
-def independent_constraints(manifold: LevelSet | ZeroLossManifold, point: Point) -> int:
+def independent_constraints(manifold: AbstractManifold, point: Point) -> int:
     """The rank of the constraint's derivative at a point, or its bound where that is traced."""
     if is_traced((manifold, point)):
         coordinates, _ = manifold.split(point)

@@ -189,7 +189,9 @@ def test_noisy_labels_keep_the_decay():
     keys = jr.split(jr.key(0), 4000)
     for noise in (mf.LabelNoise(0.1), mf.ResampledLabels()):
         drawn = jax.jit(jax.vmap(lambda k, n=noise: n.gradient(dense.loss, dense.point, k)))(keys)
-        found = np.stack([flat(jax.tree.map(lambda g, i=i: g[i], drawn)) for i in range(0, 4000, 8)])
+        found = np.stack(
+            [flat(jax.tree.map(lambda g, i=i: g[i], drawn)) for i in range(0, 4000, 8)]
+        )
         error = found.mean(0) - flat(dense.loss.gradient(dense.point))
         spread = found.std(0) / np.sqrt(len(found)) + 1e-12
         at_most(f"{type(noise).__name__}: errors in σ, seed 0", np.max(np.abs(error / spread)), 4.5)
