@@ -14,6 +14,7 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
+from manifoldflow.losses._reach import check_reach
 
 
 class AbstractLoss(eqx.Module):
@@ -92,6 +93,7 @@ class AbstractResidualLoss(AbstractLoss):
         """All residuals r, in the order of the examples."""
         coordinates, remainder = self.split(point)
         data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
+        check_reach(self.example_residual, coordinates, remainder, data)
         point = _tree.join(coordinates, remainder)
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
@@ -178,6 +180,7 @@ class AbstractExampleLoss(AbstractLoss):
         dtype = _tree.dtype_of(coordinates)
         point = _tree.join(coordinates, remainder)
         inputs = _tree.cast_floats(self.inputs, dtype)
+        check_reach(self.example_output, coordinates, remainder, inputs)
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
 
     def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
@@ -191,4 +194,5 @@ def _jacobian_of(
     coordinates, remainder = loss.split(point)
     of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
     data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
+    check_reach(fn, coordinates, remainder, data)
     return linalg.jacobian(of_coordinates, coordinates, data)

@@ -57,7 +57,8 @@ def batch_spread(
 ) -> Callable[[Float[Array, " N"]], Weights]:
     """The small part G of a factor ∂fᵀG of the covariance that the choice of a batch has.
 
-    With gᵢ = N∂fᵢᵀwᵢ the gradient of example i (a weight decay is the same for all: it drops out), the mean over a batch of B has the covariance
+    With gᵢ = N∂fᵢᵀwᵢ the gradient of example i (a weight decay, the same for all, drops out), the
+    mean over a batch of B has the covariance
     (1/B)·(1/N) Σ (gᵢ − ∇L)(gᵢ − ∇L)ᵀ, times (N − B)/(N − 1) without replacement. So column i
     of F is gᵢ − ∇L up to a factor, and G takes u to w·(u − mean u).
 
