@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_examples import EXAMPLES
 from fuzz_table_optimisers import OPTIMISERS
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
@@ -77,6 +78,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 CALLS = {
     **OPTIMISERS,
     **USES,
+    **EXAMPLES,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
@@ -95,11 +97,6 @@ CALLS = {
     "NoetherFlow": {k: v for k, v in NOISY.items() if k != "point"}
     | {"noise_scale": 0.1, "weight_decay": 0.1},
     "OnlineBatch": {"sample_fn": dot, "example_loss": pair_loss, "batch_size": 1},
-    "OutputManifold": {"predict": dot, "inputs": INPUTS, "like": X, "gram": linalg.DenseGram()},
-    "PerExampleLoss": {
-        **TALL, "loss_fn": lambda f, y: (f - y) ** 2, "predict": dot, "minimizer_fn": lambda y: y,
-        "weight_decay": 0.1,
-    },
     "Projected": {"solver": dfx.Euler(), "manifold": SPHERE},
     "ProjectionRetraction": {},
     "ResampledLabels": {"batch_size": 1, "is_likelihood": True},
@@ -253,9 +250,6 @@ CALLS = {
     "linalg.smallest_eigenvalues": {"operator": OPERATOR, "num": 1},
     "linalg.structured_jacobian": {"fn": outputs, "params": X, "inputs": jnp.asarray(INPUTS)},
     "linalg.sum_terms": {"term": lambda i: jnp.ones(2) * i, "count": 3, "chunk_size": 2},
-    "losses.ResidualForm": {
-        "loss": mf.PerExampleLoss(**TALL, loss_fn=lambda f, y: (f - y) ** 2, predict=dot)
-    },
     "losses.SquaredNorm": {"fn": sphere},
     "geometry.closest_point_with_info": ON,
     "geometry.gradient_along": {**ON, "fn": height},
