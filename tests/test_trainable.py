@@ -13,6 +13,7 @@ import manifoldflow as mf
 import zoo
 from checks import at_most, close, equal, flat, norm, refused
 from manifoldflow import _trainable
+from manifoldflow.losses._reach import check_reach
 
 INPUTS, TARGETS = zoo.data()
 LABELS = jnp.array([0, 2, 1, 1])
@@ -255,7 +256,7 @@ def test_leaves_that_are_fine(name):
 
 
 def test_looked_at_once():
-    """One trace of the model for many calls, whatever its values."""
+    """One look at a model for many calls, whatever its values; a model without a hash is fine."""
     traces = []
 
     def counted(p, x):
@@ -263,15 +264,21 @@ def test_looked_at_once():
         return zoo.network(p, x)
 
     loss = mf.LeastSquares(INPUTS, TARGETS, predict=counted)
-    residual = jax.jit(lambda loss, p: loss.residual(p))
-    residual(loss, POINT)
-    once = len(traces)
-    at_most("traces: the program, the look at it", once, 2)
-    for scale in (2.0, 3.0):
-        loss.residual(jax.tree.map(lambda x, s=scale: s * x, POINT))
-    later = len(traces) - once
-    loss.residual(POINT)
-    equal("no more", len(traces), once + later)
+    for scale in (1.0, 2.0, 3.0):
+        point = jax.tree.map(lambda x, s=scale: s * x, POINT)
+        check_reach(loss.example_residual, *loss.split(point), loss.data)
+    equal("traces", len(traces), 1)
+    check_reach(loss.example_residual, *loss.split(POINT), jax.tree.map(lambda x: x[:2], loss.data))
+    equal("traces for data of another shape", len(traces), 2)
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, p, x):
+            return probe(p, x)
+
+    with refused(ValueError, "'bias'", "stop_gradient"):
+        check_reach(Unhashable(), *mf.split(POINT), INPUTS)
 
 
 # --- Flax and Haiku themselves, where they are there ---------------------------------------

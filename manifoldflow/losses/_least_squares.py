@@ -36,7 +36,8 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
         scale: the factor s above. Default 1/n, n = N × outputs: half the mean square.
             `scale=2` is the sum of squares of Gatmiry2024, 1/N the mean of LiWangArora2022.
         trainable: which leaves of the point may move: a PyTree prefix of booleans or
-            functions of a leaf, as for `equinox.partition`. Default: all floating arrays.
+            functions of a leaf, as for `equinox.partition`. Default: all floating arrays, of
+            Flax only what it calls parameters.
 
     Raises:
         ValueError: lengths differ, NaN or inf in the data, a negative scale; when called,

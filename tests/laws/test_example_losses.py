@@ -13,7 +13,7 @@ import manifoldflow as mf
 import zoo
 from checks import at_least, at_most, close, equal, flat
 from limit_laws import all_batches
-from manifoldflow import linalg
+from manifoldflow import linalg, symmetry
 
 DECAY = 0.3
 INPUTS, _ = zoo.data(num_examples=5)
@@ -261,3 +261,17 @@ def test_descent_with_hard_labels_and_decay():
     limit = mf.limit_map(loss, start)
     at_most("∇L at the limit", jnp.linalg.norm(flat(loss.gradient(limit))), 1e-4)
     assert isinstance(loss.hessian(limit), lx.AbstractLinearOperator)
+
+
+def test_symmetries_do_not_see_the_decay():
+    """A network with decay is balanced as one without: decay has no noise."""
+    net = eqx.nn.MLP(3, 3, 6, 1, activation=jax.nn.relu, key=jr.key(0))
+    losses = [
+        mf.PerExampleLoss(INPUTS, LABELS, whole_numbers, weight_decay=decay) for decay in (0.3, 0)
+    ]
+    with_decay, without = (symmetry.balance(net, loss) for loss in losses)
+    close("weights", *(losses[1].split(b)[0] for b in (with_decay, without)), 1e-12)
+    close("the same function", losses[1](with_decay), losses[1](net), 1e-12)
+    example_loss, data = symmetry.examples_of(losses[0])
+    mean = jnp.mean(jax.vmap(lambda i: example_loss(net, i))(data))
+    close("the mean over the examples", mean, losses[1](net), 1e-12)
