@@ -118,6 +118,16 @@ class RESULTS(eqx.Enumeration):
         "eigenvalue each of them may be. Allow more products, ask for fewer, or use float64."
     )
 
+    # The stability of SGD.
+    flat = (
+        "The Gauss-Newton matrix vanishes there: no output changes with the coordinates, no step "
+        "moves, and every learning rate is stable. Look at the model, and at what is trainable."
+    )
+    unstable = (
+        "SGD of this learning rate leaves the minimum, in the mean square, so that nothing is "
+        "stationary. Take it below `mf.largest_stable_learning_rate`, or larger batches."
+    )
+
 
 def without_step_limit(result: RESULTS) -> RESULTS:
     """For callers that cannot choose how many steps a search inside them may take."""
