@@ -70,6 +70,13 @@ class RESULTS(eqx.Enumeration):
         "kink, a pole or a loss of rank, or float64 is needed."
     )
 
+    # `limit_map`.
+    not_smooth = (
+        "The loss is not smooth here; use `manifold.project`, or smooth activations (tanh, GELU, "
+        "softplus in place of ReLU). Gradient flow runs along a kink, where steps only go to and "
+        "fro across it, so that its limit is not found."
+    )
+
     # `solve`.
     stopped_early = "The solve was ended by `until` before `end_time`."
     bad_end_time = "end_time must be positive and finite."
