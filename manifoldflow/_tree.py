@@ -207,9 +207,15 @@ def in_own_units(x: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
 
     So that squares neither vanish nor overflow: those of 1e-23 are zero in float32.
     """
-    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)])
-    size = where(jnp.max(largest) == 0, 1, jnp.max(largest))
+    size = size_of(x)
     return jax.tree.map(lambda leaf: (leaf / size).astype(leaf.dtype), x), size
+
+
+@functools.partial(jax.jit, inline=True)  # one program where arrays are at hand, no call in others
+def size_of(x: PyTree[Array]) -> Scalar:
+    """The largest entry in absolute value, 1 for zeros."""
+    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(x)])
+    return where(jnp.max(largest) == 0, 1, jnp.max(largest))
 
 
 def where(condition: Any, x: PyTree[Any], y: PyTree[Any]) -> PyTree[Any]:

@@ -69,3 +69,23 @@ def test_derivatives_of_eigenvalues_and_vectors():
     found, expected = jax.jit(lambda: (of(linalg.eigh), of(jnp.linalg.eigh)))()
     close("gradient", found[0], expected[0], 1e-11)
     close("Hessian", found[1], expected[1], 1e-9)
+
+
+def test_positive_solver():
+    """Values and derivatives of jax.numpy.linalg.solve, to second order and under vmap."""
+    roots, vectors = jr.normal(jr.key(4), (3, 4, 4)), jr.normal(jr.key(5), (3, 4))
+    matrix = lambda root: root @ root.T + jnp.eye(4)
+    ours = lambda root, v: linalg.positive_solver(matrix(root))(v)
+    theirs = lambda root, v: jnp.linalg.solve(matrix(root), v)
+    close(
+        "values", jax.jit(jax.vmap(ours))(roots, vectors), jax.vmap(theirs)(roots, vectors), 1e-12
+    )
+    for which in (0, 1):
+        height = lambda fn: lambda root, v: jnp.sum(jnp.sin(fn(root, v)))
+        first = [jax.grad(height(fn), which)(roots[0], vectors[0]) for fn in (ours, theirs)]
+        close(f"gradient in argument {which}", *first, 1e-12)
+        second = [
+            jax.jacfwd(jax.grad(height(fn), which))(roots[0], vectors[0]) for fn in (ours, theirs)
+        ]
+        close(f"second derivative in argument {which}", *second, 1e-11)
+    assert jnp.isnan(linalg.positive_solver(-jnp.eye(2))(jnp.ones(2))).all()

@@ -186,7 +186,11 @@ def clipping(rate):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
 
 
-@pytest.mark.parametrize("optimizer", [decaying, clipping])
+def signs_of_a_mean(rate):
+    return optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(rate))
+
+
+@pytest.mark.parametrize("optimizer", [decaying, clipping, signs_of_a_mean])
 def test_bare_transforms_that_are_not_sgd_have_no_clock(optimizer):
     words = "updates.SGD" if optimizer is decaying else "clipping shortens"
     with refused(ValueError, words, "num_steps", "IterationLimit"):

@@ -81,7 +81,9 @@ def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) ->
         raise ValueError(f"end_time must be one number; got {end_time!r}.")
     if save_times is None:
         num_saves = checked_count("num_saves", num_saves)
-        fractions = jnp.arange(num_saves + 1, dtype=dtype) / num_saves
+        fractions = np.arange(num_saves + 1, dtype=dtype) / np.asarray(num_saves, dtype)
+        if not is_traced(end_time):
+            return jnp.asarray(fractions * np.asarray(end_time, dtype))
         end = jnp.asarray(end_time, dtype)
         return jnp.minimum(fractions * end, end)  # also where XLA rounds the product up
     wanted = jnp.asarray(real_numbers("save_times", save_times), dtype)

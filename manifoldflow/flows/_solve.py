@@ -117,7 +117,7 @@ def solve(
     noise = noise_options(
         flow, key, solver, step_size, (rtol, atol), num_saves, save_times, end_time
     )
-    _, size = _tree.in_own_units(jax.lax.stop_gradient(coordinates))
+    size = _tree.size_of(jax.lax.stop_gradient(coordinates))
     options = Options(
         solver=None if noise is not None and solver is None else solver_of(flow, solver, step_size),
         step_size=None if step_size is None else jnp.asarray(step_size, dtype),

@@ -243,8 +243,8 @@ def walk_along(
     start = _tree.where(info.is_successful, manifold.split(landed)[0], coordinates)
     space = manifold.normal_space(_tree.join(start, remainder))
     # Tangents that are only carried along have units of their own: as long as the point is.
-    _, size = _tree.in_own_units(jax.lax.stop_gradient(start))
-    scales = [size / _tree.in_own_units(jax.lax.stop_gradient(v))[1] for v in vectors[1:]]
+    size = _tree.size_of(jax.lax.stop_gradient(start))
+    scales = [size / _tree.size_of(jax.lax.stop_gradient(v)) for v in vectors[1:]]
     scales = [jnp.ones_like(size), *scales]
     # The last time is the unit: so runs backwards are none, and derivatives in the times
     # exist at 0 as well, where a solver would take no step.
@@ -374,7 +374,7 @@ def _transported(
 ) -> tuple[Tangent, RESULTS]:
     dtype = _tree.dtype_of(vector)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    _, size = _tree.in_own_units(jax.lax.stop_gradient(vector))
+    size = _tree.size_of(jax.lax.stop_gradient(vector))
     solution = dfx.diffeqsolve(
         dfx.ODETerm(_TransportField(manifold, path)),
         walk.solver,

@@ -107,8 +107,7 @@ def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[
     )
     flat, unravel = _tree.ravel(fixed.coordinates)
     # In units of the coordinates, which the tolerances of the search know nothing of.
-    _, unit = _tree.in_own_units((fixed.coordinates, fixed.target))
-    unit = unit.astype(flat.dtype)
+    unit = _tree.size_of((fixed.coordinates, fixed.target)).astype(flat.dtype)
     # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
     default = jnp.promote_types(flat.dtype, jnp.result_type(float))
 

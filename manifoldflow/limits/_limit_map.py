@@ -1,9 +1,8 @@
 """Φ, the limit of gradient flow, by extrapolated linearly implicit Euler steps.
 
 Gradient flow is stiff: explicit solvers need 10⁴ and more steps before the loss is
-tight. Each step here factorises once (`AbstractStiffness`), takes 1, 2, …, 7 implicit
-Euler substeps and extrapolates them to seventh order; a rejected step keeps its
-factorisation.
+tight. Each step here takes 1, 2, …, 7 implicit Euler substeps (`AbstractStiffness`) and
+extrapolates them to seventh order.
 """
 
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def limit_map(
             matrix; `FunctionLoss` takes dense Hessians.
         point: any point in the basin of the manifold.
         rtol: relative error of the result; default 1e-6 in float64, 1e-3 in float32.
-        max_steps: steps, each with one factorisation.
+        max_steps: steps, each with one Gram matrix or Hessian.
         progress: True prints a line for every step, with what remains of the way: ‖A†∇L‖ for
             the Gauss-Newton matrix (or Hessian) A. A Diffrax progress meter shows the share of
             the decimal places that this has to fall. A function is called with a dict: time
@@ -221,28 +220,25 @@ def _follow(
         remaining = frozen.remaining(loss.gradient(point))
         wanted = rtol * _tree.norm(state.coordinates)
         is_there = remaining <= wanted
-        guess = _tree.where(state.num_steps == 0, 1 / frozen.largest(), state.step_size)
+        size = frozen.size()
+        guess = _tree.where(state.num_steps == 0, 1 / size, state.step_size)
 
-        def attempt(step_size: Scalar) -> tuple[Coordinates, Scalar, Scalar]:
+        def is_trying(trial: tuple) -> Flag:
+            _, ratio, _, next_size = trial
+            return ~is_there & (ratio > 1) & (next_size * size > 1e-12)
+
+        def attempt(trial: tuple) -> tuple:
+            *_, step_size = trial
             moved, error = _extrapolated_step(loss, frozen, state.coordinates, remainder, step_size)
             allowed = local_rtol * jnp.maximum(_tree.norm(moved), _tree.norm(state.coordinates))
             ratio = _tree.norm(error) / allowed
             ratio = _tree.where(jnp.isfinite(ratio), ratio, jnp.inf)
-            return moved, ratio, step_size
+            smaller = step_size * jnp.minimum(0.5, _step_factor(ratio))
+            return moved, ratio, step_size, smaller
 
-        def rejected(trial: tuple) -> Flag:
-            _, ratio, step_size = trial
-            return (ratio > 1) & (step_size * frozen.largest() > 1e-12)
-
-        def again(trial: tuple) -> tuple:
-            _, ratio, step_size = trial
-            return attempt(step_size * jnp.minimum(0.5, _step_factor(ratio)))
-
-        moved, ratio, step_size = jax.lax.cond(
-            is_there,
-            lambda: (state.coordinates, jnp.ones((), dtype), guess),
-            lambda: jax.lax.while_loop(rejected, again, attempt(guess)),
-        )
+        untried = state.coordinates, jnp.asarray(jnp.inf, dtype), guess, guess
+        moved, ratio, step_size, _ = jax.lax.while_loop(is_trying, attempt, untried)
+        ratio = _tree.where(is_there, 1, ratio)
         way = _tree.norm(_tree.subtract(moved, state.coordinates))
         num_slow = _tree.where(way < _SLOW * remaining, state.num_slow + 1, 0)
         is_stuck = ~(ratio <= 1) | (num_slow >= _MOST_SLOW)
@@ -308,22 +304,22 @@ def _extrapolated_step(
     step_size: Scalar,
 ) -> tuple[Coordinates, Tangent]:
     """One step of seventh order and its difference from the one of sixth order."""
-    rows, counts, firsts = _substeps()
 
-    def substep(carry: tuple[Tangent, Tangent], which: tuple) -> tuple:
-        displacement, table = carry
-        row, count, is_first = which
-        displacement = jax.tree.map(lambda d: _tree.where(is_first, 0, d), displacement)
-        here = _tree.join(_tree.add(start, displacement), remainder)
+    def row(_: None, count: Array) -> tuple[None, Tangent]:
         h = step_size / count.astype(step_size.dtype)
-        move = frozen.resolvent(h, loss.gradient(here))
-        displacement = _tree.subtract(displacement, _tree.scale(h, move))
-        table = jax.tree.map(lambda t, d: t.at[row].set(d), table, displacement)
-        return (displacement, table), None
+        resolvent = frozen.resolvent(h)
 
-    table = jax.tree.map(lambda x: jnp.zeros((ORDER, *x.shape), x.dtype), start)
-    carry = (_tree.zeros_like(start), table)
-    (_, table), _ = jax.lax.scan(substep, carry, (rows, counts, firsts))
+        def substep(displacement: Tangent, number: Array) -> tuple[Tangent, None]:
+            def moved() -> Tangent:
+                here = _tree.join(_tree.add(start, displacement), remainder)
+                return _tree.subtract(displacement, _tree.scale(h, resolvent(loss.gradient(here))))
+
+            return jax.lax.cond(number < count, moved, lambda: displacement), None
+
+        # Loops of fixed length have derivatives in both modes.
+        return None, jax.lax.scan(substep, _tree.zeros_like(start), jnp.arange(ORDER))[0]
+
+    _, table = jax.lax.scan(row, None, jnp.arange(1, ORDER + 1))
     best, error = _weights()
 
     def combine(weights: np.ndarray) -> Tangent:
@@ -333,13 +329,6 @@ def _extrapolated_step(
         )
 
     return _tree.add(start, combine(best)), combine(error)
-
-
-def _substeps() -> tuple[Array, Array, Array]:
-    """For all 1 + 2 + … + 7 substeps: the row, its number of substeps, is it the first?"""
-    rows = np.repeat(np.arange(ORDER), np.arange(1, ORDER + 1))
-    firsts = np.concatenate([np.arange(k + 1) == 0 for k in range(ORDER)])
-    return jnp.asarray(rows), jnp.asarray(rows + 1), jnp.asarray(firsts)
 
 
 def _weights() -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,11 @@ from manifoldflow.linalg._iterative import (
     inverse_gram as inverse_gram,
     IterativeGram as IterativeGram,
 )
-from manifoldflow.linalg._lapack import eigh as eigh, one_by_one as one_by_one
+from manifoldflow.linalg._lapack import (
+    eigh as eigh,
+    one_by_one as one_by_one,
+    positive_solver as positive_solver,
+)
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,

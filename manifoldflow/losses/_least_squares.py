@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree, linalg
@@ -75,7 +76,7 @@ class LeastSquares(AbstractExampleLoss):
         self.predict = _tree.as_pytree_callable(call_point if predict is None else predict)
         scale = 1 / targets.size if scale is None else scale
         self.scale = checked_nonnegative("LeastSquares: scale", scale, "Try scale=None, 1/n.")
-        if not is_traced(self.scale) and not self.scale > 0:
+        if not is_traced(self.scale) and not np.asarray(self.scale) > 0:
             raise ValueError("LeastSquares: scale must be positive; got 0. Try scale=None, 1/n.")
         self.trainable = None if trainable is None else _tree.Static(trainable)
 

@@ -29,7 +29,8 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
     with ε = 0 it is −½G_S∇tr Diag(H)^{½} at S = Diag(H)^{−½}, whatever the noise. Second
     moments that follow in the time of the descent itself, 1 − β₂ = bη, lag behind and slow it:
     one residual by the factor μ/(μ + b), μ the rate of the descent; as b → 0 the limit is that of
-    `averaging="fast"`. The first moment changes nothing.
+    `averaging="fast"`. The first moment changes nothing, as long as it forgets faster than the
+    second, 1 − β₂ ≪ 1 − β₁.
 
     It takes n Hessian-vector products of all residuals, and for b > 0 n more of every column
     of the noise.

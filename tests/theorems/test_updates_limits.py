@@ -211,6 +211,22 @@ def test_adam_needs_to_see_every_coordinate():
     assert walk.result == mf.RESULTS.step_too_small, walk.result
 
 
+def test_a_second_moment_on_its_way_to_zero():
+    """√Hⱼⱼ acts like |θⱼ|: on an ellipse θ₂ = 0 comes in a finite time, and the walk says so."""
+    loss = mf.LeastSquares(np.ones(1), np.ones(1), predict=lambda p, x: p[0] ** 2 + 2 * p[1] ** 2)
+    manifold = mf.ZeroLossManifold(loss)
+    point = manifold.project(jnp.array([0.8, 0.4]))
+    flow = mf.LimitDiffusion(manifold, mf.LabelNoise(STD), updates.Adam())
+    at_most("a step", norm(flow.drift(point)), 10.0)
+    options = {"end_time": 2.0, "num_saves": 8, "max_steps": 400}
+    walk = mf.solve(flow, point, **options, throw=False)
+    assert walk.result in (mf.RESULTS.max_steps_reached, mf.RESULTS.step_too_small), walk.result
+    reached = np.isfinite(walk.points).all(axis=1)
+    assert reached[0] and not reached[-1], walk.points
+    with pytest.raises(eqx.EquinoxRuntimeError, match="step"):
+        mf.solve(flow, point, **options)
+
+
 def test_likelihoods_too():
     """Resampled labels of a logistic model with soft targets: Σ = c∇²L on the manifold only."""
     rng = np.random.default_rng(5)
