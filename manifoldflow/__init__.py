@@ -27,7 +27,11 @@ from manifoldflow._clock import (
 )
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split
-from manifoldflow.diagnostics import explain as explain, plan as plan
+from manifoldflow.diagnostics import (
+    explain as explain,
+    largest_stable_learning_rate as largest_stable_learning_rate,
+    plan as plan,
+)
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.flows import (
     AbstractFlow as AbstractFlow,

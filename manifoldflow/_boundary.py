@@ -20,6 +20,7 @@ from jaxtyping import AbstractArray, PyTree
 
 from manifoldflow._errors import checked_point, described, numbers, shapes_of
 from manifoldflow._signatures import readable
+from manifoldflow._tracebacks import shortened, with_few_frames
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,21 +79,24 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
         except TypeError:
             return fn(*args, **kwargs)  # Python itself says best which argument is missing.
         sizes: dict[str, int] = {}
-        for argument in plain:
-            if argument in bound.arguments:
-                value = bound.arguments[argument]
-                value = _checked(name, argument, wanted[argument], value, sizes)
-                _check_role(name, argument, wanted[argument], value)
-                bound.arguments[argument] = value
         try:
+            for argument in plain:
+                if argument in bound.arguments:
+                    value = bound.arguments[argument]
+                    value = _checked(name, argument, wanted[argument], value, sizes)
+                    _check_role(name, argument, wanted[argument], value)
+                    bound.arguments[argument] = value
             # As usual within the library, though its user may want to be strict.
             with jax.numpy_dtype_promotion("standard"):
                 return fn(*bound.args, **bound.kwargs)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            sentence = _of_jax(str(error))
-            if sentence is None:
+        except Exception as error:
+            sentence = _of_jax(error)
+            if sentence is not None:
+                raise ValueError(sentence) from with_few_frames(error)
+            short = shortened(error)
+            if short is error:
                 raise
-            raise ValueError(sentence) from error
+            raise short from None
 
     call.__signature__ = readable(signature)  # type: ignore[attr-defined]
     return typing.cast(Function, call)
@@ -107,16 +111,19 @@ _NO_LOOPS = (
 _NO_FORWARD = (
     "Second derivatives along given directions are taken forwards, and a function with a "
     "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
-    "the model, adjoint=diffrax.DirectAdjoint()."
+    "the model and for mf.solve itself, adjoint=diffrax.DirectAdjoint()."
 )
 _REFUSALS = {
     "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
-    "can't apply forward-mode differentiation (jvp) to a custom_vjp": _NO_FORWARD,
+    "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
     "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
 }
 
 
-def _of_jax(message: str) -> str | None:
+def _of_jax(error: Exception) -> str | None:
+    if not isinstance(error, TypeError | ValueError | NotImplementedError):
+        return None
+    message = str(error)
     return next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
 
 

@@ -70,6 +70,13 @@ class RESULTS(eqx.Enumeration):
         "kink, a pole or a loss of rank, or float64 is needed."
     )
 
+    # `limit_map`.
+    not_smooth = (
+        "The loss is not smooth here; use `manifold.project`, or smooth activations (tanh, GELU, "
+        "softplus in place of ReLU). Gradient flow runs along a kink, where steps only go to and "
+        "fro across it, so that its limit is not found."
+    )
+
     # `solve`.
     stopped_early = "The solve was ended by `until` before `end_time`."
     bad_end_time = "end_time must be positive and finite."
@@ -116,6 +123,16 @@ class RESULTS(eqx.Enumeration):
     not_converged = (
         "The eigenvalues were not found to tolerance: their residuals say how far from an "
         "eigenvalue each of them may be. Allow more products, ask for fewer, or use float64."
+    )
+
+    # The stability of SGD.
+    flat = (
+        "The Gauss-Newton matrix vanishes there: no output changes with the coordinates, no step "
+        "moves, and every learning rate is stable. Look at the model, and at what is trainable."
+    )
+    unstable = (
+        "SGD of this learning rate leaves the minimum, in the mean square, so that nothing is "
+        "stationary. Take it below `mf.largest_stable_learning_rate`, or larger batches."
     )
 
 

@@ -17,7 +17,16 @@ def identity(x):
 CIRCLE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
 CURVE = {"start": 0.8, "time": 0.5, "label_std": 1.0}
 
+SQUARES = mf.LeastSquares(
+    np.array([[1.0, 0, 0.5], [0, 1.0, 0.5]]), np.array([1.0, 0.0]), predict=jnp.dot
+)
+FITTED = {"loss": SQUARES, "point": jnp.array([1.0, 0, 0])}
+
 OPTIMISERS = {
+    "largest_stable_learning_rate": {**FITTED, "batch_size": 1, "replacement": True},
+    "diagnostics.stationary_covariance": {
+        **FITTED, "noise": mf.LabelNoise(0.1), "learning_rate": 0.1
+    },
     "LimitClock": {"momentum": 0.5},
     "GradientClock": {"momentum": 0.5},
     "SAMClock": {"radius": 0.1},

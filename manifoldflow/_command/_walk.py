@@ -36,8 +36,11 @@ def run(options: argparse.Namespace) -> None:
         f"{len(loss.targets)} examples, {loss.num_residuals} residuals, "
         f"{_tree.size(coordinates)} parameters, manifold of dimension {manifold.dimension(model)}"
     )
+    flow = flow_of(options, manifold)
+    if isinstance(flow, mf.LimitDiffusion):
+        print(flow.equation)
     start = _start(options, loss, model)
-    walk = _walked(options, problem, flow_of(options, manifold), start)
+    walk = _walked(options, problem, flow, start)
     _save(options, problem, loss, walk, start)
     checkpoint_of(options.out).unlink()  # the walk is whole and saved: nothing to go on from
     _say_what_happened(problem, walk)

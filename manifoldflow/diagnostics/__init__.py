@@ -21,3 +21,8 @@ from manifoldflow.diagnostics._cost import (
     Plan as Plan,
     plan as plan,
 )
+from manifoldflow.diagnostics._stability import (
+    largest_stable_learning_rate as largest_stable_learning_rate,
+    stationary_covariance as stationary_covariance,
+    StationaryCovariance as StationaryCovariance,
+)

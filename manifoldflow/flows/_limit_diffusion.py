@@ -11,6 +11,7 @@ from manifoldflow._clock import AbstractClock
 from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
+from manifoldflow.flows._equation import equation_of
 from manifoldflow.flows._own_limit import OwnLimit
 from manifoldflow.flows._update_limits import (
     check_update,
@@ -124,6 +125,14 @@ class LimitDiffusion(AbstractDiffusion):
             return False
         limit = self.short_limit
         return limit is None or not limit.is_ode
+
+    @property
+    def equation(self) -> str:
+        """The limit in one line, with the numbers in it: its rate, c, and what a step takes."""
+        return equation_of(self.short_limit, self.manifold.loss, self.noise, self.update)
+
+    def __repr__(self) -> str:
+        return f"{eqx.tree_pformat(self)}  # {self.equation}"
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)

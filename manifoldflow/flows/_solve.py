@@ -17,6 +17,7 @@ from manifoldflow._journal import Place
 from manifoldflow._results import delivered_solution, Observables, Solution
 from manifoldflow._run import checked_observables, meter_of, over_legs, row_reports
 from manifoldflow._types import Key, Point, Scalar
+from manifoldflow.flows._adjoints import through
 from manifoldflow.flows._base import AbstractFlow
 from manifoldflow.flows._checkpointed import solve_to_file
 from manifoldflow.flows._here import at_start, Here, report, Row, row_of, solution_of
@@ -78,7 +79,8 @@ def solve(
             law only: a rounding error can change a step and with it the noise.
         atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32, times the largest
             coordinate at the start.
-        adjoint: by default reverse mode works; `diffrax.ForwardMode()` for jvp.
+        adjoint: by default derivatives go backwards, once; `diffrax.ForwardMode()` is for
+            jvp, `diffrax.DirectAdjoint()` for both ways and for second derivatives.
         observe: name → function of a point, evaluated at every save.
         key: for stochastic flows, which need one; ordinary differential equations ignore it.
         until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
@@ -135,7 +137,7 @@ def solve(
     end_time = jnp.asarray(end_time, dtype)
     if checkpoint is None:
         start = started(flow, point, max_steps)
-        solution = _follow(flow, start, times, end_time, options)
+        solution = through(options, _follow, flow, start, times, end_time)
     else:
         solution = solve_to_file(flow, point, times, end_time, options, checkpoint)
     return delivered_solution(solution, throw)

@@ -28,6 +28,10 @@ from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLoss
 
 ORDER = 7
 
+# A step is slow that goes less than this share of the way that remains. Steps grow tenfold, so that
+# kinks that are crossed take a few each; so many in a row go to and fro across one.
+_SLOW, _MOST_SLOW = 1e-3, 100
+
 
 @checked_but("loss_or_manifold")
 def limit_map(
@@ -60,7 +64,8 @@ def limit_map(
         throw: raise where the flow does not reach a minimum; else NaN coordinates.
 
     Raises:
-        EquinoxRuntimeError: with the message of the `RESULTS` member.
+        EquinoxRuntimeError: with the message of the `RESULTS` member; `not_smooth` where the flow
+            is held by a kink of the loss, as that of networks with ReLU mostly is.
 
     References:
         [LiWangArora2022, §4; Katzenberger1991].
@@ -127,6 +132,7 @@ class _State(eqx.Module):
     remaining: Scalar
     is_done: Flag
     num_steps: Int[Array, ""]
+    num_slow: Int[Array, ""]  # the last ones in a row
     meter: PyTree[Array]
 
 
@@ -235,7 +241,9 @@ def _follow(
         untried = state.coordinates, jnp.asarray(jnp.inf, dtype), guess, guess
         moved, ratio, step_size, _ = jax.lax.while_loop(is_trying, attempt, untried)
         ratio = _tree.where(is_there, 1, ratio)
-        is_stuck = ~(ratio <= 1)
+        way = _tree.norm(_tree.subtract(moved, state.coordinates))
+        num_slow = _tree.where(way < _SLOW * remaining, state.num_slow + 1, 0)
+        is_stuck = ~(ratio <= 1) | (num_slow >= _MOST_SLOW)
         if history is not None:
             history = jax.tree.map(
                 lambda all_, one: all_.at[state.num_steps].set(one),
@@ -249,6 +257,7 @@ def _follow(
             remaining,
             is_done,
             state.num_steps + ~is_done,
+            num_slow,
             shown.step(state.meter, state.num_steps, state.coordinates, remaining, wanted),
         ), history
 
@@ -260,6 +269,7 @@ def _follow(
         jnp.ones((), dtype),
         jnp.asarray(jnp.inf, dtype),
         jnp.asarray(False),
+        jnp.asarray(0),
         jnp.asarray(0),
         shown.init(dtype),
     )
@@ -280,6 +290,7 @@ def _landed(
     limit = manifold.split(landed)[0]
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
     result = _tree.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
+    result = _tree.where(end.num_slow >= _MOST_SLOW, RESULTS.not_smooth, result)
     result = _tree.where(reached, info.result, result)
     finite = jnp.isfinite(end.remaining) & _tree.all_finite(end.coordinates)
     result = _tree.where(finite, result, RESULTS.nonfinite)

@@ -1,5 +1,6 @@
 """One example through a user's model, with the errors that users meet first."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from manifoldflow._errors import shapes_of
+from manifoldflow._tracebacks import with_few_frames
 from manifoldflow._types import Example, Point
 
+_JAX = os.path.dirname(str(jax.__file__)) + os.sep
 _STOCHASTIC_LAYERS = (eqx.nn.Dropout, eqx.nn.BatchNorm)
 
 
@@ -29,7 +33,15 @@ def model_output(
 ) -> Array:
     """predict(point, x), checked against the shape that is expected of it."""
     _refuse_randomness(point)
-    output = predict(point, x)
+    try:
+        output = predict(point, x)
+    except (TypeError, ValueError) as error:
+        if not _is_of_shapes(error):
+            raise
+        raise ValueError(
+            f"The model fails on one example, {shapes_of(x)}: {str(error).strip()} It is given "
+            "one example at a time, without the axis of all examples: jax.vmap is not needed."
+        ) from with_few_frames(error)
     if not isinstance(output, jax.Array):
         raise ValueError(
             f"The model must map one example to one array; got {type(output).__name__}. "
@@ -45,6 +57,16 @@ def model_output(
             "output to the target's shape; they are never broadcast."
         )
     return jnp.asarray(output)
+
+
+def _is_of_shapes(error: Exception) -> bool:
+    """Of JAX itself, about the arrays that it was given; not of us, nor of a type checker."""
+    is_plain = type(error) in (TypeError, ValueError)
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    is_jax = last is not None and last.tb_frame.f_code.co_filename.startswith(_JAX)
+    return is_plain and is_jax and "shape" in str(error)
 
 
 def _is_training(layer: Any) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_count, checked_nonnegative, shapes_of
+from manifoldflow._errors import checked_count, checked_nonnegative, is_traced, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, LeastSquares
 from manifoldflow.noise._base import AbstractBatchNoise, Batch
@@ -39,8 +39,10 @@ class LabelNoise(AbstractBatchNoise):
 
     Args:
         std: standard deviation, in the units of the targets.
-        batch_size: B, examples in a batch, drawn without replacement; None for all. Small
-            batches have a noise of their own, which vanishes where all examples are fitted.
+        batch_size: B, examples in a batch, drawn without replacement; None for all N, whose
+            clock is N times slower than that of B = 1. Small batches have a noise of their own,
+            which vanishes where all examples are fitted. A number of Python, not an array: the
+            limit depends on std/√B alone, so that std/√B can take its place.
 
     Raises:
         ValueError: negative std; a batch size below 1 or above the number of examples; a
@@ -51,7 +53,13 @@ class LabelNoise(AbstractBatchNoise):
     batch_size: int | None = eqx.field(static=True)
 
     @checked
-    def __init__(self, std: Any, batch_size: int | None = None):
+    def __init__(self, std: Any, batch_size: Any = None):
+        if is_traced(batch_size):
+            raise ValueError(
+                "LabelNoise: batch_size is a number of Python, which is compiled in; got a traced "
+                "one. Limits depend on std/√B alone: vmap over std/√B in place of std, with "
+                "batch_size=1."
+            )
         self.std = checked_nonnegative("LabelNoise: std", std, "It is a standard deviation.")
         if batch_size is not None:
             batch_size = checked_count("LabelNoise: batch_size (None for all examples)", batch_size)
