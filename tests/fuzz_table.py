@@ -197,7 +197,6 @@ CALLS = {
     "linalg.DenseGram": {},
     "linalg.IterativeGram": {"rtol": 1e-3, "max_steps": 5, "preconditioner_rank": 1},
     "linalg.eigh": {"matrix": MATRIX},
-    "linalg.positive_solver": {"matrix": MATRIX},
     "linalg.as_sigma": {"coordinates": X, "given": OPERATOR, "is_factor": False},
     "linalg.Covariance": {"operator": OPERATOR},
     "linalg.Factor": {"operator": OPERATOR},
