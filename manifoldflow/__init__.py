@@ -31,6 +31,7 @@ from manifoldflow.diagnostics import (
     explain as explain,
     largest_stable_learning_rate as largest_stable_learning_rate,
     plan as plan,
+    report as report,
 )
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.flows import (

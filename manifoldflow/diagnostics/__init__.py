@@ -26,3 +26,9 @@ from manifoldflow.diagnostics._stability import (
     stationary_covariance as stationary_covariance,
     StationaryCovariance as StationaryCovariance,
 )
+from manifoldflow.diagnostics._entries import (
+    LeafTrace as LeafTrace,
+    LeftOut as LeftOut,
+    Quantity as Quantity,
+)
+from manifoldflow.diagnostics._report import Report as Report, report as report

@@ -107,15 +107,22 @@ def _threshold(
     loss: AbstractExampleLoss, point: Point, batch_size: int, replacement: bool
 ) -> tuple[Scalar, RESULTS]:
     gram = loss.gauss_newton_root(point).gram()
-    moments = _moments(loss, jax.lax.stop_gradient(gram), batch_size, replacement)
+    return threshold_of(gram, loss.num_examples, batch_size, replacement)
+
+
+@eqx.filter_jit
+def threshold_of(
+    gram: Float[Array, "n n"], num_examples: int, batch_size: int, replacement: bool = False
+) -> tuple[Scalar, RESULTS]:
+    """The largest stable learning rate from K, and how the search for it ended."""
+    moments = _moments(num_examples, jax.lax.stop_gradient(gram), batch_size, replacement)
     top = largest_eigenvalue(moments)
     return _learning_rate(following(top.value, gram, moments), top)
 
 
 def _moments(
-    loss: AbstractExampleLoss, gram: Float[Array, "n n"], batch_size: int, replacement: bool
+    num_examples: int, gram: Float[Array, "n n"], batch_size: int, replacement: bool
 ) -> Moments:
-    num_examples = loss.num_examples
     rows = len(gram) // num_examples
     return Moments.of(gram, Batches.of(num_examples, rows, batch_size, replacement))
 
@@ -231,7 +238,7 @@ def _stationary(
     rate = learning_rate.astype(gram.dtype)
     size = getattr(noise, "batch_size", None) or loss.num_examples
     replacement = isinstance(noise, MinibatchNoise) and noise.replacement
-    moments = _moments(loss, gram, size, replacement)
+    moments = _moments(loss.num_examples, gram, size, replacement)
     fixed = jax.lax.stop_gradient(moments)
     largest, result = _learning_rate(*_both(largest_eigenvalue(fixed)))
     is_stable = ~(rate >= largest)

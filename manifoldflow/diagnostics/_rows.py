@@ -1,0 +1,74 @@
+"""What the Gram matrix of a report's loss tells: the whole spectrum, exactly, where it fits."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from manifoldflow import _precision, _tree, linalg
+from manifoldflow._types import Point, Scalar
+from manifoldflow.flows import LimitDiffusion
+from manifoldflow.losses import AbstractExampleLoss, AbstractResidualLoss
+from manifoldflow.manifolds import ZeroLossManifold
+from manifoldflow.noise import LabelNoise
+
+
+class Rows(NamedTuple):
+    """Of G = AᵀA with n rows.
+
+    Attributes:
+        gram: AAᵀ.
+        eigenvalues: of AAᵀ, ascending: those of G, zeros aside.
+        rank: how many of them stand above rounding.
+        distance: ‖A†u‖ for √scale times the residuals u: how far, to first order, the zero-loss
+            manifold is; NaN for losses without residuals.
+    """
+
+    gram: Float[Array, "n n"]
+    eigenvalues: Float[Array, " n"]
+    rank: Int[Array, ""]
+    distance: Scalar
+
+
+@eqx.filter_jit
+def rows_of(loss: AbstractExampleLoss, point: Point) -> Rows:
+    """The Gram matrix of the rows of A and its eigendecomposition."""
+    root = loss.gauss_newton_root(point)
+    gram = root.gram()
+    values, vectors = linalg.eigh(gram)
+    kept = values > len(values) * _precision.eps_of_dtype(values) * values[-1]
+    distance = jnp.asarray(jnp.nan, values.dtype)
+    if isinstance(loss, AbstractResidualLoss):
+        scaled = jnp.sqrt(loss.scale.astype(values.dtype)) * loss.residual(point)
+        if scaled.shape == values.shape:
+            turned = _precision.matmul(vectors.T, scaled.astype(values.dtype))
+            inverse = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+            distance = jnp.linalg.norm(inverse * turned)
+    return Rows(gram, values, linalg.numerical_rank(values), distance)
+
+
+def bytes_of_rows(loss: AbstractExampleLoss, point: Point) -> int:
+    """What the rows of A and their Gram matrix take; nothing is computed."""
+    root = eqx.filter_eval_shape(lambda loss, point: loss.gauss_newton_root(point), loss, point)
+    count = root.out_structure().shape[0]
+    kept = sum(_bytes(leaf) for leaf in _arrays(root))
+    return kept + 4 * count**2 * root.out_structure().dtype.itemsize
+
+
+@eqx.filter_jit
+def rate_of_fall(loss: AbstractResidualLoss, point: Point) -> tuple[Scalar, Scalar]:
+    """−d tr∇²L/dt = c/4·‖P∇tr∇²L‖² under label noise of deviation one, one label a step; and c."""
+    noise = LabelNoise(std=1.0, batch_size=1)
+    drift = LimitDiffusion(ZeroLossManifold(loss), noise).drift(point)
+    strength = noise.strength(loss).astype(_tree.dtype_of(drift))
+    return 4 / strength * _tree.inner(drift, drift), strength
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
