@@ -21,14 +21,14 @@ from manifoldflow.diagnostics._cost import (
     Plan as Plan,
     plan as plan,
 )
-from manifoldflow.diagnostics._stability import (
-    largest_stable_learning_rate as largest_stable_learning_rate,
-    stationary_covariance as stationary_covariance,
-    StationaryCovariance as StationaryCovariance,
-)
 from manifoldflow.diagnostics._entries import (
     LeafTrace as LeafTrace,
     LeftOut as LeftOut,
     Quantity as Quantity,
 )
 from manifoldflow.diagnostics._report import Report as Report, report as report
+from manifoldflow.diagnostics._stability import (
+    largest_stable_learning_rate as largest_stable_learning_rate,
+    stationary_covariance as stationary_covariance,
+    StationaryCovariance as StationaryCovariance,
+)

@@ -61,7 +61,9 @@ class LeafTrace(NamedTuple):
 
     def __str__(self) -> str:
         shown = _shown(self.trace, self.standard_error)
-        return f"  {self.leaf:<32} {shown:>13} {f'± {self.standard_error:.1g}':<9} {self.size} numbers"
+        return (
+            f"  {self.leaf:<32} {shown:>13} {f'± {self.standard_error:.1g}':<9} {self.size} numbers"
+        )
 
 
 def mean_of(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

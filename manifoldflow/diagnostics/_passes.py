@@ -24,78 +24,103 @@ from manifoldflow.losses import (
 )
 
 
-class Passes(NamedTuple):
-    """One call of `passes`.
+class Gradient(NamedTuple):
+    """One call of `gradient_of`.
 
     Attributes:
         loss: L.
-        gradient: ‖∇L‖², of every leaf.
-        squares: unbiased for tr G, of every leaf; (draws, leaves).
-        spread: unbiased for Σᵢ‖∇ℓᵢ‖²/N², with ∇ℓᵢ/N what one example adds to the mean; (draws,).
-        data_gradient: ‖∇L‖² without the weight decay.
+        norm_squared: ‖∇L‖².
+        of_data: that without the weight decay.
     """
 
     loss: Scalar
-    gradient: Float[Array, " leaves"]
-    squares: Float[Array, "draws leaves"]
-    spread: Float[Array, " draws"]
-    data_gradient: Scalar
+    norm_squared: Scalar
+    of_data: Scalar
 
 
 @eqx.filter_jit
-def passes(loss: AbstractExampleLoss, point: Point, keys: Key) -> Passes:
-    """The loss, its gradient, and unbiased samples of traces, two backward passes for each.
-
-    For signs ε, independent of each other, E‖Jᵀ√W ε‖² = tr G: what labels drawn from the model do
-    where W is their Fisher matrix [LiWangArora2022]. And E‖Σᵢ εᵢ∇ℓᵢ‖² = Σᵢ‖∇ℓᵢ‖².
-    """
+def gradient_of(loss: AbstractExampleLoss, point: Point) -> Gradient:
+    """The loss and its gradient, by one pass forwards and one backwards."""
     coordinates, remainder = loss.split(point)
-    outputs, pull = jax.vjp(lambda x: loss.outputs(_tree.join(x, remainder)), coordinates)
-    root = _weight_root(loss, outputs)
-    slopes = loss.output_gradient(outputs, loss.targets).astype(outputs.dtype)
-    per_example = (len(outputs),) + (1,) * (outputs.ndim - 1)
-
-    def sample(key: Key) -> tuple[Array, Scalar]:
-        first, second = jr.split(key)
-        (drawn,) = pull(root(jr.rademacher(first, outputs.shape, outputs.dtype)))
-        (flipped,) = pull(slopes * jr.rademacher(second, per_example, outputs.dtype))
-        return _leaf_squares(drawn), jnp.sum(_leaf_squares(flipped))
-
-    squares, spread = jax.lax.map(sample, keys)
-    (data_gradient,) = pull(slopes)
-    gradient = data_gradient
+    value, gradient = jax.value_and_grad(lambda x: loss(_tree.join(x, remainder)))(coordinates)
+    of_data = gradient
     if loss.weight_decay is not None:
         decay = loss.weight_decay.astype(_tree.dtype_of(coordinates))
-        gradient = _tree.add(gradient, _tree.scale(decay, coordinates))
-    return Passes(
-        loss(point),
-        _leaf_squares(gradient),
-        squares,
-        spread,
-        jnp.sum(_leaf_squares(data_gradient)),
-    )
+        of_data = _tree.subtract(gradient, _tree.scale(decay, coordinates))
+    return Gradient(value, _tree.inner(gradient, gradient), _tree.inner(of_data, of_data))
+
+
+class Samples(NamedTuple):
+    """One call of `trace_samples`.
+
+    Attributes:
+        squares: unbiased for tr G, of every leaf; (draws, leaves).
+        spread: unbiased for the mean of ‖∇ℓᵢ‖² over examples; (draws,).
+    """
+
+    squares: Float[Array, "draws leaves"]
+    spread: Float[Array, " draws"]
 
 
 @eqx.filter_jit
-def curvature_samples(loss: AbstractLoss, point: Point, keys: Key) -> Float[Array, " draws"]:
+def trace_samples(loss: AbstractExampleLoss, point: Point, keys: Key, num_examples: int) -> Samples:
+    """Unbiased samples of traces: each from so many random examples, by two passes backwards.
+
+    For signs ε, independent of each other, E‖Jᵀ√W ε‖² = tr G: what labels drawn from the model do
+    where W is their Fisher matrix. And E‖Σᵢ εᵢ∇ℓᵢ‖² = Σᵢ‖∇ℓᵢ‖².
+    """
+
+    def sample(key: Key) -> tuple[Array, Scalar]:
+        which, first, second = jr.split(key, 3)
+        part = _part(loss, which, num_examples)
+        coordinates, remainder = part.split(point)
+        outputs, pull = jax.vjp(lambda x: part.outputs(_tree.join(x, remainder)), coordinates)
+        signs = jr.rademacher(first, outputs.shape, outputs.dtype)
+        (drawn,) = pull(_weight_root(part, outputs)(signs))
+        slopes = part.output_gradient(outputs, part.targets).astype(outputs.dtype)
+        per_example = (num_examples,) + (1,) * (outputs.ndim - 1)
+        (flipped,) = pull(slopes * jr.rademacher(second, per_example, outputs.dtype))
+        return _leaf_squares(drawn), num_examples * jnp.sum(_leaf_squares(flipped))
+
+    return Samples(*jax.lax.map(sample, keys))
+
+
+@eqx.filter_jit
+def curvature_samples(
+    loss: AbstractLoss, point: Point, keys: Key, num_examples: int
+) -> Float[Array, " draws"]:
     """Unbiased samples of tr(∇²L − G), less the weight decay; of tr ∇²L for losses without outputs.
 
-    By vᵀAv for random signs v: two derivatives forwards along v, nothing backwards.
+    By vᵀAv for random signs v: two derivatives forwards along v, nothing backwards. Each on so
+    many random examples.
     """
     coordinates, remainder = loss.split(point)
-    if isinstance(loss, AbstractExampleLoss):
-        outputs = loss.outputs(point)
-        slopes = loss.output_gradient(outputs, loss.targets).astype(outputs.dtype)
-        height = lambda x: _precision.vdot(slopes, loss.outputs(_tree.join(x, remainder)))
-    else:
-        height = lambda x: loss(_tree.join(x, remainder))
 
     def sample(key: Key) -> Scalar:
-        along = _signs_like(key, coordinates)
+        which, signs = jr.split(key)
+        along = _signs_like(signs, coordinates)
+        height = lambda x: loss(_tree.join(x, remainder))
+        if isinstance(loss, AbstractExampleLoss):
+            height = _linear_in_outputs(_part(loss, which, num_examples), point)
         slope = lambda x: jax.jvp(height, (x,), (along,))[1]
         return jax.jvp(slope, (coordinates,), (along,))[1]
 
     return jax.lax.map(sample, keys)
+
+
+def _part(loss: AbstractExampleLoss, key: Key, num_examples: int) -> AbstractExampleLoss:
+    """The loss on so many random examples, unbiased."""
+    if num_examples >= loss.num_examples:
+        return loss
+    return loss.select(jr.choice(key, loss.num_examples, (num_examples,), replace=False))
+
+
+def _linear_in_outputs(loss: AbstractExampleLoss, point: Point) -> Any:
+    """x ↦ ⟨∂L/∂f, f(x)⟩ with the slopes at the point, whose Hessian is ∇²L − G there."""
+    _, remainder = loss.split(point)
+    outputs = loss.outputs(point)
+    slopes = loss.output_gradient(outputs, loss.targets).astype(outputs.dtype)
+    return lambda x: _precision.vdot(slopes, loss.outputs(_tree.join(x, remainder)))
 
 
 @eqx.filter_jit

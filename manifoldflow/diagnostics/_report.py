@@ -15,14 +15,19 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_positive, is_traced
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._entries import LeafTrace, LeftOut, mean_of, Quantity
-from manifoldflow.diagnostics._passes import curvature_samples, passes, top_eigenvalues
+from manifoldflow.diagnostics._passes import (
+    curvature_samples,
+    gradient_of,
+    top_eigenvalues,
+    trace_samples,
+)
 from manifoldflow.diagnostics._rows import bytes_of_rows, rate_of_fall, Rows, rows_of
 from manifoldflow.diagnostics._stability import threshold_of
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, AbstractResidualLoss
 from manifoldflow.symmetry import balance
 
-# Samples are made so many at a time, until there are enough or the time is over.
-_DRAWS = 8
+# Samples are made so many at a time, until there are enough or the time is over; at least so many.
+_DRAWS, _LEAST = 8, 16
 # Shares of the time: samples of traces; products for eigenvalues.
 _SAMPLING, _PRODUCTS = 0.25, 0.4
 # Lanczos' method takes about so many products for a few eigenvalues.
@@ -80,13 +85,13 @@ def report(
     """What is known about a trained network: flatness, its noise, and whether η suits it.
 
     Any loss and any architecture. Every number has its uncertainty. G = JᵀWJ is the
-    Gauss-Newton matrix of the mean over examples, J = ∂f the derivative of the outputs and W = ∂²ℓ/∂f²
-    at the present ones; for cross-entropies of logits W is the Fisher matrix. Where G has at most
-    `max_rows` rows, all of its spectrum is computed, exactly. Else traces are means over samples,
-    one backward pass each, and a few eigenvalues come from products.
+    Gauss-Newton matrix of the mean over examples, J = ∂f the derivative of the outputs and
+    W = ∂²ℓ/∂f² at the present ones; for cross-entropies of logits W is the Fisher matrix. Where G
+    has at most `max_rows` rows, all of its spectrum is computed, exactly. Else traces are means
+    over samples, one backward pass each, and a few eigenvalues come from products.
 
     Args:
-        loss: `LeastSquares`, `PerExampleLoss` with any labels; of other losses there is less to say.
+        loss: `LeastSquares`, `PerExampleLoss` with any labels; others have less to say.
         point: the model.
         learning_rate: η of SGD, to be judged; None for no judgement.
         batch_size: B of SGD.
@@ -106,7 +111,9 @@ def report(
         ValueError: wrong options; a call inside jit or vmap.
 
     Example:
-        >>> loss = mf.PerExampleLoss(images, labels, optax.softmax_cross_entropy_with_integer_labels)
+        >>> loss = mf.PerExampleLoss(
+        ...     images, labels, optax.softmax_cross_entropy_with_integer_labels
+        ... )
         >>> print(mf.report(loss, model, learning_rate=0.1, batch_size=32))
 
     References:
@@ -169,7 +176,8 @@ class _Writer:
         self.left_out: list[LeftOut] = []
         self.eigenvalues: list[float] = []
         self.rows: Rows | None = None
-        self.seconds_of_pass = 0.0
+        self.seconds_of_gradient = 0.0
+        self.data_gradient = math.nan
         self.reason = ""  # why there are no rows
 
     def write(self) -> None:
@@ -177,7 +185,8 @@ class _Writer:
         self.add("coordinates", _tree.size(coordinates), None, "D, numbers that may move")
         if isinstance(self.loss, AbstractExampleLoss):
             self._rows(self.loss)
-            self._passes(self.loss)
+            self._gradient(self.loss)
+            self._traces(self.loss)
         else:
             self._plain()
         self._curvature()
@@ -206,21 +215,27 @@ class _Writer:
             return
         needed = bytes_of_rows(loss, self.point)
         if needed > self.options.memory:
-            self.reason = (
-                f"rows of {needed / 2**20:.3g} MB, more than memory={self.options.memory / 2**20:.3g} MB"
-            )
+            self.reason = f"rows of {needed} bytes, more than memory={self.options.memory}"
             return
         self.rows = rows_of(loss, self.point)
 
-    def _passes(self, loss: AbstractExampleLoss) -> None:
-        samples = self._sampled(lambda keys: passes(loss, self.point, keys))
-        first = samples[0]
+    def _gradient(self, loss: AbstractExampleLoss) -> None:
+        found = jax.block_until_ready(gradient_of(loss, self.point))
+        began = time.perf_counter()
+        jax.block_until_ready(gradient_of(loss, self.point))
+        self.seconds_of_gradient = time.perf_counter() - began
+        self.data_gradient = float(found.of_data)
+        self.add("loss", found.loss, None, "")
+        self.add("gradient", math.sqrt(float(found.norm_squared)), None, "‖∇L‖")
+
+    def _traces(self, loss: AbstractExampleLoss) -> None:
+        part = self._affordable(loss, _SAMPLING * self.options.seconds / _LEAST)
+        samples = self._sampled(lambda keys: trace_samples(loss, self.point, keys, part))
         squares = np.concatenate([np.asarray(s.squares, float) for s in samples])
         spread = np.concatenate([np.asarray(s.spread, float) for s in samples])
         count, size = loss.num_examples, self.options.batch_size
-        self.add("loss", first.loss, None, "")
-        self.add("gradient", math.sqrt(np.sum(np.asarray(first.gradient, float))), None, "‖∇L‖")
-        how = f"{len(squares)} backward passes, labels drawn about the outputs"
+        of = "" if part == count else f" on {part} of {count} examples each"
+        how = f"{len(squares)} passes with random labels{of}"
         trace, error = mean_of(squares.sum(axis=1))
         if self.rows is not None:
             trace, error, how = np.sum(np.asarray(self.rows.eigenvalues, float)), None, "exact"
@@ -232,11 +247,12 @@ class _Writer:
             name = jax.tree_util.keystr(path) or "the point"
             self.leaves.append(LeafTrace(name, leaf.size, float(mean), float(wrong)))
         mean, error = mean_of(spread)
-        # Σ‖∇ℓᵢ‖²/N² to the variance of the mean of B of N without replacement.
+        # From the spread of single gradients to that of means of B without replacement.
         factor = (count - size) / (size * max(count - 1, 1))
-        noise = factor * (count * mean - float(first.data_gradient))
-        how = f"tr Σ of batches of {size}; {len(spread)} backward passes"
-        self.add("gradient noise", max(noise, 0.0), factor * count * error, how)
+        how = f"tr Σ of batches of {size}; {len(spread)} passes with random signs{of}"
+        self.add(
+            "gradient noise", max(factor * (mean - self.data_gradient), 0), factor * error, how
+        )
 
     def _sampled(self, draw: Callable[[Any], Any]) -> list[Any]:
         """At least two calls; then until there are enough samples or the time is over."""
@@ -247,12 +263,15 @@ class _Writer:
             began = time.perf_counter()
             samples.append(jax.block_until_ready(draw(chunk)))
             took = time.perf_counter() - began
-            self.seconds_of_pass = took / (2 * _DRAWS)
-            if end == math.inf:
-                end = began + _SAMPLING * self.options.seconds
+            end = min(end, began + _SAMPLING * self.options.seconds)
             if time.perf_counter() + took > end:
                 break
         return samples
+
+    def _affordable(self, loss: AbstractExampleLoss, seconds: float) -> int:
+        """The number of examples whose gradient takes no longer than that."""
+        share = min(1.0, seconds / max(self.seconds_of_gradient, 1e-9))
+        return min(loss.num_examples, max(16, int(share * loss.num_examples)))
 
     def _plain(self) -> None:
         value, gradient = eqx.filter_jit(lambda l, p: (l(p), l.gradient(p)))(self.loss, self.point)
@@ -262,21 +281,24 @@ class _Writer:
             self.leave_out(name, f"{type(self.loss).__name__} has no examples")
 
     def _curvature(self) -> None:
-        name = "trace of the Hessian"
-        keys = jr.split(jr.fold_in(self.options.key, 1), _DRAWS)
+        name, loss, part = "trace of the Hessian", self.loss, 0
+        if isinstance(loss, AbstractExampleLoss):
+            part = self._affordable(loss, _SAMPLING * self.options.seconds / _LEAST / 2)
         try:
-            samples = np.asarray(curvature_samples(self.loss, self.point, keys), float)
+            found = self._sampled(lambda keys: curvature_samples(loss, self.point, keys, part))
         except (TypeError, NotImplementedError) as error:
             self.leave_out(name, f"no derivatives forwards: {str(error).splitlines()[0]}")
             return
+        samples = np.concatenate([np.asarray(s, float) for s in found])
         mean, error = mean_of(samples)
-        if not isinstance(self.loss, AbstractExampleLoss):
-            self.add(name, mean, error, f"tr ∇²L; {_DRAWS} random directions")
+        if not isinstance(loss, AbstractExampleLoss):
+            self.add(name, mean, error, f"tr ∇²L; {len(samples)} random directions")
             return
         trace = next(q for q in self.quantities if q.name == "trace of G")
-        decay = self.loss.weight_decay
-        total = trace.value + mean + (0 if decay is None else float(decay) * self.value("coordinates"))
-        how = f"tr ∇²L, trace of G and the curvature of f; {_DRAWS} random directions"
+        decay = 0 if loss.weight_decay is None else float(loss.weight_decay)
+        total = trace.value + mean + decay * self.value("coordinates")
+        of = "" if part == loss.num_examples else f" on {part} examples each"
+        how = f"tr ∇²L: tr G and the curvature of f along {len(samples)} random directions{of}"
         self.add(name, total, math.hypot(trace.standard_error or 0.0, error), how)
 
     def _eigenvalues(self) -> None:
@@ -288,7 +310,9 @@ class _Writer:
             self.eigenvalues = values[:rank].tolist()
             self.add(name, values[0], rounding, "λ₁ of G; exact")
             dimension = int(self.value("coordinates")) - rank
-            self.add("rank", rank, None, f"of G, of {len(values)} rows; dimension {dimension} is flat")
+            self.add(
+                "rank", rank, None, f"of G, of {len(values)} rows; dimension {dimension} is flat"
+            )
             if rank:
                 how = "of G, that is not zero; exact"
                 self.add("smallest eigenvalue", values[rank - 1], len(values) * rounding, how)
@@ -305,7 +329,9 @@ class _Writer:
         if not bool(found.is_successful):
             self.leave_out(name, f"not found to tolerance: residual {residual:.2g}")
             return
-        self.add(name, found.values[0], residual, f"λ₁ of {of}; {int(found.num_steps)} products{how}")
+        self.add(
+            name, found.values[0], residual, f"λ₁ of {of}; {int(found.num_steps)} products{how}"
+        )
 
     def _most_eigenvalues(self) -> int:
         size = int(self.value("coordinates"))
@@ -313,10 +339,8 @@ class _Writer:
 
     def _fewer(self, loss: AbstractExampleLoss) -> tuple[AbstractExampleLoss, str]:
         """As many examples as the time is enough for."""
-        allowed = _PRODUCTS * self.options.seconds / _NUM_PRODUCTS / 2
-        share = min(1.0, allowed / max(self.seconds_of_pass, 1e-9))
-        count = max(16, int(share * loss.num_examples))
-        if count >= loss.num_examples:
+        count = self._affordable(loss, _PRODUCTS * self.options.seconds / _NUM_PRODUCTS)
+        if count == loss.num_examples:
             return loss, ""
         chosen = jr.permutation(jr.fold_in(self.options.key, 2), loss.num_examples)[:count]
         return loss.select(chosen), f", on {count} of {loss.num_examples} examples"
@@ -354,7 +378,9 @@ class _Writer:
         distance, length = float(self.rows.distance), float(_tree.norm(loss.split(self.point)[0]))
         self.add("distance", distance, None, "to the zero-loss manifold, to first order")
         if not distance <= _NEAR * length:
-            self.leave_out(name, f"the model is not near the zero-loss manifold: {distance:.2g} away")
+            self.leave_out(
+                name, f"the model is not near the zero-loss manifold: {distance:.2g} away"
+            )
             return
         fall, strength = (float(x) for x in rate_of_fall(loss, self.point))
         how = "−d tr∇²L/dt = c/4·‖P∇tr∇²L‖², t = kη², for label noise of deviation 1, B = 1"
@@ -379,11 +405,11 @@ class _Writer:
         other.rows = None if self.rows is None else rows_of(loss, balanced)
         other.reason = self.reason
         other.add("coordinates", self.value("coordinates"), None, "")
-        other._passes(loss)
+        other._gradient(loss)
+        other._traces(loss)
         other._eigenvalues()
         for quantity in ("trace of G", "largest eigenvalue", "gradient noise"):
             found = [q for q in other.quantities if q.name == quantity]
             for q in found:
-                how = f"after symmetry.balance to the least norm; {q.how}"
+                how = f"with layers balanced to the least norm; {q.how}"
                 self.add(f"balanced {q.name}", q.value, q.standard_error, how)
-
