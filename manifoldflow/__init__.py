@@ -93,6 +93,7 @@ from manifoldflow.manifolds import (
     LevelSet as LevelSet,
     MinimizerManifold as MinimizerManifold,
     NewtonRetraction as NewtonRetraction,
+    OutputManifold as OutputManifold,
     Projected as Projected,
     ZeroLossManifold as ZeroLossManifold,
 )

@@ -16,7 +16,7 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _precision
+from manifoldflow import _precision, _trainable
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_point, shapes_of
 from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
@@ -56,8 +56,17 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @checked
 def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
-    """Take a point apart: `(coordinates, remainder)`, joined again by `join`."""
-    coordinates, remainder = eqx.partition(checked_point(point), eqx.is_inexact_array)
+    """Take a point apart: `(coordinates, remainder)`, joined again by `join`.
+
+    Where `trainable` does not say which floating-point arrays may move, all of them do but those
+    of Flax that are no weights: what is in an NNX module and in none of its `nnx.Param`, and the
+    other collections beside `params` in the variables of a Linen module. A warning names them.
+
+    Raises:
+        ValueError: no floating-point array, complex ones, or the state of Equinox's layers.
+    """
+    flags = None if trainable is not None else _trainable.weights_of(point)
+    coordinates, remainder = _weights(checked_point(point), flags)
     _mention_numbers(remainder)
     if trainable is not None:
         try:
@@ -81,6 +90,15 @@ def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, P
             "model with real and imaginary parts as two real leaves."
         )
     return jax.tree.map(jnp.asarray, coordinates), remainder
+
+
+def _weights(point: Point, flags: list[bool] | None) -> tuple[Coordinates, Point]:
+    """The floating-point arrays among the leaves that may move, and the rest."""
+    if flags is None or all(flags):
+        return eqx.partition(point, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(point)
+    moving = [f and eqx.is_inexact_array(leaf) for f, leaf in zip(flags, leaves, strict=True)]
+    return eqx.partition(point, jax.tree.unflatten(treedef, moving))
 
 
 _mentioned: list[str] = []
@@ -119,7 +137,7 @@ def as_tangent(coordinates: Coordinates, vector: PyTree[Any], name: str = "vecto
         fits = jax.tree.map(lambda c, t: c.shape == t.shape, coordinates, tangent)
     except (ValueError, TypeError, AttributeError):
         # A whole model is taken too: its static leaves are dropped.
-        tangent = eqx.filter(vector, eqx.is_inexact_array)
+        tangent, _ = _weights(vector, _trainable.weights_of(vector))
         if jax.tree.structure(tangent) != jax.tree.structure(coordinates):
             fits = False
         else:

@@ -173,6 +173,7 @@ FITS = {
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
+    ("PerExampleLoss", "targets"): "complex",  # they may be anything
     ("SAMGradient", "radius"): "zero",
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",

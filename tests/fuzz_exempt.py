@@ -17,5 +17,8 @@ RESULT_CLASSES = {
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry",
 }  # fmt: skip
-# Their arguments are files and pictures, or values of any kind; they have tests of their own.
-ELSEWHERE = {"load_checkpoint", "plotting.plot_walk", "noise.checked_noise"}
+# Their arguments are files and pictures, or values of any kind, or they give functions; they have
+# tests of their own.
+ELSEWHERE = {
+    "load_checkpoint", "plotting.plot_walk", "noise.checked_noise", "linalg.positive_solver",
+}  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_examples import EXAMPLES
 from fuzz_table_optimisers import OPTIMISERS
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
@@ -77,6 +78,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 CALLS = {
     **OPTIMISERS,
     **USES,
+    **EXAMPLES,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
@@ -95,9 +97,6 @@ CALLS = {
     "NoetherFlow": {k: v for k, v in NOISY.items() if k != "point"}
     | {"noise_scale": 0.1, "weight_decay": 0.1},
     "OnlineBatch": {"sample_fn": dot, "example_loss": pair_loss, "batch_size": 1},
-    "PerExampleLoss": {
-        **TALL, "loss_fn": lambda f, y: (f - y) ** 2, "predict": dot, "minimizer_fn": lambda y: y
-    },
     "Projected": {"solver": dfx.Euler(), "manifold": SPHERE},
     "ProjectionRetraction": {},
     "ResampledLabels": {"batch_size": 1, "is_likelihood": True},
@@ -198,7 +197,6 @@ CALLS = {
     "linalg.DenseGram": {},
     "linalg.IterativeGram": {"rtol": 1e-3, "max_steps": 5, "preconditioner_rank": 1},
     "linalg.eigh": {"matrix": MATRIX},
-    "linalg.positive_solver": {"matrix": MATRIX},
     "linalg.as_sigma": {"coordinates": X, "given": OPERATOR, "is_factor": False},
     "linalg.Covariance": {"operator": OPERATOR},
     "linalg.Factor": {"operator": OPERATOR},

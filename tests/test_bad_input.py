@@ -11,6 +11,7 @@ import pytest
 import manifoldflow as mf
 import zoo
 from checks import refused
+from manifoldflow import losses
 
 INPUTS, TARGETS = zoo.data()
 POINT = zoo.network_point(jr.key(5))
@@ -129,15 +130,45 @@ def test_functions_that_are_not_scalar():
 
 
 def test_hard_labels():
-    hard = jax.nn.one_hot(jnp.arange(4) % 3, 3)
-    with refused(ValueError, "minimum is at infinity", "smooth the labels", "minimizer_fn"):
-        mf.PerExampleLoss(INPUTS, hard, zoo.softmax)
-    with refused(ValueError, "one floating array", "minimizer_fn"):
-        mf.PerExampleLoss(INPUTS, jnp.arange(4), lambda f, y: jnp.sum((f - y) ** 2))
+    """They have a loss, but no manifold: said where that is asked for, with two ways out."""
+    ways = "smooth the labels", "ResampledLabels", "OutputManifold(predict, inputs, like=point)"
+    hard = mf.PerExampleLoss(INPUTS, jax.nn.one_hot(jnp.arange(4) % 3, 3), zoo.softmax)
+    for ask in (mf.ZeroLossManifold, losses.ResidualForm, lambda loss: mf.limit_map(loss, POINT)):
+        with refused(ValueError, "minimum is at infinity", "minimizer_fn", *ways):
+            ask(hard)
+    squares = lambda f, y: jnp.sum((f - y) ** 2)
+    with refused(ValueError, "one floating array", "minimizer_fn", *ways):
+        mf.ZeroLossManifold(mf.PerExampleLoss(INPUTS, jnp.arange(4), squares))
     with refused(ValueError, "minimizer_fn gives", "gradient is still"):
-        mf.PerExampleLoss(
-            INPUTS, TARGETS, lambda f, y: jnp.sum((f - y) ** 2), minimizer_fn=lambda y: y + 1
+        mf.ZeroLossManifold(
+            mf.PerExampleLoss(INPUTS, TARGETS, squares, minimizer_fn=lambda y: y + 1)
         )
+
+
+def test_weight_decay_has_no_zero_loss_manifold():
+    decayed = mf.PerExampleLoss(
+        INPUTS, jax.nn.softmax(TARGETS), zoo.softmax, predict=zoo.network, weight_decay=0.1
+    )
+    with refused(ValueError, "weight decay", "WeightDecayFlow", "MinimizerManifold(loss, rank)"):
+        mf.ZeroLossManifold(decayed)
+    with refused(ValueError, "weight_decay must be finite and not negative", "-1"):
+        mf.PerExampleLoss(INPUTS, TARGETS, zoo.softmax, weight_decay=-1)
+
+
+def test_manifolds_of_traced_targets():
+    def inside(targets):
+        return mf.ZeroLossManifold(mf.PerExampleLoss(INPUTS, targets, zoo.softmax)).loss.minimizers
+
+    with refused(ValueError, "inside jit or vmap", "Build ZeroLossManifold(loss) outside"):
+        jax.jit(inside)(jax.nn.softmax(TARGETS))
+
+
+def test_losses_of_an_example_that_are_no_number():
+    for loss_fn in (lambda f, y: f - y, lambda f, y: jnp.argmax(f)):
+        loss = mf.PerExampleLoss(INPUTS, TARGETS, loss_fn, predict=zoo.network)
+        for use in (loss, loss.gradient, loss.trace_gauss_newton):
+            with refused(ValueError, "one real number for one example", "(2,)"):
+                use(POINT)
 
 
 # --- manifolds -----------------------------------------------------------------------------

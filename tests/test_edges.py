@@ -139,7 +139,8 @@ def test_other_wrong_objects():
     with pytest.raises(ValueError, match="positive integer"):
         mf.MinimizerManifold(mf.FunctionLoss(jnp.sum), 1.5)
     with pytest.raises(ValueError, match="minim"):
-        mf.PerExampleLoss(jnp.ones((3, 2)), jnp.ones((3, 1)), lambda f, y: jnp.sum((f - y) ** 4))
+        quartic = lambda f, y: jnp.sum((f - y) ** 4)
+        mf.ZeroLossManifold(mf.PerExampleLoss(jnp.ones((3, 2)), jnp.ones((3, 1)), quartic))
     with pytest.raises(ValueError, match="scale must be positive"):
         mf.LeastSquares(jnp.ones((3, 2)), jnp.ones(3), scale=0.0)
     with checks.refused(ValueError, "residuals", wrong_type=True):

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import pytest
 
 from checks import close
 from manifoldflow import linalg
@@ -88,4 +89,7 @@ def test_positive_solver():
             jax.jacfwd(jax.grad(height(fn), which))(roots[0], vectors[0]) for fn in (ours, theirs)
         ]
         close(f"second derivative in argument {which}", *second, 1e-11)
-    assert jnp.isnan(linalg.positive_solver(-jnp.eye(2))(jnp.ones(2))).all()
+    for bad in (-jnp.eye(2), jnp.full((2, 2), jnp.nan)):
+        assert jnp.isnan(linalg.positive_solver(bad)(jnp.ones(2))).all(), bad
+    with pytest.raises(ValueError, match="matrix"):
+        linalg.positive_solver(jnp.ones((2, 3)))

@@ -32,6 +32,8 @@ def test_example_runs(number, tmp_path):
     the tests are, quickly rather than well.
     """
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    for library in re.findall(r"^(?:import|from) (flax|haiku)\b", BLOCKS[number], re.MULTILINE):
+        pytest.importorskip(library, reason="of the `models` extra, which is part of `test`")
     began = processor_seconds()
     run = subprocess.run(
         [sys.executable, "-c", BLOCKS[number]],

@@ -142,6 +142,13 @@ def _softmax():
     return mf.ZeroLossManifold(softmax_loss()), mlp(jr.key(6), 3), 8  # 4·(3 − 1)
 
 
+def _outputs():
+    """The level set of logits that fit nothing in particular; the start is a little off it."""
+    manifold = mf.OutputManifold(None, data(num_examples=3)[0], like=mlp(jr.key(8), 3))
+    off = normal_like(manifold.split(mlp(jr.key(8), 3))[0], 1)
+    return manifold, moved(mlp(jr.key(8), 3), off, 0.05), 9
+
+
 def _minimizers():
     return mf.MinimizerManifold(mf.FunctionLoss(cosh_loss), 2), jr.normal(jr.key(3), (5,)), 2
 
@@ -155,6 +162,7 @@ _BUILDERS = {
     "flat net": _flat_net,
     "logistic": _logistic,
     "softmax": _softmax,
+    "outputs": _outputs,
     "minimizers": _minimizers,
 }
 NAMES = list(_BUILDERS)

@@ -9,7 +9,7 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked, checked_but
 from manifoldflow._types import Point
 from manifoldflow.flows import AbstractFlow
-from manifoldflow.losses import AbstractResidualLoss
+from manifoldflow.losses import AbstractExampleLoss, AbstractResidualLoss
 
 
 class LeafCost(NamedTuple):
@@ -36,7 +36,7 @@ class Explanation(tuple[LeafCost, ...]):
 
 
 @checked_but("loss")
-def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
+def explain(loss: AbstractResidualLoss | AbstractExampleLoss, point: Point) -> Explanation:
     """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
 
     A leaf with `dense rows` is used in a way whose structure is not known: it costs
@@ -44,20 +44,27 @@ def explain(loss: AbstractResidualLoss, point: Point) -> Explanation:
     says that explicit rows are smaller than that, and kept.
 
     Args:
-        loss: a residual loss.
+        loss: with residuals, or over examples: then it is the Jacobian of the outputs.
         point: the model.
 
     Returns:
         A tuple of `LeafCost`, which prints as a table.
     """
-    if not isinstance(loss, AbstractResidualLoss):
-        raise ValueError(f"explain needs a loss with residuals; got {type(loss).__name__}.")
+    if isinstance(loss, AbstractResidualLoss):
+        fn, data = loss.example_residual, loss.data
+    elif isinstance(loss, AbstractExampleLoss):
+        fn, data = loss.example_output, loss.inputs
+    else:
+        raise ValueError(
+            "explain needs a loss with residuals, or over examples; got "
+            f"{type(loss).__name__}. Use LeastSquares or PerExampleLoss."
+        )
     coordinates, remainder = loss.split(point)
-    data = _tree.cast_floats(loss.data, _tree.dtype_of(coordinates))
+    data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
 
     def build(x: Any, data: Any) -> linalg.StructuredJacobian:
         return linalg.structured_jacobian(
-            lambda x, example: loss.example_residual(_tree.join(x, remainder), example), x, data
+            lambda x, example: fn(_tree.join(x, remainder), example), x, data
         )
 
     jacobian = eqx.filter_eval_shape(build, coordinates, data)

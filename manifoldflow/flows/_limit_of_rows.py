@@ -13,7 +13,7 @@ from manifoldflow import _precision, _tree, linalg
 from manifoldflow._types import Coordinates, Example, Point, Tangent
 from manifoldflow.flows._oblique import inverse, product, stable_lyapunov_solve
 from manifoldflow.flows._own_limit import OwnLimit
-from manifoldflow.losses import AbstractExampleLoss
+from manifoldflow.losses import AbstractResidualLoss
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.updates import AbstractRowsUpdate, Setting
 
@@ -30,7 +30,7 @@ def rows_limit(
     """The drift, by n×n matrices; and n×D numbers unless the rows are the gradients."""
     local = manifold.local(point)
     loss, coordinates, remainder = manifold.loss, local.coordinates, local.remainder
-    assert isinstance(loss, AbstractExampleLoss)
+    assert isinstance(loss, AbstractResidualLoss)
     jacobian = loss.jacobian(point)
     lengths = jnp.sqrt(jacobian.row_norms_squared())
     gains, squares = (value / len(lengths) for value in update.response(lengths, setting))

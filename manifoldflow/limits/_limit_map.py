@@ -23,7 +23,7 @@ from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
 from manifoldflow.limits._shown import Shown, shown_of
 from manifoldflow.limits._stiffness import AbstractStiffness, stiffness
-from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
+from manifoldflow.losses import AbstractLoss, AbstractResidualLoss, PerExampleLoss
 from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLossManifold
 
 ORDER = 7
@@ -52,7 +52,8 @@ def limit_map(
 
     Args:
         loss_or_manifold: a loss, or a manifold with one. Residual losses need no D×D
-            matrix; `FunctionLoss` takes dense Hessians.
+            matrix; `FunctionLoss`, and weight decay, take dense Hessians. Inside jit a
+            `PerExampleLoss` must come as its `ZeroLossManifold`.
         point: any point in the basin of the manifold.
         rtol: relative error of the result; default 1e-6 in float64, 1e-3 in float32.
         max_steps: steps, each with one Gram matrix or Hessian.
@@ -87,19 +88,19 @@ def limit_map_with_info(
     """As `limit_map`, with the `Info` of the solve."""
     if rtol is not None:  # as an array, an argument and not a constant
         rtol = jnp.asarray(rtol) if is_traced(rtol) else checked_positive("limit_map: rtol", rtol)
-    limit, info = _limit_map(loss_or_manifold, point, rtol, max_steps, shown_of(progress))
+    manifold = _manifold(loss_or_manifold, point)
+    limit, info = _limit_map(manifold, point, rtol, max_steps, shown_of(progress))
     return delivered(limit, info.result, throw), info
 
 
 @eqx.filter_jit
 def _limit_map(
-    loss_or_manifold: AbstractLoss | AbstractManifold,
+    manifold: AbstractManifold,
     point: Point,
     rtol: Scalar | None,
     max_steps: int,
     shown: Shown,
 ) -> tuple[Point, Info]:
-    manifold = _manifold(loss_or_manifold, point)
     coordinates, remainder = manifold.split(point)
     dtype = _tree.dtype_of(coordinates)
     default = 1e-6 if _precision.is_double(_tree.dtype_of(coordinates)) else 1e-3
@@ -113,7 +114,8 @@ def _limit_map(
 def _manifold(what: AbstractLoss | AbstractManifold, point: Point) -> AbstractManifold:
     if isinstance(what, AbstractManifold):
         return what
-    if isinstance(what, AbstractResidualLoss):
+    is_fit = isinstance(what, PerExampleLoss) and what.weight_decay is None
+    if is_fit or isinstance(what, AbstractResidualLoss):
         return ZeroLossManifold(what)
     if isinstance(what, AbstractLoss):
         dtype = _tree.dtype_of(what.split(point)[0])

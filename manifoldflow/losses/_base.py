@@ -14,6 +14,7 @@ from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
+from manifoldflow.losses._reach import check_reach
 
 
 class AbstractLoss(eqx.Module):
@@ -92,6 +93,7 @@ class AbstractResidualLoss(AbstractLoss):
         """All residuals r, in the order of the examples."""
         coordinates, remainder = self.split(point)
         data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
+        check_reach(self.example_residual, coordinates, remainder, data)
         point = _tree.join(coordinates, remainder)
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
@@ -99,15 +101,7 @@ class AbstractResidualLoss(AbstractLoss):
     @jit_part
     def jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """J = ∂r, a lineax operator from tangents to n residuals."""
-        return self._jacobian_of(self.example_residual, point, self.data)
-
-    def _jacobian_of(
-        self, fn: Callable[[Point, Example], Array], point: Point, data: PyTree[Array]
-    ) -> linalg.AbstractJacobian:
-        coordinates, remainder = self.split(point)
-        of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
-        data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
-        return linalg.jacobian(of_coordinates, coordinates, data)
+        return _jacobian_of(self, self.example_residual, point, self.data)
 
     @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
@@ -127,14 +121,19 @@ class AbstractResidualLoss(AbstractLoss):
         return self.scale.astype(norms.dtype) * jnp.sum(norms)
 
 
-class AbstractExampleLoss(AbstractResidualLoss):
-    """A residual loss that is a sum over examples, L = Σᵢ ℓᵢ(f(θ, xᵢ), yᵢ).
+class AbstractExampleLoss(AbstractLoss):
+    """A mean over examples, L = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖² with a weight decay λ.
 
-    Mini-batches estimate it, and its labels can be noisy.
+    Mini-batches estimate it, its labels can be noisy, and it has a Gauss-Newton matrix JᵀWJ,
+    with J = ∂f and W the second derivative of the mean in all outputs. Whether it has residuals,
+    and with them a zero-loss manifold, is another matter: `AbstractResidualLoss`.
     """
 
+    data: eqx.AbstractVar[PyTree[Array]]
     inputs: eqx.AbstractVar[PyTree[Array]]
     targets: eqx.AbstractVar[PyTree[Array]]
+    # λ, None where there is none: its gradient is no sum over examples.
+    weight_decay: eqx.AbstractVar[Scalar | None]
 
     @abc.abstractmethod
     def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
@@ -151,8 +150,20 @@ class AbstractExampleLoss(AbstractResidualLoss):
         """The u with Jᵀu = ∂fᵀw for any w, or None if there is none for some w.
 
         J is the Jacobian of the residuals. There is none where they say less than the
-        outputs do, as with a singular output Hessian.
+        outputs do, as with a singular output Hessian, and of losses without residuals.
         """
+
+    @abc.abstractmethod
+    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
+        """A with AᵀA = the Gauss-Newton matrix of the mean over examples at this point."""
+
+    @abc.abstractmethod
+    def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
+        """The Gauss-Newton matrix of the mean over examples, an operator on tangents."""
+
+    @abc.abstractmethod
+    def trace_gauss_newton(self, point: Point) -> Scalar:
+        """Its trace, exactly."""
 
     @abc.abstractmethod
     def select(self, indices: Any) -> "AbstractExampleLoss":
@@ -169,8 +180,19 @@ class AbstractExampleLoss(AbstractResidualLoss):
         dtype = _tree.dtype_of(coordinates)
         point = _tree.join(coordinates, remainder)
         inputs = _tree.cast_floats(self.inputs, dtype)
+        check_reach(self.example_output, coordinates, remainder, inputs)
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
 
     def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
         """∂f, from tangents to all outputs in the order of the examples."""
-        return self._jacobian_of(self.example_output, point, self.inputs)
+        return _jacobian_of(self, self.example_output, point, self.inputs)
+
+
+def _jacobian_of(
+    loss: AbstractLoss, fn: Callable[[Point, Example], Array], point: Point, data: PyTree[Array]
+) -> linalg.AbstractJacobian:
+    coordinates, remainder = loss.split(point)
+    of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
+    data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
+    check_reach(fn, coordinates, remainder, data)
+    return linalg.jacobian(of_coordinates, coordinates, data)

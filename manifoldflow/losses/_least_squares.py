@@ -21,11 +21,11 @@ from manifoldflow._errors import (
     shapes_of,
 )
 from manifoldflow._types import Example, Point, Scalar
-from manifoldflow.losses._base import AbstractExampleLoss
+from manifoldflow.losses._base import AbstractExampleLoss, AbstractResidualLoss
 from manifoldflow.losses._predict import call_point, model_output
 
 
-class LeastSquares(AbstractExampleLoss):
+class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
     """L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
 
     Args:
@@ -37,7 +37,8 @@ class LeastSquares(AbstractExampleLoss):
         scale: the factor s above. Default 1/n, n = N × outputs: half the mean square.
             `scale=2` is the sum of squares of Gatmiry2024, 1/N the mean of LiWangArora2022.
         trainable: which leaves of the point may move: a PyTree prefix of booleans or
-            functions of a leaf, as for `equinox.partition`. Default: all floating arrays.
+            functions of a leaf, as for `equinox.partition`. Default: all floating arrays, of
+            Flax only what it calls parameters.
 
     Raises:
         ValueError: lengths differ, NaN or inf in the data, a negative scale; when called,
@@ -83,6 +84,11 @@ class LeastSquares(AbstractExampleLoss):
     @property
     def data(self) -> PyTree[Array]:
         return self.inputs, self.targets
+
+    @property
+    def weight_decay(self) -> None:
+        """None: it would have no zero-loss manifold. `WeightDecayFlow` is its limit."""
+        return None
 
     @property
     def num_residuals(self) -> int:

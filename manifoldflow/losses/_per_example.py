@@ -1,4 +1,4 @@
-"""Means of any per-example loss that is minimal at a finite output."""
+"""Means of any per-example loss, with or without a minimum, with or without weight decay."""
 
 import math
 from collections.abc import Callable
@@ -7,14 +7,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
-import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _precision, _tree, linalg
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_data, checked_indices, is_traced, shapes_of
-from manifoldflow._types import Example, Point, Scalar
+from manifoldflow._errors import (
+    checked_data,
+    checked_indices,
+    checked_nonnegative,
+    is_traced,
+    shapes_of,
+)
+from manifoldflow._jit import jit_part
+from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 from manifoldflow.losses._base import AbstractExampleLoss
 from manifoldflow.losses._predict import call_point, model_output
 
@@ -22,35 +29,49 @@ LossFn = Callable[[Array, PyTree[Array]], Scalar]
 
 
 class PerExampleLoss(AbstractExampleLoss):
-    """L(θ) = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ), with ℓ minimal at a finite output f*(yᵢ).
+    """L(θ) = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖², for any ℓ, whether it has a minimum or not.
 
-    With Wᵢ = ∂²ℓ/∂f² at the minimum and Bᵢ Bᵢᵀ = Wᵢ, the residuals are Bᵢᵀ(fᵢ − f*ᵢ) and
-    the scale is 1/N, so that scale·JᵀJ is the Hessian on the manifold. A singular Wᵢ
-    (softmax ignores a common shift of the logits) gives as many residuals as its rank.
+    Cross-entropies with hard labels are welcome, whole numbers among them:
+
+        lambda f, y: jax.nn.logsumexp(f) - f[y]
+
+    With J = ∂f and Wᵢ = ∂²ℓ/∂f² at the present outputs, the Gauss-Newton matrix is
+    G = (1/N) Σᵢ JᵢᵀWᵢJᵢ: that of the mean over examples, without λ. The Hessian has λ, so that
+    tr ∇²L = tr G + (1/N) Σᵢ ∂ℓ/∂f·tr ∇²fᵢ + λD. Where the labels are classes whose
+    log-likelihood is −ℓ, and f their logits, G is the Fisher matrix.
+
+    A zero-loss manifold asks for more than this: an ℓ that is minimal at a finite output, and
+    no weight decay. `ZeroLossManifold` looks for that minimum when it is built, and says why
+    there is none; `OutputManifold` needs none.
 
     Args:
         inputs: PyTree of arrays with a leading axis of N examples.
         targets: PyTree of arrays with the same leading axis; yᵢ may be anything.
-        loss_fn: `loss_fn(output, target)` → scalar, convex near its minimum over outputs.
+        loss_fn: `loss_fn(output, target)` → scalar, for one example.
         predict: `predict(point, x)` → output; by default `point(x)`.
-        minimizer_fn: `minimizer_fn(target)` → the output f*(y) at which ℓ is minimal.
-            Without it, f* is searched for from zero, for outputs shaped like the targets.
+        weight_decay: λ ≥ 0, per unit of ‖θ‖² over the leaves that may move; 0 for none.
+        minimizer_fn: `minimizer_fn(target)` → the output at which ℓ is minimal, for
+            `ZeroLossManifold` and `limit_map`; without it, they search for that output.
         trainable: which leaves may move, as for `LeastSquares`.
 
     Raises:
-        ValueError: lengths differ, NaN or inf in the data; ℓ has no finite minimum (hard
-            labels under a cross-entropy: smooth them), or the rank of Wᵢ varies with i.
+        ValueError: lengths differ, NaN or inf in the data, a negative weight decay; when called,
+            a `loss_fn` that is no real number for one example.
 
-    Assumes:
-        ℓ is smooth with ∂²ℓ positive semidefinite at its minimum: checked when built.
+    Example:
+        >>> labels = jnp.array([0, 2])
+        >>> loss_fn = lambda f, y: jax.nn.logsumexp(f) - f[y]
+        >>> loss = PerExampleLoss(jnp.eye(2), labels, loss_fn, predict=lambda w, x: w @ x)
+        >>> loss.trace_gauss_newton(jnp.zeros((3, 2)))
+        Array(0.6666667, dtype=float32)
     """
 
     inputs: PyTree[Array]
     targets: PyTree[Array]
     loss_fn: Callable[..., Any]
     predict: Callable[..., Any]
-    minimizers: Float[Array, "N ..."]
-    roots: Float[Array, "N outputs rank"]
+    weight_decay: Scalar | None
+    minimizer_fn: Callable[..., Any] | None
     trainable: _tree.Static | None = eqx.field(static=True)
 
     @checked
@@ -61,105 +82,32 @@ class PerExampleLoss(AbstractExampleLoss):
         loss_fn: LossFn,
         *,
         predict: Callable[[Point, Example], Array] | None = None,
+        weight_decay: Any = 0,
         minimizer_fn: Callable[[PyTree[Array]], Array] | None = None,
         trainable: PyTree[Any] | None = None,
     ):
         self.inputs, self.targets = checked_data("PerExampleLoss", (inputs, targets))
         if not jax.tree.leaves(inputs) or not jax.tree.leaves(targets):
             raise ValueError("PerExampleLoss needs inputs and targets; got none of one of them.")
-        if is_traced((self.inputs, self.targets)):
-            raise ValueError(
-                "PerExampleLoss counts the rank of its output Hessians when it is built, so "
-                "it cannot be built inside jit or vmap. Build it outside and pass it in."
-            )
         self.loss_fn = _tree.as_pytree_callable(loss_fn)
         self.predict = _tree.as_pytree_callable(call_point if predict is None else predict)
+        decay = checked_nonnegative("PerExampleLoss: weight_decay", weight_decay, "Use 0 for none.")
+        # By its absence, not by its value, others know that the mean is all there is.
+        is_none = not is_traced(weight_decay) and np.asarray(weight_decay) == 0
+        self.weight_decay = None if is_none else decay
+        self.minimizer_fn = None if minimizer_fn is None else _tree.as_pytree_callable(minimizer_fn)
         self.trainable = None if trainable is None else _tree.Static(trainable)
-        self.minimizers = _minimizers(_scalar(loss_fn), minimizer_fn, self.targets)
-        hessians = jax.vmap(lambda f, y: _output_hessian(loss_fn, f, y))(
-            self.minimizers, self.targets
-        )
-        self.roots = _roots_of_constant_rank(np.asarray(hessians))
 
     @property
     def data(self) -> PyTree[Array]:
-        return self.inputs, self.targets, self.minimizers, self.roots
-
-    @property
-    def scale(self) -> Scalar:
-        return jnp.asarray(1 / len(self.minimizers))
-
-    @property
-    def num_residuals(self) -> int:
-        """Examples × rank of the output Hessian."""
-        return len(self.roots) * self.roots.shape[-1]
+        return self.inputs, self.targets
 
     def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
-        return model_output(self.predict, point, x, self.minimizers.shape[1:])
+        return model_output(self.predict, point, x, None)
 
-    def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
-        x, _, minimizer, root = example
-        output = self.example_output(point, x)
-        return _precision.matmul((output - minimizer).reshape(-1), root)
-
-    def __call__(self, point: Point) -> Scalar:
-        coordinates, remainder = self.split(point)
-        data = _tree.cast_floats((self.inputs, self.targets), _tree.dtype_of(coordinates))
-        point = _tree.join(coordinates, remainder)
-
-        def one(x: Example, y: PyTree[Array]) -> Scalar:
-            return jnp.asarray(self.loss_fn(self.example_output(point, x), y))
-
-        return jnp.mean(jax.vmap(one)(*data))
-
-    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """Rows √(Wᵢ/N)·Jᵢ with the output Hessian Wᵢ at the present outputs."""
-        coordinates, remainder = self.split(point)
-        dtype = _tree.dtype_of(coordinates)
-        inputs, targets = _tree.cast_floats((self.inputs, self.targets), dtype)
-
-        def output(x: PyTree[Array], example: Example) -> Array:
-            return self.example_output(_tree.join(x, remainder), example)
-
-        def root(example: Example, target: PyTree[Array]) -> Array:
-            hessian = _output_hessian(self.loss_fn, output(coordinates, example), target)
-            return _square_root(hessian / len(self.minimizers))
-
-        def rooted(x: PyTree[Array], example: Example) -> Array:
-            example_inputs, factor = example
-            return _precision.matmul(factor, output(x, example_inputs).reshape(-1))
-
-        roots = jax.lax.stop_gradient(jax.vmap(root)(inputs, targets))
-        return linalg.jacobian(rooted, coordinates, (inputs, roots))
-
-    def output_gradient(
-        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
-    ) -> Float[Array, "N ..."]:
-        """∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
-        targets = _tree.cast_floats(targets, outputs.dtype)
-        slopes = jax.vmap(jax.grad(self.loss_fn))(outputs, targets)
-        return slopes / len(self.minimizers)
-
-    def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"] | None:
-        """Bᵢ⁻¹wᵢ, if the output Hessians are regular."""
-        if self.roots.shape[1] != self.roots.shape[2]:
-            return None
-        roots = self.roots.astype(weights.dtype)
-        return jnp.linalg.solve(roots, weights[..., None])[..., 0].reshape(-1)
-
-    def select(self, indices: Any) -> "PerExampleLoss":
-        indices = checked_indices(indices, self.num_examples)
-        data = jax.tree.map(lambda leaf: leaf[indices], self.data)
-        return eqx.tree_at(
-            lambda loss: (loss.inputs, loss.targets, loss.minimizers, loss.roots), self, data
-        )
-
-
-def _scalar(loss_fn: LossFn) -> LossFn:
-    """The loss of one example, or an error that says what it must be."""
-
-    def checked_loss(output: Array, target: PyTree[Array]) -> Scalar:
-        value = jnp.asarray(loss_fn(output, target))
+    def example_loss(self, output: Array, target: PyTree[Array]) -> Scalar:
+        """ℓ of one example."""
+        value = jnp.asarray(self.loss_fn(output, target))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
                 "PerExampleLoss: loss_fn(output, target) must be one real number for one example; "
@@ -168,80 +116,109 @@ def _scalar(loss_fn: LossFn) -> LossFn:
             )
         return value
 
-    return checked_loss
+    def __call__(self, point: Point) -> Scalar:
+        outputs = self.outputs(point)
+        targets = _tree.cast_floats(self.targets, outputs.dtype)
+        mean = jnp.mean(jax.vmap(self.example_loss)(outputs, targets))
+        if self.weight_decay is None:
+            return mean
+        coordinates, _ = self.split(point)
+        decay = self.weight_decay.astype(mean.dtype)
+        return mean + decay / 2 * _tree.inner(coordinates, coordinates).astype(mean.dtype)
 
+    def output_gradient(
+        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
+    ) -> Float[Array, "N ..."]:
+        """∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
+        targets = _tree.cast_floats(targets, outputs.dtype)
+        return jax.vmap(jax.grad(self.example_loss))(outputs, targets) / len(outputs)
 
-def _output_hessian(loss_fn: Callable[..., Any], output: Array, target: PyTree[Array]) -> Array:
-    size = math.prod(output.shape)
-    return jax.hessian(loss_fn)(output, target).reshape(size, size)
+    def output_hessian(
+        self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
+    ) -> Float[Array, "N outputs outputs"]:
+        """∂²ℓ(fᵢ, yᵢ)/∂fᵢ²/N, one matrix for every example."""
+        targets = _tree.cast_floats(targets, outputs.dtype)
+        size = math.prod(outputs.shape[1:])
+        hessians = jax.vmap(jax.hessian(self.example_loss))(outputs, targets)
+        return hessians.reshape(len(outputs), size, size) / len(outputs)
+
+    def residual_weights(self, weights: Float[Array, "N outputs"]) -> None:
+        """None: there are no residuals."""
+        del weights
+        return None
+
+    def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
+        """Rows √(Wᵢ/N)·Jᵢ with the output Hessian Wᵢ at the present outputs.
+
+        Of a W that is not positive semidefinite it is the root of the positive part. Its
+        derivatives are those of J, for constant W.
+        """
+        roots = jax.lax.stop_gradient(jax.vmap(_square_root)(self._weights(point)))
+        return self._turned_jacobian(point, roots)
+
+    @checked
+    def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
+        """(1/N) Σᵢ JᵢᵀWᵢJᵢ on tangents: the Gauss-Newton matrix without the weight decay.
+
+        One product costs a pass forwards and one backwards; no Jacobian is kept.
+        """
+        coordinates, remainder = self.split(point)
+        weights = self._weights(point)
+        _, push = jax.linearize(lambda x: self.outputs(_tree.join(x, remainder)), coordinates)
+        pull = jax.linear_transpose(push, coordinates)
+
+        def mv(vector: Tangent) -> Tangent:
+            moved = push(vector)
+            flat = moved.reshape(*weights.shape[:2])
+            return pull(_precision.einsum("nij,nj->ni", weights, flat).reshape(moved.shape))[0]
+
+        return lx.FunctionLinearOperator(mv, _tree.structure_of(coordinates), lx.symmetric_tag)
+
+    @checked
+    @jit_part
+    def trace_gauss_newton(self, point: Point) -> Scalar:
+        """(1/N) Σᵢ tr JᵢᵀWᵢJᵢ, exactly, at the present outputs and without the weight decay.
+
+        From norms of rows of a structured Jacobian, two for every output: never n×D numbers.
+        For any W, definite or not, and with all derivatives in the point.
+        """
+        weights = self._weights(point)
+        if weights.shape[-1] == 1:
+            return jnp.sum(weights[:, 0, 0] * self.output_jacobian(point).row_norms_squared())
+        # tr JᵀWJ = |A₊J|² − |A₋J|² with A± = (√c/2)(1 ± W/c): a root of W would have no
+        # derivative where eigenvalues coincide, as all do at the start.
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights), axis=(1, 2), keepdims=True))
+        size = _tree.where(largest > 0, largest, 1)
+        identity = jnp.eye(weights.shape[-1], dtype=weights.dtype)
+        factors = [jnp.sqrt(size) / 2 * (identity + sign * weights / size) for sign in (1, -1)]
+        jacobian = self._turned_jacobian(point, jnp.concatenate(factors, axis=1))
+        plus, minus = jnp.split(jacobian.row_norms_squared().reshape(len(weights), -1), 2, axis=1)
+        return jnp.sum(jnp.sum(plus, axis=1) - jnp.sum(minus, axis=1))
+
+    def _weights(self, point: Point) -> Float[Array, "N outputs outputs"]:
+        return self.output_hessian(self.outputs(point), self.targets)
+
+    def _turned_jacobian(
+        self, point: Point, factors: Float[Array, "N rows outputs"]
+    ) -> linalg.AbstractJacobian:
+        """Rows AᵢJᵢ."""
+        coordinates, remainder = self.split(point)
+        inputs = _tree.cast_floats(self.inputs, _tree.dtype_of(coordinates))
+
+        def turned(x: Coordinates, example: Example) -> Array:
+            example_inputs, factor = example
+            output = self.example_output(_tree.join(x, remainder), example_inputs)
+            return _precision.matmul(factor, output.reshape(-1).astype(factor.dtype))
+
+        return linalg.jacobian(turned, coordinates, (inputs, factors))
+
+    def select(self, indices: Any) -> "PerExampleLoss":
+        indices = checked_indices(indices, self.num_examples)
+        data = jax.tree.map(lambda leaf: leaf[indices], self.data)
+        return eqx.tree_at(lambda loss: (loss.inputs, loss.targets), self, data)
 
 
 def _square_root(matrix: Array) -> Array:
     """A symmetric S with S² = the positive part of a symmetric matrix."""
     values, vectors = jnp.linalg.eigh(matrix)
-    return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
-
-
-def _minimizers(
-    loss_fn: LossFn, minimizer_fn: Callable[..., Array] | None, targets: PyTree[Array]
-) -> Array:
-    if minimizer_fn is None:
-        found = jax.jit(jax.vmap(lambda y: _search_minimizer(loss_fn, y)))(targets)
-    else:
-        found = jax.vmap(lambda y: jnp.asarray(minimizer_fn(y)))(targets)
-        found = found.astype(jnp.result_type(found.dtype, jnp.float32))
-    root = _precision.eps_of_dtype(found) ** 0.5
-
-    def newton_step(output: Array, target: PyTree[Array]) -> tuple[Array, Array]:
-        slope = jax.grad(loss_fn)(output, target).reshape(-1)
-        inverse = linalg.pseudo_inverse(_output_hessian(loss_fn, output, target), root)
-        return jnp.max(jnp.abs(slope)), jnp.max(jnp.abs(inverse @ slope))
-
-    slopes, steps = jax.jit(jax.vmap(newton_step))(found, targets)
-    worst = float(jnp.max(slopes))
-    # Far out a loss without a minimum is flat as well, but a Newton step still goes on.
-    is_far = float(jnp.max(steps)) > root * (1 + float(jnp.max(jnp.abs(found))))
-    if not worst < root or is_far:
-        how = "the numerical search found" if minimizer_fn is None else "minimizer_fn gives"
-        raise ValueError(
-            f"PerExampleLoss needs outputs at which the loss is minimal; {how} outputs where "
-            f"its gradient is still {worst:.2g}. A loss whose minimum is at infinity (cross-"
-            "entropy with hard labels) has no zero-loss manifold: smooth the labels, or pass "
-            "a minimizer_fn that returns the minimising output of one target."
-        )
-    return found
-
-
-def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
-    leaves = jax.tree.leaves(target)
-    if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.inexact):
-        raise ValueError(
-            "PerExampleLoss can search for the minimising outputs only where targets are one "
-            f"floating array shaped like the outputs; got {shapes_of(target)}. Pass minimizer_fn."
-        )
-    start = jnp.zeros(leaves[0].shape, leaves[0].dtype)
-    tolerance = _precision.eps_of_dtype(start) ** 0.75
-    solver = optx.BFGS(rtol=tolerance, atol=tolerance)
-    rough = optx.minimise(loss_fn, solver, start, target, max_steps=512, throw=False).value
-    for _ in range(3):  # Newton's method takes it to rounding error
-        slope = jax.grad(loss_fn)(rough, target).reshape(-1)
-        step = linalg.pseudo_inverse(_output_hessian(loss_fn, rough, target)) @ slope
-        rough = rough - step.reshape(rough.shape)
-    return rough
-
-
-def _roots_of_constant_rank(hessians: np.ndarray) -> Array:
-    """Bᵢ (k × rank) with Bᵢ Bᵢᵀ = Wᵢ."""
-    values, vectors = np.linalg.eigh(hessians)
-    largest = values[:, -1:]
-    threshold = np.sqrt(_precision.eps_of_dtype(values)) * np.maximum(largest, 0)
-    ranks = np.sum(values > threshold, axis=1)
-    if np.any(values < -threshold) or np.any(ranks == 0) or len(set(ranks.tolist())) != 1:
-        raise ValueError(
-            "PerExampleLoss needs output Hessians at the minimum that are positive "
-            "semidefinite and of one rank for all examples; got ranks "
-            f"{sorted(set(ranks.tolist()))} and smallest eigenvalue {values.min():.2g}. "
-            "Check minimizer_fn."
-        )
-    rank = int(ranks[0])
-    return jnp.asarray(vectors[:, :, -rank:] * np.sqrt(values[:, None, -rank:]))
+    return _precision.matmul(vectors * jnp.sqrt(jnp.maximum(values, 0)), vectors.T)

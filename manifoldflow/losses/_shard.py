@@ -7,9 +7,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from manifoldflow._boundary import checked
-from manifoldflow.losses._base import AbstractResidualLoss
+from manifoldflow.losses._base import AbstractExampleLoss, AbstractResidualLoss
 
-Loss = TypeVar("Loss", bound=AbstractResidualLoss)
+Loss = TypeVar("Loss", bound=AbstractResidualLoss | AbstractExampleLoss)
 
 
 @checked

@@ -17,6 +17,7 @@ from manifoldflow.manifolds._normal_space import (
     GramNormalSpace as GramNormalSpace,
     HessianNormalSpace as HessianNormalSpace,
 )
+from manifoldflow.manifolds._outputs import OutputManifold as OutputManifold
 from manifoldflow.manifolds._projected import Projected as Projected
 from manifoldflow.manifolds._retractions import (
     AbstractLandingRetraction as AbstractLandingRetraction,

@@ -13,7 +13,13 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import is_traced, shapes_of
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Constraint, Coordinates, Point
-from manifoldflow.losses import AbstractResidualLoss, SquaredNorm
+from manifoldflow.losses import (
+    AbstractLoss,
+    AbstractResidualLoss,
+    PerExampleLoss,
+    ResidualForm,
+    SquaredNorm,
+)
 from manifoldflow.manifolds._base import AbstractManifold
 from manifoldflow.manifolds._normal_space import GramNormalSpace
 
@@ -77,18 +83,22 @@ class ZeroLossManifold(AbstractManifold):
     """Γ = {θ : r(θ) = 0}, the models that fit the data of a residual loss exactly.
 
     Args:
-        loss: `LeastSquares`, `PerExampleLoss`, or another residual loss.
+        loss: `LeastSquares`, or another residual loss; or a `PerExampleLoss` with finite minima,
+            of which `manifold.loss` is then the `losses.ResidualForm`.
         gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
 
     Raises:
-        ValueError: when used, if there are more residuals than coordinates.
+        ValueError: a `PerExampleLoss` without a finite minimum, with weight decay, or inside jit;
+            when used, if there are more residuals than coordinates.
     """
 
     loss: AbstractResidualLoss
     gram: linalg.AbstractGram
 
     @checked_but("loss")
-    def __init__(self, loss: AbstractResidualLoss, *, gram: linalg.AbstractGram | None = None):
+    def __init__(self, loss: AbstractLoss, *, gram: linalg.AbstractGram | None = None):
+        if isinstance(loss, PerExampleLoss):
+            loss = ResidualForm(loss)
         if not isinstance(loss, AbstractResidualLoss):
             raise ValueError(
                 f"ZeroLossManifold needs a loss with residuals; got {type(loss).__name__}. For "
@@ -127,7 +137,7 @@ def check_precision(coordinates: Coordinates) -> None:
         )
 
 
-def independent_constraints(manifold: LevelSet | ZeroLossManifold, point: Point) -> int:
+def independent_constraints(manifold: AbstractManifold, point: Point) -> int:
     """The rank of the constraint's derivative at a point, or its bound where that is traced."""
     if is_traced((manifold, point)):
         coordinates, _ = manifold.split(point)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _tree, linalg
 from manifoldflow._types import Key, Point
-from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
+from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, AbstractResidualLoss
 
 
 def checked_examples(
@@ -46,7 +46,7 @@ Weights = Float[Array, "N outputs"]
 
 
 def weights_of(loss: AbstractExampleLoss, point: Point) -> Weights:
-    """The w with ∇L = ∂fᵀw, the outputs of one example in a row."""
+    """The w with ∇L = ∂fᵀw, less the weight decay, the outputs of one example in a row."""
     outputs = loss.outputs(point)
     gradient = loss.output_gradient(outputs, loss.targets)
     return gradient.reshape(loss.num_examples, -1).astype(outputs.dtype)
@@ -57,7 +57,8 @@ def batch_spread(
 ) -> Callable[[Float[Array, " N"]], Weights]:
     """The small part G of a factor ∂fᵀG of the covariance that the choice of a batch has.
 
-    With gᵢ = N∂fᵢᵀwᵢ the gradient of example i, the mean over a batch of B has the covariance
+    With gᵢ = N∂fᵢᵀwᵢ the gradient of example i (a weight decay, the same for all, drops out), the
+    mean over a batch of B has the covariance
     (1/B)·(1/N) Σ (gᵢ − ∇L)(gᵢ − ∇L)ᵀ, times (N − B)/(N − 1) without replacement. So column i
     of F is gᵢ − ∇L up to a factor, and G takes u to w·(u − mean u).
 
@@ -106,7 +107,8 @@ def output_factor(
     """
     dtype = _tree.dtype_of(loss.split(point)[0])
     weights = jax.eval_shape(small, structure)
-    if loss.residual_weights(jnp.zeros(weights.shape, dtype)) is not None:
+    has_residuals = isinstance(loss, AbstractResidualLoss)
+    if has_residuals and loss.residual_weights(jnp.zeros(weights.shape, dtype)) is not None:
         through: Any = lambda u: loss.residual_weights(small(u).astype(dtype))
         return linalg.ResidualFactor(
             loss.jacobian(point), lx.FunctionLinearOperator(through, structure)

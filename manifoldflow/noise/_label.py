@@ -73,7 +73,10 @@ class LabelNoise(AbstractBatchNoise):
         targets = _tree.cast_floats(batch.targets, outputs.dtype)
         change = _tree.scale(self.std, _tree.random_normal_like(label_key, targets))
         slopes, response = _response(batch, outputs, targets, change)
-        return pull((slopes + response).astype(outputs.dtype))[0]
+        gradient = pull((slopes + response).astype(outputs.dtype))[0]
+        if batch.weight_decay is None:
+            return gradient
+        return _tree.add(gradient, _tree.scale(batch.weight_decay, coordinates))
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         """From one number for every label and, for small batches, one for every example."""

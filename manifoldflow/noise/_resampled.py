@@ -14,7 +14,12 @@ from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, is_traced, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
-from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, PerExampleLoss
+from manifoldflow.losses import (
+    AbstractExampleLoss,
+    AbstractLoss,
+    PerExampleLoss,
+    ResidualForm,
+)
 from manifoldflow.noise._base import AbstractDataNoise
 from manifoldflow.noise._examples import (
     batch_of,
@@ -81,22 +86,25 @@ class ResampledLabels(AbstractDataNoise):
         return label_factor(loss, point, self.batch_size, from_labels, num_labels)
 
     def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
-        """1/B for a likelihood, None otherwise.
+        """1/B for a likelihood, None otherwise: with weight decay there is no such manifold.
 
         Raises:
-            ValueError: the loss is no likelihood after all.
+            ValueError: the loss is no likelihood after all, or has no zero-loss manifold.
         """
         loss = self.checked(loss)
-        if not is_traced(loss):
-            _check_minimum(loss)
-        if not self.is_likelihood:
+        if loss.weight_decay is not None:
             return None
         if not is_traced(loss):
-            _check_likelihood(loss)
+            form = ResidualForm(loss) if isinstance(loss, PerExampleLoss) else loss
+            _check_minimum(form)
+            if self.is_likelihood:
+                _check_likelihood(form)
+        if not self.is_likelihood:
+            return None
         return jnp.asarray(1 / (self.batch_size or loss.num_examples))
 
-    def checked(self, loss: AbstractLoss) -> PerExampleLoss:
-        if not isinstance(loss, PerExampleLoss):
+    def checked(self, loss: AbstractLoss) -> PerExampleLoss | ResidualForm:
+        if not isinstance(loss, PerExampleLoss | ResidualForm):
             raise ValueError(
                 "ResampledLabels draws the labels of a PerExampleLoss; got "
                 f"{type(loss).__name__}. For squared losses use LabelNoise(std)."
@@ -161,7 +169,7 @@ def _check_probabilities(targets: np.ndarray) -> None:
         )
 
 
-def _check_minimum(loss: PerExampleLoss) -> None:
+def _check_minimum(loss: ResidualForm) -> None:
     """Whether the loss with noisy labels is minimal where the loss is, in the mean."""
     weights, probabilities = map(np.asarray, _label_weights(loss, loss.minimizers))
     mean = np.abs(np.sum(weights * probabilities, axis=-1))
@@ -174,7 +182,7 @@ def _check_minimum(loss: PerExampleLoss) -> None:
         )
 
 
-def _check_likelihood(loss: PerExampleLoss) -> None:
+def _check_likelihood(loss: ResidualForm) -> None:
     """Whether the covariance of ∂ℓ/∂f at the minimum is the output Hessian there."""
     columns = np.asarray(_label_columns(loss, loss.minimizers)) * loss.num_examples
     roots = np.asarray(loss.roots)

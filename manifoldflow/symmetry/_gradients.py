@@ -36,7 +36,8 @@ class _OfLoss(eqx.Module):
 def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"]]:
     """`(example_loss, data)` of a loss such as `LeastSquares`, as the functions here take them.
 
-    The mean of `example_loss` over `data` is the loss.
+    The mean of `example_loss` over `data` is the loss, without its weight decay: that has no
+    noise and no symmetry but rotations, and is told to what needs it by its own name.
 
     Args:
         loss: a loss over examples.
@@ -48,6 +49,8 @@ def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"
         raise ValueError(
             f"Only a loss over examples has some, as LeastSquares; got {type(loss).__name__}."
         )
+    if loss.weight_decay is not None:
+        loss = eqx.tree_at(lambda loss: loss.weight_decay, loss, None)
     return _OfLoss(loss), jnp.arange(loss.num_examples)
 
 

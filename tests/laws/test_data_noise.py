@@ -188,8 +188,9 @@ def test_factors_act_through_the_residuals_where_these_say_it_all():
     """Then the limit needs n×n matrices only; a softmax says less than its logits."""
     for loss, kind, is_small in (
         (least_squares(), mf.MinibatchNoise(2), True),
-        (cross_entropy(), mf.LabelNoise(1.0), True),
-        (softmax(), mf.ResampledLabels(), False),
+        (losses.ResidualForm(cross_entropy()), mf.LabelNoise(1.0), True),
+        (losses.ResidualForm(softmax()), mf.ResampledLabels(), False),
+        (cross_entropy(), mf.LabelNoise(1.0), False),  # it may have no residuals
     ):
         factor = eqx.filter_eval_shape(kind.factor, loss, EXAMPLES.point)
         name = f"{type(kind).__name__} on {type(loss).__name__}"

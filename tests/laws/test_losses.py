@@ -10,6 +10,7 @@ import pytest
 import manifoldflow as mf
 import zoo
 from checks import at_least, at_most, close, equal, flat
+from manifoldflow import losses
 
 INPUTS, TARGETS = zoo.data()
 
@@ -29,8 +30,8 @@ def nets():
             ),
             zoo.network_point(jr.key(5)),
         ),
-        "logistic": (zoo.logistic_loss(), zoo.mlp(jr.key(6), 1)),
-        "softmax": (zoo.softmax_loss(), zoo.mlp(jr.key(6), 3)),
+        "logistic": (losses.ResidualForm(zoo.logistic_loss()), zoo.mlp(jr.key(6), 1)),
+        "softmax": (losses.ResidualForm(zoo.softmax_loss()), zoo.mlp(jr.key(6), 3)),
         "function": (mf.FunctionLoss(zoo.cosh_loss), jr.normal(jr.key(3), (5,))),
     }
 
@@ -133,7 +134,7 @@ def test_residual_vanishes_exactly_where_the_loss_is_minimal():
 
 def test_minimisers_of_smoothed_labels():
     """Logistic: log-odds; softmax: log-probabilities up to a shift."""
-    logistic, softmax = zoo.logistic_loss(), zoo.softmax_loss()
+    logistic, softmax = (zoo.place(name).manifold.loss for name in ("logistic", "softmax"))
     p = logistic.targets
     close("log-odds", logistic.minimizers, jnp.log(p / (1 - p)), 1e-8)
     shifted = softmax.minimizers - jnp.log(softmax.targets)
