@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 
 class Quantity(NamedTuple):
@@ -15,17 +16,21 @@ class Quantity(NamedTuple):
         standard_error: of the value, if it is a mean over samples; a bound on the error, if it is
             an eigenvalue; None where it is exact to rounding.
         how: from what it comes.
+        num_samples: of which it is a mean; None if it is none.
     """
 
     name: str
     value: float
     standard_error: float | None
     how: str
+    num_samples: int | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %: the value, less and more two standard errors."""
-        spread = 2 * (self.standard_error or 0.0)
+        """95 % by Student's t for a mean over samples; value and bound for an eigenvalue."""
+        spread = self.standard_error or 0.0
+        if self.num_samples is not None:
+            spread *= float(stdtrit(self.num_samples - 1, 0.975))
         return self.value - spread, self.value + spread
 
     def __str__(self) -> str:
@@ -35,7 +40,12 @@ class Quantity(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What a report does not have, and why."""
+    """What a report does not have, and why.
+
+    Attributes:
+        name: what it would have been.
+        reason: why it is not there.
+    """
 
     name: str
     reason: str
@@ -72,7 +82,14 @@ def mean_of(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return samples.mean(axis=0), samples.std(axis=0, ddof=1) / math.sqrt(count)
 
 
+def bytes_in_words(count: int) -> str:
+    """In MB of a million bytes, or in kB."""
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
+
+
 def _shown(value: float, error: float | None) -> str:
+    if value == round(value) and abs(value) < 1e15 and error is None:
+        return str(round(value))
     if not error or not math.isfinite(error) or not math.isfinite(value) or value == 0:
         return f"{value:.5g}"
     digits = max(1, 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error)))

@@ -1,20 +1,23 @@
-"""What ordinary passes through a model tell of its loss: traces by random signs, top eigenvalues.
+"""What ordinary passes through a model tell of its loss: traces by random signs, products with G.
 
 No Jacobian is kept, of whatever the model is made. With f the outputs, J = ∂f and W = ∂²L/∂f²,
 the Gauss-Newton matrix is G = JᵀWJ, and the Hessian ∇²L = G + Σⱼ ∂L/∂fⱼ·∇²fⱼ + λ.
+
+One pass a program, and few programs: they take longer to be compiled than to be run. Python leads
+them, since within loops XLA's convolutions on CPUs take some fifteen times as long.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import lineax as lx
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Float
 
-from manifoldflow import _precision, _tree, linalg
-from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
+from manifoldflow import _precision, _tree
+from manifoldflow._types import Coordinates, Point, Scalar
 from manifoldflow.losses import (
     AbstractExampleLoss,
     AbstractLoss,
@@ -23,150 +26,164 @@ from manifoldflow.losses import (
     ResidualForm,
 )
 
+# W is taken apart, one matrix an example, up to so many outputs of an example.
+_MOST_OUTPUTS = 64
 
-class Gradient(NamedTuple):
-    """One call of `gradient_of`.
+Vector = Float[Array, " D"]
+
+
+class Outputs(NamedTuple):
+    """What a pass forwards gives.
 
     Attributes:
         loss: L.
-        norm_squared: ‖∇L‖².
-        of_data: that without the weight decay.
+        data_loss: L without the weight decay.
+        slopes: ∂L/∂f.
+        roots: √W, a matrix an example, or one number; None where there are too many outputs. Of
+            a W with negative eigenvalues the root of its positive part.
     """
 
     loss: Scalar
-    norm_squared: Scalar
-    of_data: Scalar
+    data_loss: Scalar
+    slopes: Float[Array, "N ..."]
+    roots: Float[Array, "..."] | None
 
 
 @eqx.filter_jit
-def gradient_of(loss: AbstractExampleLoss, point: Point) -> Gradient:
-    """The loss and its gradient, by one pass forwards and one backwards."""
-    coordinates, remainder = loss.split(point)
-    value, gradient = jax.value_and_grad(lambda x: loss(_tree.join(x, remainder)))(coordinates)
-    of_data = gradient
+def outputs_at(loss: AbstractExampleLoss, point: Point) -> Outputs:
+    coordinates, _ = loss.split(point)
+    outputs = loss.outputs(point)
+    value = data_loss = loss(point)
     if loss.weight_decay is not None:
-        decay = loss.weight_decay.astype(_tree.dtype_of(coordinates))
-        of_data = _tree.subtract(gradient, _tree.scale(decay, coordinates))
-    return Gradient(value, _tree.inner(gradient, gradient), _tree.inner(of_data, of_data))
+        size = _tree.inner(coordinates, coordinates).astype(value.dtype)
+        data_loss = value - loss.weight_decay.astype(value.dtype) / 2 * size
+    slopes = loss.output_gradient(outputs, loss.targets).astype(outputs.dtype)
+    roots = None
+    if isinstance(loss, LeastSquares):
+        roots = jnp.sqrt(loss.scale.astype(outputs.dtype))
+    elif math.prod(outputs.shape[1:]) <= _MOST_OUTPUTS:
+        values, vectors = jnp.linalg.eigh(_plain(loss).output_hessian(outputs, loss.targets))
+        scaled = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+        roots = _precision.einsum("nij,nkj->nik", scaled, vectors)
+    return Outputs(value, data_loss, slopes, roots)
 
 
-class Samples(NamedTuple):
-    """One call of `trace_samples`.
+@eqx.filter_jit
+def pulled(loss: AbstractExampleLoss, point: Point, weights: Float[Array, "N ..."]) -> Vector:
+    """Jᵀw: a pass forwards and one backwards."""
+    coordinates, remainder = loss.split(point)
+    _, pull = jax.vjp(lambda x: loss.outputs(_tree.join(x, remainder)), coordinates)
+    return _tree.ravel(pull(weights)[0])[0]
+
+
+@eqx.filter_jit
+def pushed(
+    loss: AbstractExampleLoss, point: Point, roots: Array | None, vector: Vector
+) -> Float[Array, "N ..."]:
+    """WJv: a pass forwards with its derivative."""
+    coordinates, remainder = loss.split(point)
+    _, unravel = _tree.ravel(coordinates)
+    outputs = lambda x: loss.outputs(_tree.join(x, remainder))
+    values, moved = jax.jvp(outputs, (coordinates,), (unravel(vector),))
+    if roots is not None:
+        return _rooted(roots, _rooted(roots, moved))
+    slopes = lambda f: _plain(loss).output_gradient(f, loss.targets).astype(f.dtype)
+    return jax.jvp(slopes, (values,), (moved,))[1]
+
+
+@eqx.filter_jit
+def hessian_product(loss: AbstractLoss, point: Point, vector: Vector) -> Vector:
+    """∇²L v."""
+    _, unravel = _tree.ravel(loss.split(point)[0])
+    return _tree.ravel(loss.hessian(point).mv(unravel(vector)))[0]
+
+
+class Sample(NamedTuple):
+    """One call of `trace_sample`.
 
     Attributes:
-        squares: unbiased for tr G, of every leaf; (draws, leaves).
-        spread: unbiased for the mean of ‖∇ℓᵢ‖² over examples; (draws,).
+        squares: unbiased for tr G, of every leaf.
+        spread: unbiased for the mean of ‖∇ℓᵢ‖² over examples.
     """
 
-    squares: Float[Array, "draws leaves"]
-    spread: Float[Array, " draws"]
+    squares: np.ndarray
+    spread: float
 
 
-@eqx.filter_jit
-def trace_samples(loss: AbstractExampleLoss, point: Point, keys: Key, num_examples: int) -> Samples:
-    """Unbiased samples of traces: each from so many random examples, by two passes backwards.
+def trace_sample(
+    loss: AbstractExampleLoss, point: Point, outputs: Outputs, signs: np.random.Generator
+) -> Sample:
+    """An unbiased sample of traces of a loss, by two passes backwards.
 
     For signs ε, independent of each other, E‖Jᵀ√W ε‖² = tr G: what labels drawn from the model do
-    where W is their Fisher matrix. And E‖Σᵢ εᵢ∇ℓᵢ‖² = Σᵢ‖∇ℓᵢ‖².
+    where W is their Fisher matrix. And E‖Σᵢ εᵢ∇ℓᵢ‖² = Σᵢ‖∇ℓᵢ‖². Where there are too many outputs
+    for roots of W, tr G comes from signs v for all coordinates, E v∘Gv = diag G.
     """
+    slopes = outputs.slopes
+    per_example = _signs(signs, (len(slopes),) + (1,) * (slopes.ndim - 1), slopes.dtype)
+    spread = pulled(loss, point, slopes * per_example)
+    if outputs.roots is not None:
+        drawn = _signs(signs, slopes.shape, slopes.dtype)
+        left = right = pulled(loss, point, _rooted(outputs.roots, drawn))
+    else:
+        left = _signs(signs, spread.shape, spread.dtype)
+        right = pulled(loss, point, pushed(loss, point, None, left))
+    sizes = [leaf.size for leaf in jax.tree.leaves(loss.split(point)[0])]
+    norm = float(np.sum(np.asarray(spread, float) ** 2))
+    return Sample(_by_leaf(sizes, left, right), loss.num_examples * norm)
 
-    def sample(key: Key) -> tuple[Array, Scalar]:
-        which, first, second = jr.split(key, 3)
-        part = _part(loss, which, num_examples)
-        coordinates, remainder = part.split(point)
-        outputs, pull = jax.vjp(lambda x: part.outputs(_tree.join(x, remainder)), coordinates)
-        signs = jr.rademacher(first, outputs.shape, outputs.dtype)
-        (drawn,) = pull(_weight_root(part, outputs)(signs))
-        slopes = part.output_gradient(outputs, part.targets).astype(outputs.dtype)
-        per_example = (num_examples,) + (1,) * (outputs.ndim - 1)
-        (flipped,) = pull(slopes * jr.rademacher(second, per_example, outputs.dtype))
-        return _leaf_squares(drawn), num_examples * jnp.sum(_leaf_squares(flipped))
 
-    return Samples(*jax.lax.map(sample, keys))
+def curvature_sample(
+    loss: AbstractLoss, point: Point, slopes: Array | None, signs: np.random.Generator
+) -> Scalar:
+    """An unbiased sample of tr(∇²L − G), less the weight decay; of tr ∇²L without outputs."""
+    flat, _ = _tree.ravel(loss.split(point)[0])
+    return curvature_along(loss, point, slopes, _signs(signs, flat.shape, flat.dtype))
 
 
 @eqx.filter_jit
-def curvature_samples(
-    loss: AbstractLoss, point: Point, keys: Key, num_examples: int
-) -> Float[Array, " draws"]:
-    """Unbiased samples of tr(∇²L − G), less the weight decay; of tr ∇²L for losses without outputs.
+def curvature_along(
+    loss: AbstractLoss, point: Point, slopes: Array | None, along: Vector
+) -> Scalar:
+    """vᵀAv, A the Hessian of ⟨∂L/∂f, f⟩ with constant slopes ∂L/∂f, or of L without outputs.
 
-    By vᵀAv for random signs v: two derivatives forwards along v, nothing backwards. Each on so
-    many random examples.
+    By two derivatives forwards along v, nothing backwards.
     """
     coordinates, remainder = loss.split(point)
+    _, unravel = _tree.ravel(coordinates)
 
-    def sample(key: Key) -> Scalar:
-        which, signs = jr.split(key)
-        along = _signs_like(signs, coordinates)
-        height = lambda x: loss(_tree.join(x, remainder))
+    def height(x: Coordinates) -> Scalar:
+        there = _tree.join(x, remainder)
         if isinstance(loss, AbstractExampleLoss):
-            height = _linear_in_outputs(_part(loss, which, num_examples), point)
-        slope = lambda x: jax.jvp(height, (x,), (along,))[1]
-        return jax.jvp(slope, (coordinates,), (along,))[1]
+            return _precision.vdot(slopes, loss.outputs(there))
+        return loss(there)
 
-    return jax.lax.map(sample, keys)
-
-
-def _part(loss: AbstractExampleLoss, key: Key, num_examples: int) -> AbstractExampleLoss:
-    """The loss on so many random examples, unbiased."""
-    if num_examples >= loss.num_examples:
-        return loss
-    return loss.select(jr.choice(key, loss.num_examples, (num_examples,), replace=False))
-
-
-def _linear_in_outputs(loss: AbstractExampleLoss, point: Point) -> Any:
-    """x ↦ ⟨∂L/∂f, f(x)⟩ with the slopes at the point, whose Hessian is ∇²L − G there."""
-    _, remainder = loss.split(point)
-    outputs = loss.outputs(point)
-    slopes = loss.output_gradient(outputs, loss.targets).astype(outputs.dtype)
-    return lambda x: _precision.vdot(slopes, loss.outputs(_tree.join(x, remainder)))
+    slope = lambda x: jax.jvp(height, (x,), (unravel(along),))[1]
+    return jax.jvp(slope, (coordinates,), (unravel(along),))[1]
 
 
 @eqx.filter_jit
-def top_eigenvalues(loss: AbstractLoss, point: Point, num: int) -> linalg.Eigenvalues:
-    """The largest eigenvalues of G, or of ∇²L where there is no G, by products alone."""
-    is_examples = isinstance(loss, AbstractExampleLoss)
-    operator = gauss_newton(loss, point) if is_examples else loss.hessian(point)
-    return linalg.largest_eigenvalues(operator, num)
+def _rooted(roots: Array, weights: Array) -> Array:
+    """√W w, for w like the outputs."""
+    if roots.ndim == 0:
+        return roots * weights
+    flat = weights.reshape(roots.shape[:2])
+    return _precision.einsum("nij,nj->ni", roots, flat).reshape(weights.shape)
 
 
-def gauss_newton(loss: AbstractExampleLoss, point: Point) -> lx.AbstractLinearOperator:
-    """G, by a pass forwards and one backwards a product, whatever the model is made of."""
-    coordinates, remainder = loss.split(point)
-    outputs, push = jax.linearize(lambda x: loss.outputs(_tree.join(x, remainder)), coordinates)
-    pull, root = jax.linear_transpose(push, coordinates), _weight_root(loss, outputs)
-
-    def mv(vector: Tangent) -> Tangent:
-        return pull(root(root(push(vector))))[0]
-
-    return lx.FunctionLinearOperator(mv, _tree.structure_of(coordinates), lx.symmetric_tag)
+def _by_leaf(sizes: list[int], left: Vector, right: Vector) -> np.ndarray:
+    """⟨left, right⟩, leaf by leaf."""
+    products = np.asarray(left, float) * np.asarray(right, float)
+    return np.array([part.sum() for part in np.split(products, np.cumsum(sizes)[:-1])])
 
 
-def _weight_root(loss: AbstractExampleLoss, outputs: Array) -> Any:
-    """w ↦ √W w on outputs; of a W with negative eigenvalues the root of its positive part."""
-    if isinstance(loss, LeastSquares):
-        scale = jnp.sqrt(loss.scale.astype(outputs.dtype))
-        return lambda weights: scale * weights
+def _plain(loss: AbstractExampleLoss) -> PerExampleLoss:
     plain = loss.loss if isinstance(loss, ResidualForm) else loss
     assert isinstance(plain, PerExampleLoss)
-    values, vectors = jnp.linalg.eigh(plain.output_hessian(outputs, plain.targets))
-    scaled = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
-    roots = _precision.einsum("nij,nkj->nik", scaled, vectors)
-
-    def root(weights: Array) -> Array:
-        flat = weights.reshape(roots.shape[:2])
-        return _precision.einsum("nij,nj->ni", roots, flat).reshape(weights.shape)
-
-    return root
+    return plain
 
 
-def _leaf_squares(tree: PyTree[Array]) -> Float[Array, " leaves"]:
-    return jnp.stack([_precision.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _signs_like(key: Key, coordinates: Coordinates) -> Tangent:
-    leaves, treedef = jax.tree.flatten(coordinates)
-    keys = jr.split(key, len(leaves))
-    signs = [jr.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(treedef, signs)
+def _signs(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
+    """By NumPy: each random array of another shape would be one more program of JAX."""
+    signs = generator.integers(0, 2, shape, np.int8)
+    return jnp.asarray(2 * signs - 1, dtype)

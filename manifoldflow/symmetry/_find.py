@@ -81,6 +81,8 @@ def find_rescalings(
     if tolerance is None:
         tolerance = default_tolerance(network)
     bound = float(checked_positive("find_rescalings: tolerance", tolerance))
+    if not _candidates(network):
+        return []
     elsewhere = _tree.join(_shaken(coordinates), remainder)
     # One layer behind another one of them: their shares for every example and neuron.
     shares = [[np.asarray(s) for s in _shares(example_loss, p, data)] for p in (network, elsewhere)]
