@@ -1,7 +1,7 @@
 """The lines of a report: numbers with their uncertainty, and what was left out and why."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -76,7 +76,7 @@ class LeafTrace(NamedTuple):
         )
 
 
-def mean_of(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_of(samples: np.ndarray) -> tuple[Any, Any]:
     """Mean and standard error along the first axis."""
     count = len(samples)
     return samples.mean(axis=0), samples.std(axis=0, ddof=1) / math.sqrt(count)

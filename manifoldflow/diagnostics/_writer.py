@@ -278,7 +278,7 @@ class Writer:
         how = f"λ₁ of G; exact, from rows of {bytes_in_words(self.num_bytes)}"
         self.add("largest eigenvalue", values[0], bound, how)
         dimension = int(self.value("coordinates")) - rank
-        how = f"of G, of {len(values)} rows; dimension {dimension} is flat"
+        how = f"of G, above rounding, of {len(values)} rows; {dimension} dimensions are flat"
         self.add("rank", rank, None, how)
         if rank:
             how = "of G, that is not zero; exact"
