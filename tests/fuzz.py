@@ -82,7 +82,7 @@ KINDS["nonnegative"] = KINDS["number"] | {"negative": -1.0}
 ARGUMENTS = {
     "instance": "manifold loss flow noise retraction solver adjoint method gram walk mesh jacobian"
     " operator left right multipliers tangents residual_factor hessian check mlp"
-    " loss_or_manifold symmetry symmetries until network_ optimizer local update use",
+    " loss_or_manifold symmetry symmetries until network_ optimizer local update use report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
     " mv operation",
@@ -92,11 +92,11 @@ ARGUMENTS = {
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers",
+    " modulus num_workers num_eigenvalues max_rows memory",
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative train_fraction max_norm averaging batch_factor",
+    " third_derivative train_fraction max_norm averaging batch_factor seconds",
     "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
     " b1 eps",

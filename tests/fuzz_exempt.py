@@ -4,7 +4,8 @@
 RESULT_CLASSES = {
     "Info", "Solution", "RESULTS", "diagnostics.Certificate", "diagnostics.Certificates",
     "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
-    "diagnostics.Plan", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",
+    "diagnostics.LeafTrace", "diagnostics.LeftOut", "diagnostics.Plan", "diagnostics.Quantity",
+    "diagnostics.Report", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",

@@ -1,5 +1,6 @@
 """The part of `fuzz_table` about limits of optimisers: valid calls, their arguments by name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +28,11 @@ OPTIMISERS = {
     "diagnostics.stationary_covariance": {
         **FITTED, "noise": mf.LabelNoise(0.1), "learning_rate": 0.1
     },
+    "report": {
+        **FITTED, "learning_rate": 0.1, "batch_size": 1, "num_samples": 16, "num_eigenvalues": 2,
+        "max_rows": 100, "memory": 10**6, "seconds": 1.0, "key": jax.random.key(0),
+    },
+    "plotting.plot_report": {"report": mf.diagnostics.Report({}, (), (), (), (), False)},
     "LimitClock": {"momentum": 0.5},
     "GradientClock": {"momentum": 0.5},
     "SAMClock": {"radius": 0.1},

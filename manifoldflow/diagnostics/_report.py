@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 
-from manifoldflow._boundary import checked_but
+from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_positive, is_traced
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._entries import LeafTrace, LeftOut, Quantity
@@ -49,7 +49,7 @@ class Report(eqx.Module):
         return "\n".join(str(line).rstrip() for line in lines)
 
 
-@checked_but("loss")
+@checked
 def report(
     loss: AbstractLoss,
     point: Point,
@@ -100,11 +100,6 @@ def report(
     References:
         [LiWangArora2022; MulayoffMichaeli2024].
     """
-    if not isinstance(loss, AbstractLoss):
-        raise ValueError(
-            f"report needs a loss, e.g. PerExampleLoss(inputs, labels, loss_fn); got "
-            f"{type(loss).__name__}."
-        )
     if is_traced((loss, point)):
         raise ValueError("report writes a table from numbers: call it outside jit and vmap.")
     rate = learning_rate
