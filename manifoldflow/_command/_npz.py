@@ -36,6 +36,7 @@ def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Exam
             f"{path}: {len(inputs)} rows in {names[0]}, but {len(targets)} in {names[1]}; they "
             "must be as many."
         )
+    shape = () if dropped else inputs.shape[1:]
     inputs = _finite(path, names[0], inputs).reshape(len(inputs), -1)
     columns = [str(i + 1) for i in range(inputs.shape[1])]
     kept = [i for i, column in enumerate(columns) if column not in dropped]
@@ -44,7 +45,8 @@ def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Exam
         raise ValueError(
             f"--drop {unknown[0]}: columns of {path} have numbers, from 1 to {len(columns)}."
         )
-    return Examples(inputs[:, kept], _labels(path, names[1], targets), [columns[i] for i in kept])
+    targets = _labels(path, names[1], targets)
+    return Examples(inputs[:, kept], targets, [columns[i] for i in kept], shape)
 
 
 def _names(path: pathlib.Path, names: list[str], target: str | None) -> tuple[str, str]:
