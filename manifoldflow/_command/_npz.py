@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,20 +16,9 @@ PAIRS = [
 
 def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Examples:
     """One array of inputs and one of targets; inputs of any shape are flattened."""
-    try:
-        with np.load(path) as arrays:
-            names = _names(path, list(arrays.files), target)
-            inputs, targets = (arrays[name] for name in names)
-    except (zipfile.BadZipFile, EOFError, AttributeError, TypeError):
-        raise ValueError(f"{path} is no .npz file; write it by numpy.savez.") from None
-    except ValueError as error:
-        if "pickle" not in str(error):
-            raise
-        raise ValueError(
-            f"{path} holds Python objects; it must hold arrays of numbers. Convert them, e.g. by "
-            "astype(float), and save again."
-        ) from None
-    for name, array in zip(names, (inputs, targets)):
+    found = arrays_of(path, lambda names: _names(path, names, target))
+    names, (inputs, targets) = list(found), found.values()
+    for name, array in found.items():
         if array.ndim == 0:
             raise ValueError(f"{path}: {name} is one number; it must have a row for each example.")
     if len(inputs) != len(targets):
@@ -47,6 +37,30 @@ def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Exam
         )
     targets = _labels(path, names[1], targets)
     return Examples(inputs[:, kept], targets, [columns[i] for i in kept], shape)
+
+
+def arrays_of(
+    path: pathlib.Path, choose: Callable[[list[str]], Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """The arrays that are chosen among the names of a file, in that order.
+
+    Raises:
+        ValueError: what is there is no .npz file, or holds something else than arrays.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file; write it by numpy.savez.")
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in choose(list(stored.files))}
+    except (zipfile.BadZipFile, EOFError, AttributeError, TypeError):
+        raise ValueError(f"{path} is no .npz file; write it by numpy.savez.") from None
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} holds Python objects; it must hold arrays of numbers. Convert them, e.g. by "
+            "astype(float), and save again."
+        ) from None
 
 
 def _names(path: pathlib.Path, names: list[str], target: str | None) -> tuple[str, str]:

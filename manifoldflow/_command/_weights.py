@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from manifoldflow._command._examples import some
+from manifoldflow._command._npz import arrays_of
 
 _MAGIC = b"\x93NUMPY"
 
@@ -40,7 +40,11 @@ def with_weights(path: pathlib.Path, model: Any, place: str) -> Any:
         )
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
-    stored = _read_eqx(path) if suffix == ".eqx" else _read_npz(path)
+    if suffix == ".eqx":
+        stored = _read_eqx(path)
+    else:
+        arrays = arrays_of(path, lambda names: names)
+        stored = _Stored(list(arrays), list(arrays.values()))
     if stored.names is None:
         # Equinox writes plain numbers as well, unless the arrays alone were handed to it.
         choices = (eqx.is_array_like, eqx.is_array, eqx.is_inexact_array)
@@ -94,22 +98,6 @@ def _at_an_array(file: BinaryIO) -> bool:
     is_one = file.read(len(_MAGIC)) == _MAGIC
     file.seek(here)
     return is_one
-
-
-def _read_npz(path: pathlib.Path) -> _Stored:
-    try:
-        with np.load(path) as stored:
-            names = list(stored.files)
-            return _Stored(names, [stored[name] for name in names])
-    except (zipfile.BadZipFile, EOFError, AttributeError, TypeError):
-        raise ValueError(f"{path} is no .npz file; write it by numpy.savez.") from None
-    except ValueError as error:
-        if "pickle" not in str(error):
-            raise
-        raise ValueError(
-            f"{path} holds Python objects; save the arrays of the model alone, "
-            "numpy.savez(file, *jax.tree.leaves(equinox.filter(model, equinox.is_array)))."
-        ) from None
 
 
 def _in_order(path: pathlib.Path, stored: _Stored, names: list[str]) -> list[np.ndarray]:
