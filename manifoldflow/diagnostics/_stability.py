@@ -56,7 +56,8 @@ def largest_stable_learning_rate(
     Above η* the typical run can still shrink, for long: few large excursions make the mean.
 
     Args:
-        loss: with examples: `LeastSquares` or `PerExampleLoss`.
+        loss: with examples: `LeastSquares` or `PerExampleLoss`, whose weight decay does not count,
+            nor what is negative of its output Hessians.
         point: a model that fits all examples. Elsewhere η* is that of the Gauss-Newton part of
             the loss there, without the residuals' own curvature.
         batch_size: B, from 1 to N, with replacement above N as well; None for all examples.
