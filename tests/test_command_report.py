@@ -224,10 +224,26 @@ def test_single_precision_is_read_into_double_and_back(capsys):
     as_eqx("double.eqx", model)
     value = float(labels_loss()(single))
     for options in (["net.eqx"], ["net.eqx", "--float32"], ["double.eqx", "--float32"]):
+        jax.config.update("jax_enable_x64", "--float32" not in options)
         _, table = said(capsys, *options, "--data", "labels.npz")
         close(f"loss, {options}", table["loss"], value, 1e-4)
-    _, table = said(capsys, "double.eqx", "--data", "labels.npz", model="single")
-    close("loss of a model in single precision", table["loss"], value, 1e-4)
+
+
+def test_one_precision_for_all(monkeypatch):
+    """That of the command: not of the file, and not of what builds the model."""
+    seen = []
+    monkeypatch.setattr(mf, "report", lambda loss, point, **options: seen.append((loss, point)))
+    as_eqx(
+        "net.eqx",
+        jax.tree.map(lambda x: x.astype("float32") if eqx.is_array(x) else x, classifier()),
+    )
+    for model in ("classifier", "single"):
+        for options, expected in (([], jnp.float64), (["--float32"], jnp.float32)):
+            jax.config.update("jax_enable_x64", not options)  # as in a process of its own
+            assert main(command("net.eqx", *DATA, *options, model=model)) == 0
+            loss, point = seen.pop()
+            leaves = [*jax.tree.leaves(eqx.filter(point, eqx.is_array)), loss.inputs]
+            equal(f"{model} {options}", {leaf.dtype for leaf in leaves}, {jnp.dtype(expected)})
 
 
 def test_numbers_are_fitted_by_squares_in_the_units_of_the_file(capsys):

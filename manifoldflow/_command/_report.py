@@ -2,9 +2,11 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 
 import manifoldflow as mf
@@ -87,7 +89,13 @@ def _built(place: str) -> Network:
         )
     if not any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(point)):
         raise ValueError(f"--model {place} returned a {type(point).__name__} without weights.")
-    return Network(point, predict)
+    return Network(jax.tree.map(_in_default_precision, point), predict)
+
+
+def _in_default_precision(leaf: Any) -> Any:
+    """Leaves of several precisions would leave the rounding of the least one in the numbers."""
+    is_wide = eqx.is_inexact_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64)
+    return leaf.astype(jnp.result_type(float)) if is_wide else leaf
 
 
 def _draw(found: mf.diagnostics.Report, path: pathlib.Path) -> None:
