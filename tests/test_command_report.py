@@ -12,10 +12,12 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import manifoldflow as mf
 from checks import close, equal
 from command_files import arrays, diabetes_like, iris_like, measured, NUM_INPUTS, NUM_ROWS
+from manifoldflow import plotting
 from manifoldflow.__main__ import main
 
 MODULE = """
@@ -491,6 +493,29 @@ def test_words_for_no_memory_and_for_a_stop(capsys, monkeypatch):
     raises(KeyboardInterrupt())
     assert main(command(*DATA)) == 130
     assert "stopped; nothing is kept." in capsys.readouterr().err
+
+
+def test_the_report_is_drawn(capsys, monkeypatch):
+    drawn = []
+
+    def draw(found):
+        drawn.append(found["loss"].value)
+        figure = Figure()
+        figure.add_subplot()
+        return figure
+
+    monkeypatch.setattr(plotting, "plot_report", draw, raising=False)
+    out, table = said(capsys, *DATA, "--save", "report.png")
+    close("loss of what is drawn", drawn[0], table["loss"], 1e-4)
+    assert "picture in report.png" in out, out
+    assert pathlib.Path("report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_table(capsys, monkeypatch):
+    monkeypatch.delattr(mf, "plotting", raising=False)
+    monkeypatch.setitem(sys.modules, "manifoldflow.plotting", None)
+    out, table = said(capsys, *DATA, "--save", "report.png")
+    assert "no picture: python -m pip install" in out and "loss" in table, out
 
 
 def test_repeated_rows_count(capsys):

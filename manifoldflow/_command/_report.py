@@ -101,10 +101,12 @@ def _in_default_precision(leaf: Any) -> Any:
 def _draw(found: mf.diagnostics.Report, path: pathlib.Path) -> None:
     try:
         from manifoldflow import plotting
-
-        draw = plotting.plot_report
-    except (ImportError, AttributeError):
+    except ImportError:
         print("no picture: python -m pip install 'manifoldflow[plot]'")
         return
+    draw = getattr(plotting, "plot_report", None)
+    if draw is None:
+        print("no picture: this version of manifoldflow draws no reports")
+        return
     draw(found).savefig(path, dpi=150)
-    print(f"drawn in {path}")
+    print(f"picture in {path}")
