@@ -138,13 +138,11 @@ def _cholesky(
 
     With the smallest μ of a short ladder that succeeds.
     """
-    # The transpose: LAPACK's column-major layout then stays away from the matrix products
-    # that made the triangle, which would be several times slower in it.
-    matrix = _equilibrated(jax.lax.stop_gradient(triangle), scale).T
-    size, eps = len(matrix), _precision.eps_of_dtype(matrix)
+    triangle = jax.lax.stop_gradient(triangle)
+    size, eps = len(triangle), _precision.eps_of_dtype(triangle)
     # Rows that are lost have no equations; any diagonal gives them the right answer, zero.
-    damping = damping + (scale == 0).astype(matrix.dtype)
-    identity = jnp.eye(size, dtype=matrix.dtype)
+    damping = damping + (scale == 0).astype(triangle.dtype)
+    identity = jnp.eye(size, dtype=triangle.dtype)
     # In float32 5·eps·n would already cost accuracy: first try without.
     smallest = 5 * eps * size
     first = smallest if eps < 1e-10 else 0.0
@@ -156,10 +154,13 @@ def _cholesky(
 
     def again(state: tuple[Scalar, Array, Int[Array, ""]]) -> tuple[Scalar, Array, Array]:
         shift, _, tries = state
+        # The transpose: LAPACK's column-major layout then stays away from the matrix products
+        # that made the triangle, which would be several times slower in it.
+        matrix = _equilibrated(triangle, scale).T
         factor = cholesky(matrix + (damping + shift) * identity)
         return jnp.maximum(10 * shift, smallest).astype(matrix.dtype), factor, tries + 1
 
-    start = (jnp.asarray(first, matrix.dtype), jnp.full_like(matrix, jnp.nan), jnp.asarray(0))
+    start = (jnp.asarray(first, triangle.dtype), jnp.full_like(triangle, jnp.nan), jnp.asarray(0))
     return jax.lax.while_loop(failed, again, start)[1]
 
 
