@@ -8,13 +8,11 @@ import importlib as _importlib
 import typing as _typing
 
 from manifoldflow import (
-    diagnostics as diagnostics,
     ensembles as ensembles,
     geometry as geometry,
     limits as limits,
     linalg as linalg,
     manifolds as manifolds,
-    optimize as optimize,
     symmetry as symmetry,
     updates as updates,
 )
@@ -27,12 +25,6 @@ from manifoldflow._clock import (
 )
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split
-from manifoldflow.diagnostics import (
-    explain as explain,
-    largest_stable_learning_rate as largest_stable_learning_rate,
-    plan as plan,
-    report as report,
-)
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.flows import (
     AbstractFlow as AbstractFlow,
@@ -107,22 +99,48 @@ from manifoldflow.noise import (
     OnlineBatch as OnlineBatch,
     ResampledLabels as ResampledLabels,
 )
-from manifoldflow.optimize import (
-    minimize as minimize,
-    RiemannianGradientDescent as RiemannianGradientDescent,
-    RiemannianOptax as RiemannianOptax,
-    RiemannianTrustRegion as RiemannianTrustRegion,
-)
-from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
 
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from manifoldflow import models as models, theory as theory
+    from manifoldflow import (
+        diagnostics as diagnostics,
+        models as models,
+        optimize as optimize,
+        theory as theory,
+    )
+    from manifoldflow.diagnostics import (
+        explain as explain,
+        largest_stable_learning_rate as largest_stable_learning_rate,
+        plan as plan,
+        report as report,
+    )
+    from manifoldflow.optimize import (
+        minimize as minimize,
+        RiemannianGradientDescent as RiemannianGradientDescent,
+        RiemannianOptax as RiemannianOptax,
+        RiemannianTrustRegion as RiemannianTrustRegion,
+    )
+    from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Worked problems and closed forms, of which most need none, are imported when asked for."""
-    if name in ("models", "theory"):
-        return _importlib.import_module(f"manifoldflow.{name}")
+    """Rooms that many programs never enter are imported when they or their names are asked for."""
+    rooms = {
+        "diagnostics": ("explain", "largest_stable_learning_rate", "plan", "report"),
+        "models": (),
+        "optimize": (
+            "minimize",
+            "RiemannianGradientDescent",
+            "RiemannianOptax",
+            "RiemannianTrustRegion",
+        ),
+        "sgd": ("SAMGradient", "simulate"),
+        "theory": (),
+    }
+    for room, names in rooms.items():
+        if name == room or name in names:
+            module = _importlib.import_module(f"manifoldflow.{room}")
+            found = module if name == room else getattr(module, name)
+            return globals().setdefault(name, found)
     raise AttributeError(f"module 'manifoldflow' has no attribute {name!r}")

@@ -73,7 +73,8 @@ import json
 print(json.dumps({
     "share": seconds / (between - began),
     "unwanted": sorted({
-        "matplotlib", "sklearn", "pytest", "beartype", "manifoldflow.models", "manifoldflow.theory"
+        "matplotlib", "sklearn", "pytest", "beartype", "manifoldflow.models", "manifoldflow.theory",
+        "manifoldflow.diagnostics", "manifoldflow.optimize", "manifoldflow.sgd",
     } & set(sys.modules)),
     "x64": bool(jax.config.jax_enable_x64),
 }))
@@ -348,7 +349,7 @@ def public_names() -> dict[str, Any]:
     return {
         f"{room.__name__}.{alias.name}": getattr(room, alias.name)
         for room in rooms
-        for node in parsed(pathlib.Path(str(room.__file__))).body
+        for node in ast.walk(parsed(pathlib.Path(str(room.__file__))))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

@@ -316,7 +316,7 @@ def test_messages_of_the_library_lose_its_options():
     equal("step limit", plainly("It was reached. Raise `max_steps`."), "It was reached.")
 
 
-@pytest.mark.parametrize("command", [[], ["walk"]], ids=["grokking", "walk"])
+@pytest.mark.parametrize("command", [[], ["walk"], ["report"]], ids=["grokking", "walk", "report"])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

@@ -40,6 +40,17 @@ def test_unstable_matrices_are_told():
         equal(f"stable with {rates}", bool(found[1]), False)
 
 
+def test_units_and_slow_modes_leave_matrices_stable():
+    matrix, units = stable(4, 3, [1, 1, 1e-9, 2]), np.diag([1e3, 1.0, 1e-3, 1.0])
+    scaled_rhs = jnp.asarray(units @ units)
+    for scaled, rhs in (
+        (matrix, jnp.eye(4)),
+        (1e-20 * matrix, jnp.eye(4)),
+        (units @ matrix @ np.linalg.inv(units), scaled_rhs),
+    ):
+        assert jax.jit(stable_lyapunov_solve)(scaled, rhs)[1]
+
+
 def test_derivatives_of_the_lyapunov_equation():
     matrix, rhs = stable(4, 4, [1, 1, 0.5, 2]), jnp.asarray(np.diag([1.0, 2.0, 3.0, 4.0]))
     of_matrix = lambda v: stable_lyapunov_solve(v.reshape(4, 4), rhs)[0].reshape(-1)

@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from manifoldflow._command import _grok, _walk
+from manifoldflow._command import _grok, _report, _walk
 from manifoldflow._command._builtin import BUILTIN
 
 WALK_ONLY = "--data", "--examples", "--init-scale"
+LEAST = (
+    ("examples", 1), ("width", 1), ("steps", 1), ("saves", 1), ("modulus", 2), ("batch_size", 1),
+)  # fmt: skip
 ABOUT = """\
 Where training goes after the loss is zero.
 
@@ -17,6 +20,8 @@ python -m manifoldflow        addition modulo p: a network that fits its trainin
                               add by weight decay alone, while its training loss stays zero
 python -m manifoldflow walk   the same question for data of your own: a small network is trained to
                               zero loss and follows the limit of SGD from there
+python -m manifoldflow report what is known about a network that you have trained: flatness, noise,
+                              and whether a learning rate suits it
 """
 EXAMPLES = """\
 examples:
@@ -26,6 +31,7 @@ examples:
   python -m manifoldflow walk --data table.csv --target price
   python -m manifoldflow walk --data arrays.npz --noise none        weight decay alone
   python -m manifoldflow walk --help
+  python -m manifoldflow report --help
 """
 ABOUT_WALK = """\
 Trains an MLP with one hidden layer of tanh units on some of your examples, to zero loss, and walks
@@ -40,6 +46,20 @@ examples:
   python -m manifoldflow walk --data iris --update sgd:momentum=0.9 --weight-decay 0.1
   python -m manifoldflow walk --data diabetes --noise isotropic
 """
+ABOUT_REPORT = """\
+What is known about a trained network, in one table: loss, sharpness, gradient noise, the largest
+stable learning rate, and what SGD does to it from there. The data are given to it as they are.
+"""
+EXAMPLES_REPORT = """\
+examples, with a function `build` in train.py that builds the network:
+  python -m manifoldflow report net.eqx --model train:build --data digits
+  python -m manifoldflow report net.eqx --model train:build --data table.csv --target price
+  python -m manifoldflow report leaves.npz --model train:build --data digits --learning-rate 0.1
+  python -m manifoldflow report --model train:build --data digits --save report.png
+  python -m manifoldflow report net.eqx --model train:build --data counts.csv --loss train:poisson
+
+train.py is imported, so what trains in it should stand below `if __name__ == "__main__":`.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +73,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     names = [argument.partition("=")[0] for argument in arguments]
     if arguments and arguments[0] == "walk":
         options = _walk_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "report":
+        options = _report_parser().parse_args(arguments[1:])
     elif any(name in WALK_ONLY for name in names):
         print(
             "manifoldflow: these are options of `walk`, which is done; type "
@@ -69,11 +91,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least in (("examples", 1), ("width", 1), ("steps", 1), ("saves", 1), ("modulus", 2)):
+    for name, least in LEAST:
         value = getattr(options, name, None)
         if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}; got {value}.")
-    for name in ("end_time", "init_scale"):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {least}; got {value}.")
+    for name in ("end_time", "init_scale", "learning_rate", "seconds"):
         value = getattr(options, name, None)
         if value is not None and not 0 < value < float("inf"):
             option = name.replace("_", "-")
@@ -85,7 +108,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to 2^32 − 1; got {options.seed}.")
 
 
-def _parser(name: str, about: str, examples: str, folder: str, saves: int) -> _Parser:
+def _parser(name: str, about: str, examples: str) -> _Parser:
     parser = _Parser(
         prog=name,
         description=about,
@@ -94,20 +117,25 @@ def _parser(name: str, about: str, examples: str, folder: str, saves: int) -> _P
         allow_abbrev=False,
     )
     add = parser.add_argument
-    out = f"folder for the picture, the path and what to go on from (default: {folder}/)"
-    add("--out", type=pathlib.Path, default=pathlib.Path(folder), metavar="FOLDER", help=out)
     add("--seed", type=int, default=0, metavar="K", help="of all that is drawn (default: 0)")
-    rows = f"rows of the table, beside the start (default: {saves})"
-    add("--saves", type=int, default=saves, metavar="K", help=rows)
     add("--float32", action="store_true", help="single precision (default: double)")
     return parser
 
 
+def _add_saves(parser: _Parser, folder: str, saves: int) -> None:
+    add = parser.add_argument
+    out = f"folder for the picture, the path and what to go on from (default: {folder}/)"
+    add("--out", type=pathlib.Path, default=pathlib.Path(folder), metavar="FOLDER", help=out)
+    rows = f"rows of the table, beside the start (default: {saves})"
+    add("--saves", type=int, default=saves, metavar="K", help=rows)
+
+
 def _grok_parser() -> _Parser:
-    parser = _parser("manifoldflow", ABOUT, EXAMPLES, "grokking", 20)
+    parser = _parser("manifoldflow", ABOUT, EXAMPLES)
+    _add_saves(parser, "grokking", 20)
     parser.set_defaults(run=lambda options: _grok.run(options))
-    walk = "data of your own: see `python -m manifoldflow walk --help`"
-    parser.add_argument("command", nargs="?", choices=["walk"], help=walk)
+    other = "see `python -m manifoldflow walk --help` and `python -m manifoldflow report --help`"
+    parser.add_argument("command", nargs="?", choices=["walk", "report"], help=other)
     add = parser.add_argument_group("addition modulo p").add_argument
     add("--modulus", type=int, default=11, metavar="P", help="p of a + b mod p (default: 11)")
     add("--width", type=int, default=96, metavar="M", help="hidden units (default: 96)")
@@ -119,7 +147,8 @@ def _grok_parser() -> _Parser:
 
 
 def _walk_parser() -> _Parser:
-    parser = _parser("manifoldflow walk", ABOUT_WALK, EXAMPLES_WALK, "walk", 25)
+    parser = _parser("manifoldflow walk", ABOUT_WALK, EXAMPLES_WALK)
+    _add_saves(parser, "walk", 25)
     parser.set_defaults(run=lambda options: _walk.run(options))
     _add_data(parser.add_argument_group("the data"))
     _add_network(parser.add_argument_group("the network"))
@@ -127,23 +156,68 @@ def _walk_parser() -> _Parser:
     return parser
 
 
-def _add_data(group: argparse._ArgumentGroup) -> None:
+def _report_parser() -> _Parser:
+    parser = _parser("manifoldflow report", ABOUT_REPORT, EXAMPLES_REPORT)
+    parser.set_defaults(run=lambda options: _report.run(options))
+    _add_model(parser.add_argument_group("the network"))
+    data = parser.add_argument_group("the data that it was trained on")
+    _add_columns(data, None)
+    data.add_argument("--examples", type=int, metavar="N",
+        help="so many of the rows, the same as `walk` trains on with this --seed (default: all; of "
+        "digits, the 1000 of `models.digits`)")  # fmt: skip
+    data.add_argument("--standardise", dest="no_standardise", action="store_false",
+        help="inputs and regression targets to mean 0 and standard deviation 1, as `walk` does "
+        "(default: as they are)")  # fmt: skip
+    _add_judged(parser.add_argument_group("what is asked"))
+    return parser
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--data", default="digits", metavar="FILE",
-        help=f"a .csv or .npz file, or one of {', '.join(BUILTIN)}, which come with scikit-learn "
-        "(default: digits). In .csv the last column is the target; .npz has arrays inputs and "
-        "targets, X and y, data and target, or features and labels")  # fmt: skip
-    add("--target", metavar="NAME", help="another column (its name, or number from 1) or array")
-    add("--drop", action="append", default=[], metavar="NAME",
-        help="leave out an input column; may be repeated")  # fmt: skip
-    add("--task", choices=["regression", "classification"],
-        help="what the targets are (default: guessed, and said)")  # fmt: skip
+    add("file", nargs="?", type=pathlib.Path, metavar="MODEL",
+        help="its weights: .eqx of equinox.tree_serialise_leaves, or .npz of arrays, in the order "
+        "of the leaves or named as they are (default: the network as it is built)")  # fmt: skip
+    add("--model", metavar="MODULE:FUNCTION",
+        help="what builds it, called without arguments; the module may lie in this folder. A "
+        "network that cannot be called comes as a pair: its weights, and predict(weights, "
+        "x)")  # fmt: skip
+
+
+def _add_judged(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--loss", metavar="NAME",
+        help="squares, cross-entropy, or MODULE:FUNCTION of the output and the target of one "
+        "example (default: cross-entropy of classes, squares of numbers)")  # fmt: skip
+    add("--learning-rate", type=float, metavar="η", help="of SGD, to be judged")
+    add("--batch-size", type=int, default=1, metavar="B", help="of SGD (default: 1)")
+    add("--seconds", type=float, default=10.0, metavar="s",
+        help="about the time that sampling may take, compilation aside (default: 10)")  # fmt: skip
+    add("--save", type=pathlib.Path, metavar="FIGURE.png", help="draw the report as well")
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    _add_columns(group, "digits")
+    add = group.add_argument
     add("--examples", type=int, metavar="N",
         help="examples to train on; the others test (default: four fifths of all, at most "
         "50)")  # fmt: skip
     add("--no-standardise", action="store_true",
         help="take inputs and regression targets as they are (default: mean 0 and standard "
         "deviation 1 on the training examples)")  # fmt: skip
+
+
+def _add_columns(group: argparse._ArgumentGroup, default: str | None) -> None:
+    add = group.add_argument
+    shown = f" (default: {default})" if default else ""
+    add("--data", default=default, metavar="FILE",
+        help=f"a .csv or .npz file, or one of {', '.join(BUILTIN)}, which come with scikit-learn"
+        f"{shown}. In .csv the last column is the target; .npz has arrays inputs and "
+        "targets, X and y, data and target, or features and labels")  # fmt: skip
+    add("--target", metavar="NAME", help="another column (its name, or number from 1) or array")
+    add("--drop", action="append", default=[], metavar="NAME",
+        help="leave out an input column; may be repeated")  # fmt: skip
+    add("--task", choices=["regression", "classification"],
+        help="what the targets are (default: guessed, and said)")  # fmt: skip
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:

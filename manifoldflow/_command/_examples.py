@@ -12,11 +12,13 @@ class Examples(NamedTuple):
         inputs: (N, d), finite.
         targets: (N,) of numbers or texts, or (N, k) of numbers.
         columns: what the inputs are called, for messages.
+        shape: of one input as it came, or () where it came as columns.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     columns: list[str]
+    shape: tuple[int, ...] = ()
 
 
 def some(names: list[str]) -> str:

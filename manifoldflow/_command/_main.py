@@ -24,10 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.float32:
             jax.config.update("jax_enable_x64", True)
         keep_programs()
-        options.out.mkdir(parents=True, exist_ok=True)
+        if "out" in options:
+            options.out.mkdir(parents=True, exist_ok=True)
         options.run(options)
     except (*ERRORS, jax.errors.JaxRuntimeError) as error:
-        print(f"manifoldflow: {_sentence(error)}", file=sys.stderr)
+        print(f"manifoldflow: {_sentence(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"manifoldflow: {_how_to_go_on(options)}", file=sys.stderr)
@@ -48,9 +49,11 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, options: argparse.Namespace | None) -> str:
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-        return "out of memory. Fewer examples or a narrower model (--width) take less of it."
+        if options is None or "width" in options:
+            return "out of memory. Fewer examples or a narrower model (--width) take less of it."
+        return "out of memory. Fewer --examples, or --float32, take less of it."
     found = re.search(r"EquinoxRuntimeError: (.*)", str(error))
     if found:
         return found[1]
@@ -61,6 +64,8 @@ def _sentence(error: BaseException) -> str:
 
 def _how_to_go_on(options: argparse.Namespace | None) -> str:
     places: list[tuple[str, pathlib.Path]] = []
+    if options is not None and "out" not in options:
+        return "stopped; nothing is kept."
     if options is not None:
         places.append(("from the last save", checkpoint_of(options.out)))
         places.append(("from the landed network", landed_of(options.out)))

@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,10 +16,42 @@ PAIRS = [
 
 def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Examples:
     """One array of inputs and one of targets; inputs of any shape are flattened."""
+    found = arrays_of(path, lambda names: _names(path, names, target))
+    names, (inputs, targets) = list(found), found.values()
+    for name, array in found.items():
+        if array.ndim == 0:
+            raise ValueError(f"{path}: {name} is one number; it must have a row for each example.")
+    if len(inputs) != len(targets):
+        raise ValueError(
+            f"{path}: {len(inputs)} rows in {names[0]}, but {len(targets)} in {names[1]}; they "
+            "must be as many."
+        )
+    shape = () if dropped else inputs.shape[1:]
+    inputs = _finite(path, names[0], inputs).reshape(len(inputs), -1)
+    columns = [str(i + 1) for i in range(inputs.shape[1])]
+    kept = [i for i, column in enumerate(columns) if column not in dropped]
+    unknown = [name for name in dropped if name not in columns]
+    if unknown:
+        raise ValueError(
+            f"--drop {unknown[0]}: columns of {path} have numbers, from 1 to {len(columns)}."
+        )
+    targets = _labels(path, names[1], targets)
+    return Examples(inputs[:, kept], targets, [columns[i] for i in kept], shape)
+
+
+def arrays_of(
+    path: pathlib.Path, choose: Callable[[list[str]], Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """The arrays that are chosen among the names of a file, in that order.
+
+    Raises:
+        ValueError: what is there is no .npz file, or holds something else than arrays.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file; write it by numpy.savez.")
     try:
-        with np.load(path) as arrays:
-            names = _names(path, list(arrays.files), target)
-            inputs, targets = (arrays[name] for name in names)
+        with np.load(path) as stored:
+            return {name: stored[name] for name in choose(list(stored.files))}
     except (zipfile.BadZipFile, EOFError, AttributeError, TypeError):
         raise ValueError(f"{path} is no .npz file; write it by numpy.savez.") from None
     except ValueError as error:
@@ -28,23 +61,6 @@ def read_npz(path: pathlib.Path, target: str | None, dropped: list[str]) -> Exam
             f"{path} holds Python objects; it must hold arrays of numbers. Convert them, e.g. by "
             "astype(float), and save again."
         ) from None
-    for name, array in zip(names, (inputs, targets)):
-        if array.ndim == 0:
-            raise ValueError(f"{path}: {name} is one number; it must have a row for each example.")
-    if len(inputs) != len(targets):
-        raise ValueError(
-            f"{path}: {len(inputs)} rows in {names[0]}, but {len(targets)} in {names[1]}; they "
-            "must be as many."
-        )
-    inputs = _finite(path, names[0], inputs).reshape(len(inputs), -1)
-    columns = [str(i + 1) for i in range(inputs.shape[1])]
-    kept = [i for i, column in enumerate(columns) if column not in dropped]
-    unknown = [name for name in dropped if name not in columns]
-    if unknown:
-        raise ValueError(
-            f"--drop {unknown[0]}: columns of {path} have numbers, from 1 to {len(columns)}."
-        )
-    return Examples(inputs[:, kept], _labels(path, names[1], targets), [columns[i] for i in kept])
 
 
 def _names(path: pathlib.Path, names: list[str], target: str | None) -> tuple[str, str]:

@@ -42,17 +42,27 @@ def problem_of(options: argparse.Namespace) -> Problem:
     Raises:
         ValueError: files and options that do not fit, in one sentence.
     """
-    if options.data == "digits" and options.task != "regression":
+    if are_images(options):
         return _digits(options)
+    examples, is_classes, why = asked(options)
+    targets, what = _encoded(options.data, examples.targets, is_classes)
+    print(f"{options.data}: {len(targets)} rows, {len(examples.columns)} inputs; {what}, {why}")
+    chosen, rest = _split(options, distinct(options, examples.inputs))
+    return in_units(options, examples, targets, is_classes, (chosen, rest))
+
+
+def are_images(options: argparse.Namespace) -> bool:
+    """Digits as classes are those of `models.digits`."""
+    return options.data == "digits" and options.task != "regression"
+
+
+def asked(options: argparse.Namespace) -> tuple[Examples, bool, str]:
+    """All examples of a file; whether the targets are classes, and why."""
     examples = read(options.data, options.target, options.drop)
     is_classes, why = guessed(examples.targets)
     if options.task:
         is_classes, why = options.task == "classification", f"as --task {options.task} says"
-    targets, what = _encoded(options.data, examples.targets, is_classes)
-    print(f"{options.data}: {len(targets)} rows, {len(examples.columns)} inputs; {what}, {why}")
-    order = _distinct(options, examples.inputs)
-    chosen, rest = _split(options, order)
-    return _in_units(options, examples, targets, is_classes, (chosen, rest))
+    return examples, is_classes, why
 
 
 def read(place: str, target: str | None = None, dropped: list[str] | None = None) -> Examples:
@@ -88,17 +98,22 @@ def guessed(targets: np.ndarray) -> tuple[bool, str]:
 
 def _encoded(place: str, targets: np.ndarray, is_classes: bool) -> tuple[np.ndarray, str]:
     """Targets (N, k), and what they are."""
-    if is_classes and targets.ndim == 2:
+    if not is_classes:
+        return numbers_of(place, targets)
+    if targets.ndim == 2:
         targets = np.argmax(targets, axis=1)
-    if is_classes:
-        classes, indices = np.unique(targets, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(
-                f"{place}: all targets are {classes[0]}; there is nothing to tell apart. Choose "
-                "another column with --target."
-            )
-        names = [f"{name:g}" if np.isreal(name) else str(name) for name in classes.tolist()]
-        return np.eye(len(classes))[indices], f"{len(classes)} classes ({some(names)})"
+    classes, indices = np.unique(targets, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{place}: all targets are {classes[0]}; there is nothing to tell apart. Choose "
+            "another column with --target."
+        )
+    names = [f"{name:g}" if np.isreal(name) else str(name) for name in classes.tolist()]
+    return np.eye(len(classes))[indices], f"{len(classes)} classes ({some(names)})"
+
+
+def numbers_of(place: str, targets: np.ndarray) -> tuple[np.ndarray, str]:
+    """Targets (N, k) of a regression, and what they are."""
     if targets.dtype.kind in "US":
         raise ValueError(
             f"{place}: --task regression needs numbers as targets; got texts such as "
@@ -108,7 +123,7 @@ def _encoded(place: str, targets: np.ndarray, is_classes: bool) -> tuple[np.ndar
     return targets, f"regression of {targets.shape[1]} number" + "s" * (targets.shape[1] > 1)
 
 
-def _distinct(options: argparse.Namespace, inputs: np.ndarray) -> np.ndarray:
+def distinct(options: argparse.Namespace, inputs: np.ndarray) -> np.ndarray:
     """The rows in random order, without those that repeat the inputs of another one.
 
     No network fits two targets at the same inputs, and a row that is there twice could be
@@ -133,7 +148,7 @@ def _split(options: argparse.Namespace, order: np.ndarray) -> tuple[np.ndarray, 
     return order[:count], order[count:][:MAX_TEST]
 
 
-def _in_units(
+def in_units(
     options: argparse.Namespace,
     examples: Examples,
     targets: np.ndarray,
