@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 
 class Quantity(NamedTuple):
@@ -30,6 +29,8 @@ class Quantity(NamedTuple):
         """95 % by Student's t for a mean over samples; value and bound for an eigenvalue."""
         spread = self.standard_error or 0.0
         if self.num_samples is not None:
+            from scipy.special import stdtrit  # it takes long to be imported
+
             spread *= float(stdtrit(self.num_samples - 1, 0.975))
         return self.value - spread, self.value + spread
 

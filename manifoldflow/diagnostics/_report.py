@@ -1,5 +1,6 @@
 """One call that says what is known about a trained network."""
 
+import textwrap
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,9 @@ from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._entries import LeafTrace, LeftOut, Quantity
 from manifoldflow.diagnostics._writer import Options, Writer
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
+
+# Columns of the table; its last one begins here.
+_WIDTH, _INDENT = 110, 59
 
 
 class Report(eqx.Module):
@@ -46,7 +50,10 @@ class Report(eqx.Module):
         if self.leaves:
             lines += ["tr G by leaf:", *self.leaves]
         lines += [f"Note: {note}" for note in self.notes]
-        return "\n".join(str(line).rstrip() for line in lines)
+        return "\n".join(_wrapped(str(line)) for line in lines)
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @checked
@@ -130,3 +137,9 @@ def report(
         tuple(writer.eigenvalues),
         writer.rows is not None,
     )
+
+
+def _wrapped(line: str) -> str:
+    """What does not fit goes on below the place where a line says how it was found."""
+    indent = 6 if line.startswith("Note") else _INDENT
+    return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent)

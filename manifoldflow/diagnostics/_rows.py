@@ -21,15 +21,19 @@ class Rows(NamedTuple):
     Attributes:
         gram: AAᵀ.
         eigenvalues: of AAᵀ, ascending: those of G, zeros aside.
-        rank: how many of them stand above rounding.
+        rank: how many of them stand above rounding, that of the coarsest leaf.
+        rounding: a bound on the error of the eigenvalues.
         distance: ‖A†u‖ for √scale times the residuals u: how far, to first order, the zero-loss
             manifold is; NaN for losses without residuals.
+        beyond: ‖u‖ out of the range of A, which to first order no step takes away; as NaN.
     """
 
     gram: Float[Array, "n n"]
     eigenvalues: Float[Array, " n"]
     rank: Int[Array, ""]
+    rounding: Scalar
     distance: Scalar
+    beyond: Scalar
 
 
 @eqx.filter_jit
@@ -38,15 +42,21 @@ def rows_of(loss: AbstractExampleLoss, point: Point) -> Rows:
     root = loss.gauss_newton_root(point)
     gram = root.gram()
     values, vectors = linalg.eigh(gram)
-    kept = values > len(values) * _precision.eps_of_dtype(values) * values[-1]
-    distance = jnp.asarray(jnp.nan, values.dtype)
+    coordinates, _ = loss.split(point)
+    # Rows carry the rounding of the coarsest leaf, whatever their own precision.
+    eps = _tree.eps_of(coordinates)
+    kept = values > len(values) * eps * jnp.maximum(values[-1], 0)
+    kept &= jnp.arange(len(values)) >= len(values) - _tree.size(coordinates)
+    distance = beyond = jnp.asarray(jnp.nan, values.dtype)
     if isinstance(loss, AbstractResidualLoss):
         scaled = jnp.sqrt(loss.scale.astype(values.dtype)) * loss.residual(point)
         if scaled.shape == values.shape:
             turned = _precision.matmul(vectors.T, scaled.astype(values.dtype))
             inverse = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
             distance = jnp.linalg.norm(inverse * turned)
-    return Rows(gram, values, linalg.numerical_rank(values), distance)
+            beyond = jnp.linalg.norm(jnp.where(kept, 0, turned))
+    rounding = len(values) ** 0.5 * eps * jnp.maximum(values[-1], 0)
+    return Rows(gram, values, jnp.sum(kept), rounding, distance, beyond)
 
 
 def bytes_of_rows(loss: AbstractExampleLoss, point: Point) -> int:

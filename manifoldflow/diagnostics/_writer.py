@@ -21,6 +21,7 @@ from manifoldflow.diagnostics._entries import (
     mean_of,
     Quantity,
 )
+from manifoldflow.diagnostics._finite import name_of, refuse_infinite, refuse_nonfinite
 from manifoldflow.diagnostics._gauge import least_norm
 from manifoldflow.diagnostics._kinks import kinks_of
 from manifoldflow.diagnostics._krylov import top_eigenvalues
@@ -83,22 +84,33 @@ class Writer:
 
     def write(self) -> None:
         coordinates, _ = self.loss.split(self.point)
-        self._refuse_nonfinite(coordinates)
+        refuse_nonfinite(coordinates)
         self.add("coordinates", _tree.size(coordinates), None, "D, numbers that may move")
         if not isinstance(self.loss, AbstractExampleLoss):
             self._plain()
             self._curvature(1.0)
             self._eigenvalues(1.0)
+            self._judgement(
+                2 / self.value("largest eigenvalue"), "2/λ₁ of ∇²L: of full batches", False
+            )
             return
-        self._gradient(self.loss)
-        self._rows(self.loss)
-        self._traces(self.loss, 1.0)
+        loss = self.loss
+        self._gradient(loss)
+        self._section("rank", lambda: self._rows(loss))
+        self._traces(loss, 1.0)
         self._curvature(1.0)
         self._eigenvalues(1.0)
-        self._stability(self.loss)
-        self._limit(self.loss)
-        self._balanced(self.loss)
-        self._kinks(self.loss)
+        self._section("largest stable learning rate", lambda: self._stability(loss))
+        self._section("rate of the limit", lambda: self._limit(loss))
+        self._section("balanced trace of G", lambda: self._balanced(loss))
+        self._section("kinks", lambda: self._kinks(loss))
+
+    def _section(self, name: str, write: Callable[[], None]) -> None:
+        """What one part of the library refuses ends no report."""
+        try:
+            write()
+        except (ValueError, eqx.EquinoxRuntimeError) as error:
+            self.leave_out(name, str(error).splitlines()[0])
 
     def add(
         self, name: str, value: Any, error: Any, how: str, num_samples: int | None = None
@@ -112,27 +124,10 @@ class Writer:
     def value(self, name: str) -> float:
         return next((q.value for q in self.quantities if q.name == name), math.nan)
 
-    def _refuse_nonfinite(self, coordinates: Any) -> None:
-        named = jax.tree_util.tree_leaves_with_path(coordinates)
-        wrong = [_name(path) for path, leaf in named if not np.all(np.isfinite(np.asarray(leaf)))]
-        if wrong:
-            raise ValueError(
-                f"report needs a model of finite numbers; got NaN or inf in {', '.join(wrong)}. "
-                "Take the last point before training went wrong."
-            )
-
-    def _refuse_infinite(self, value: Any, norm: Any) -> None:
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise ValueError(
-                f"report needs a loss that is finite at the model; got the loss {float(value):g} "
-                f"with a gradient of length {float(norm):g}. See whether `predict` overflows, or "
-                "give the model in double precision."
-            )
-
     def _gradient(self, loss: AbstractExampleLoss) -> None:
         self.chunks = Chunks(loss, self.point, self.random)
         found = self.gradient = self.chunks.gradient()
-        self._refuse_infinite(found.loss, found.norm)
+        refuse_infinite(found.loss, found.norm)
         self.add(
             "loss",
             found.loss,
@@ -146,12 +141,14 @@ class Writer:
         outputs = eqx.filter_eval_shape(lambda loss, point: loss.outputs(point), loss, self.point)
         count, most = math.prod(outputs.shape), self.options.max_rows
         if count > most:
-            self.reason = f"{count} examples × outputs, more than max_rows={most}"
+            self.reason = (
+                f"{count} examples × outputs; raise max_rows={most}, or give fewer examples"
+            )
             return
         self.num_bytes = bytes_of_rows(loss, self.point)
         if self.num_bytes > self.options.memory:
             needed = bytes_in_words(self.num_bytes)
-            self.reason = f"rows of {needed}, more than memory={self.options.memory}"
+            self.reason = f"rows of {needed}; raise memory={self.options.memory}"
             return
         self.rows = rows_of(loss, self.point)
 
@@ -162,7 +159,7 @@ class Writer:
         found, of = self._sampled(draw, "traces", share)
         squares, spread = (np.stack(parts) for parts in zip(*found))
         count, size, number = loss.num_examples, self.options.batch_size, len(found)
-        how = f"{number} passes with random labels{of}"
+        how = f"{number} passes with random signs{of}"
         trace, error = mean_of(squares.sum(axis=1))
         if self.rows is None:
             self.add("trace of G", trace, error, f"tr JᵀWJ; {how}", number)
@@ -173,7 +170,7 @@ class Writer:
         coordinates, _ = loss.split(self.point)
         named = jax.tree_util.tree_leaves_with_path(coordinates)
         for (path, leaf), mean, wrong in zip(named, means, errors, strict=True):
-            self.leaves.append(LeafTrace(_name(path), leaf.size, float(mean), float(wrong)))
+            self.leaves.append(LeafTrace(name_of(path), leaf.size, float(mean), float(wrong)))
         mean, error = mean_of(spread)
         # From the spread of single gradients to that of means of B without replacement.
         factor = (count - size) / (size * max(count - 1, 1))
@@ -202,10 +199,10 @@ class Writer:
 
     def _plain(self) -> None:
         value, gradient = eqx.filter_jit(lambda l, p: (l(p), l.gradient(p)))(self.loss, self.point)
-        self._refuse_infinite(value, _tree.norm(gradient))
+        refuse_infinite(value, _tree.norm(gradient))
         self.add("loss", value, None, "L")
         self.add("gradient", _tree.norm(gradient), None, "‖∇L‖")
-        for name in ("trace of G", "gradient noise", "largest stable learning rate"):
+        for name in ("trace of G", "gradient noise"):
             self.leave_out(name, f"{type(self.loss).__name__} has no examples")
 
     def _curvature(self, share: float) -> None:
@@ -268,9 +265,7 @@ class Writer:
 
     def _all_eigenvalues(self, rows: Rows) -> None:
         values, rank = np.asarray(rows.eigenvalues, float)[::-1], int(rows.rank)
-        # A Gram matrix is right to some roundings of its largest entry a row.
-        rounding = float(np.finfo(rows.eigenvalues.dtype).eps) * values[0]
-        bound = math.sqrt(len(values)) * rounding
+        bound = float(rows.rounding)
         for index, value in enumerate(values[:rank], start=1):
             self.eigenvalues.append(
                 Quantity(f"eigenvalue {index}", float(value), float(bound), "of G; exact")
@@ -280,35 +275,44 @@ class Writer:
         dimension = int(self.value("coordinates")) - rank
         how = f"of G, above rounding, of {len(values)} rows; {dimension} dimensions are flat"
         self.add("rank", rank, None, how)
-        if rank:
-            how = "of G, that is not zero; exact"
-            self.add("smallest eigenvalue", values[rank - 1], bound, how)
-        else:
+        if not rank:
             self.leave_out("smallest eigenvalue", "G is zero")
+        elif 2 * bound > values[rank - 1]:
+            reason = f"rounding, {bound:.1g}, is as large as it is; take double precision"
+            self.leave_out("smallest eigenvalue", reason)
+        else:
+            how = "of G, that is not zero; exact to rounding"
+            self.add("smallest eigenvalue", values[rank - 1], bound, how)
 
     def _stability(self, loss: AbstractExampleLoss) -> None:
-        name, size = "largest stable learning rate", self.options.batch_size
-        rate, top = self.options.learning_rate, self.value("largest eigenvalue")
+        size, top = self.options.batch_size, self.value("largest eigenvalue")
         if self.rows is not None and top > 0:
             found, result = threshold_of(self.rows.gram, loss.num_examples, size)
-            threshold = float(found)
-            if math.isnan(threshold):
-                self.leave_out(name, str(RESULTS[result]))
+            if math.isnan(float(found)):
+                self.leave_out("largest stable learning rate", str(RESULTS[result]))
                 return
-            self.add(name, threshold, None, f"η* of SGD with batches of {size}, in the mean square")
-        elif top > 0:
-            threshold = 2 / top
-            how = "2/λ₁: of full batches; smaller ones have less"
-            self.add(name, threshold, None, how)
+            how = f"η* of SGD with batches of {size}, in the mean square"
+            self._judgement(float(found), how, True)
         else:
-            reason = "G is zero" if top == 0 else "the largest eigenvalue is not known"
-            self.leave_out(name, reason)
+            threshold = 2 / top if top else math.nan
+            how = "2/λ₁: of full batches; smaller ones have less"
+            self._judgement(threshold, how, size == loss.num_examples)
+
+    def _judgement(self, threshold: float, how: str, is_of_batches: bool) -> None:
+        """The largest stable learning rate, and what that says of the given one."""
+        name, rate = "largest stable learning rate", self.options.learning_rate
+        if not threshold > 0:
+            is_known = not math.isnan(self.value("largest eigenvalue"))
+            reason = "G is zero" if is_known else "the largest eigenvalue is not known"
+            self.leave_out(name, "nothing curves upwards" if threshold < 0 else reason)
             return
+        self.add(name, threshold, None, how)
         if rate is None:
             return
-        is_bound = self.rows is None and size < loss.num_examples
-        verdict = "not stable" if rate >= threshold else "below it" if is_bound else "stable"
-        self.add("learning rate", rate / threshold, None, f"η/η*: {verdict} at η = {rate:g}")
+        stable = "stable" if is_of_batches else "stable for full batches only"
+        verdict = "not stable" if rate >= threshold else stable
+        how = f"η/η*: {verdict} at η = {rate:g}"
+        self.add("learning rate / largest stable", rate / threshold, None, how)
         least = self.value("smallest eigenvalue")
         if not math.isnan(least):
             self.add("steps to arrive", 1 / (rate * least), None, "1/(ηλ_min), of phase one")
@@ -316,13 +320,21 @@ class Writer:
     def _limit(self, loss: AbstractExampleLoss) -> None:
         name = "rate of the limit"
         if not isinstance(loss, AbstractResidualLoss):
-            reason = "no zero-loss manifold of this loss; see OutputManifold for its level sets"
+            reason = "this loss has no residuals, and no zero-loss manifold; see OutputManifold"
             self.leave_out(name, reason)
             return
         if self.rows is None:
             self.leave_out(name, self.reason)
             return
-        distance, length = float(self.rows.distance), float(_tree.norm(loss.split(self.point)[0]))
+        rows, length = self.rows, float(_tree.norm(loss.split(self.point)[0]))
+        if len(rows.eigenvalues) > self.value("coordinates"):
+            self.leave_out(name, "more residuals than coordinates: no manifold of perfect fits")
+            return
+        distance, rank = float(rows.distance), int(rows.rank)
+        least = float(rows.eigenvalues[-rank]) if rank else 0.0
+        if not float(rows.beyond) <= _NEAR * math.sqrt(least) * length:
+            self.leave_out(name, "the loss does not get to zero near here, to first order")
+            return
         self.add("distance", distance, None, "to the zero-loss manifold, to first order")
         if not distance <= _NEAR * length:
             self.leave_out(
@@ -364,19 +376,20 @@ class Writer:
         other._traces(loss, _FOR_BALANCED)
         other._eigenvalues(_FOR_BALANCED)
         for quantity in ("trace of G", "largest eigenvalue", "gradient noise"):
-            for q in other.quantities:
-                if q.name == quantity:
-                    how = f"{what} of least norm; {q.how}"
-                    self.quantities.append(q._replace(name=f"balanced {q.name}", how=how))
+            for q in [q for q in other.quantities if q.name == quantity]:
+                how = f"{what} of least norm; {q.how}"
+                place = 1 + [plain.name for plain in self.quantities].index(quantity)
+                self.quantities.insert(place, q._replace(name=f"balanced {q.name}", how=how))
+
+        self.notes.append(
+            "Balanced numbers are those of the same function in other weights: to compare networks "
+            "by, no improvement."
+        )
 
     def _kinks(self, loss: AbstractExampleLoss) -> None:
         kinks = kinks_of(loss, self.point)
         if kinks:
             self.notes.append(
                 f"The model has kinks among its examples ({', '.join(kinks)}): formulas of G hold "
-                "between kinks, and the Hessian is that between them."
+                "between kinks, and the Hessian is the one there."
             )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path).removesuffix(".value") or "the point"

@@ -75,7 +75,7 @@ def _draw_eigenvalues(axes: Any, report: Report) -> None:
 def _draw_rate(axes: Any, report: Report) -> None:
     """The sharpness at which the learning rate, and its threshold, would be at 2/λ."""
     threshold = report.quantities.get("largest stable learning rate")
-    share = report.quantities.get("learning rate")
+    share = report.quantities.get("learning rate / largest stable")
     if threshold is None:
         return
     label = f"2/η*, η* = {threshold.value:.3g}"
