@@ -30,8 +30,7 @@ class _Pair:
 
     def __init__(self, first: int, second: int):
         self.first, self.second = first, second
-        self.degree, self.neurons = 0.0, np.zeros(0, bool)
-        self.is_layer = False
+        self.degree, self.is_each = 0.0, False
 
     def shares(self, gradient: list[Any], layers: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """g∘θ summed over what comes before each neuron, and over what comes after."""
@@ -52,20 +51,18 @@ class _Pair:
         if self.degree <= 0:
             return False
         size = np.abs(before).sum(axis=1).max() + self.degree * np.abs(after).sum(axis=1).max()
-        self.is_layer = bool(np.abs(x - self.degree * y).max() <= tolerance * size)
+        is_layer = bool(np.abs(x - self.degree * y).max() <= tolerance * size)
         apart = np.abs(before - self.degree * after).max(axis=0)
         scale = np.abs(before).max() + self.degree * np.abs(after).max()
-        self.neurons = apart <= tolerance * scale
-        if not self.neurons.all():  # not one neuron for itself
-            self.neurons[:] = False
-        return self.is_layer
+        self.is_each = bool(np.all(apart <= tolerance * scale))
+        return is_layer
 
     def step(self, layers: list[Any], by_neuron: bool) -> float:
         """The layers, in place, where their norms are least; the largest logarithm of a factor."""
         (weight, bias), (after, _) = layers[self.first], layers[self.second]
         up = (weight**2).sum(axis=1) + (0 if bias is None else bias.reshape(-1) ** 2)
         down = (after**2).sum(axis=0)
-        if not (by_neuron and self.neurons.any()):
+        if not (by_neuron and self.is_each):
             up, down = np.full(len(up), up.sum()), np.full(len(down), down.sum())
         is_finite = (up > 0) & (down > 0)
         ratio = np.where(is_finite, self.degree * down / np.where(is_finite, up, 1), 1)
@@ -112,7 +109,7 @@ def least_norm(
         after = outputs_at(part, balanced)
         change = jnp.max(jnp.abs(after.slopes - outputs.slopes)) / jnp.max(jnp.abs(outputs.slopes))
         if float(change) <= tolerance:
-            is_each = by_neuron and all(pair.neurons.all() for pair in pairs)
+            is_each = by_neuron and all(pair.is_each for pair in pairs)
             return balanced, "neurons" if is_each else "layers"
     raise ValueError(f"what looked like rescalings changed the outputs by {float(change):.1g}")
 

@@ -13,7 +13,7 @@ import manifoldflow as mf
 from checks import at_least, at_most, close, equal, flat
 from manifoldflow import symmetry
 from manifoldflow.diagnostics import Quantity, report
-from manifoldflow.diagnostics._chunks import Chunks
+from manifoldflow.diagnostics._chunks import Chunks, GaussNewton
 from manifoldflow.diagnostics._gauge import least_norm
 from manifoldflow.diagnostics._krylov import top_eigenvalues
 from manifoldflow.diagnostics._passes import outputs_at, trace_sample
@@ -143,6 +143,10 @@ def test_parts_of_the_examples():
     close("‖∇L‖", found.norm, jnp.linalg.norm(gradient), 1e-12)
     of_data = gradient - 0.5 * flat(loss.split(point)[0])
     close("‖∇L‖² of the data", found.of_data, jnp.sum(of_data**2), 1e-12)
+    some = loss.select(np.array(chunks._order[:192]))
+    vector, unravel = jax.flatten_util.ravel_pytree(loss.split(point)[0])
+    expected = some.gauss_newton(point).mv(unravel(vector))
+    close("G v of three parts", GaussNewton(chunks, 3)(vector), flat(expected), 1e-12)
     table = report(loss, point, max_rows=1)
     within(table["trace of G"], loss.trace_gauss_newton(point))
     assert "on 64 of 193 examples" in table["trace of G"].how
