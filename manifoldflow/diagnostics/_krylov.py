@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from manifoldflow import _precision
 
 # The residual that is asked for, relative to the largest eigenvalue.
-TOLERANCE = 3e-5
+TOLERANCE = 5e-5
 # Bytes of the basis, within these bounds for its length.
 _MEMORY, _SHORTEST, _LONGEST = 2**25, 24, 128
 
@@ -148,7 +148,7 @@ class _Search:
         if self.count < num:
             return False
         values, _, residuals = self._ritz()
-        return bool(np.all(residuals[:num] <= TOLERANCE / 2 * max(abs(values[0]), 1e-300)))
+        return bool(np.all(residuals[:num] <= TOLERANCE * max(abs(values[0]), 1e-300)))
 
     def _restart(self) -> None:
         """The best Ritz vectors and the last band in place of all vectors."""

@@ -266,6 +266,7 @@ class Writer:
     def _all_eigenvalues(self, rows: Rows) -> None:
         values, rank = np.asarray(rows.eigenvalues, float)[::-1], int(rows.rank)
         bound = float(rows.rounding)
+        floor = math.sqrt(len(values)) * bound  # below it they count as zero
         for index, value in enumerate(values[:rank], start=1):
             self.eigenvalues.append(
                 Quantity(f"eigenvalue {index}", float(value), float(bound), "of G; exact")
@@ -277,8 +278,8 @@ class Writer:
         self.add("rank", rank, None, how)
         if not rank:
             self.leave_out("smallest eigenvalue", "G is zero")
-        elif 2 * bound > values[rank - 1]:
-            reason = f"rounding, {bound:.1g}, is as large as it is; take double precision"
+        elif rank < min(len(values), dimension + rank) and values[rank - 1] < 10 * floor:
+            reason = f"no gap: eigenvalues go down to rounding, {floor:.1g}"
             self.leave_out("smallest eigenvalue", reason)
         else:
             how = "of G, that is not zero; exact to rounding"
