@@ -104,9 +104,5 @@ def _draw(found: mf.diagnostics.Report, path: pathlib.Path) -> None:
     except ImportError:
         print("no picture: python -m pip install 'manifoldflow[plot]'")
         return
-    draw = getattr(plotting, "plot_report", None)
-    if draw is None:
-        print("no picture: this version of manifoldflow draws no reports")
-        return
-    draw(found).savefig(path, dpi=150)
+    plotting.plot_report(found).savefig(path, dpi=150)
     print(f"picture in {path}")

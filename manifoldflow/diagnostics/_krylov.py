@@ -79,7 +79,7 @@ class _Search:
     ):
         self.product = product
         self.band, self.length = band, length
-        self.eps = float(jnp.finfo(like.dtype).eps)
+        self.eps = _precision.eps_of_dtype(like)
         self.basis = jnp.zeros((length + band, like.size), like.dtype)
         self.is_there = np.zeros(length + band, bool)
         # ⟨vᵢ, A vⱼ⟩, i ≤ j; of columns below `count`.
