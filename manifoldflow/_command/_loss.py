@@ -54,7 +54,7 @@ def loss_of(
         )
     if kind == CROSS_ENTROPY:
         print(f"loss: {CROSS_ENTROPY} of {shape[0]} outputs, the mean over examples")
-        softmax = optax.softmax_cross_entropy_with_integer_labels
+        softmax: Any = optax.softmax_cross_entropy_with_integer_labels  # types differ by version
         return mf.PerExampleLoss(data.inputs, data.targets, softmax, predict=network.predict)
     targets, what = data.targets, ""
     if data.is_classes:
