@@ -88,8 +88,8 @@ class Writer:
         self.add("coordinates", _tree.size(coordinates), None, "D, numbers that may move")
         if not isinstance(self.loss, AbstractExampleLoss):
             self._plain()
-            self._curvature(1.0)
-            self._eigenvalues(1.0)
+            self._section("trace of the Hessian", lambda: self._curvature(1.0))
+            self._section("largest eigenvalue", lambda: self._eigenvalues(1.0))
             self._judgement(
                 2 / self.value("largest eigenvalue"), "2/λ₁ of ∇²L: of full batches", False
             )
@@ -98,8 +98,8 @@ class Writer:
         self._gradient(loss)
         self._section("rank", lambda: self._rows(loss))
         self._traces(loss, 1.0)
-        self._curvature(1.0)
-        self._eigenvalues(1.0)
+        self._section("trace of the Hessian", lambda: self._curvature(1.0))
+        self._section("largest eigenvalue", lambda: self._eigenvalues(1.0))
         self._section("largest stable learning rate", lambda: self._stability(loss))
         self._section("rate of the limit", lambda: self._limit(loss))
         self._section("balanced trace of G", lambda: self._balanced(loss))
@@ -111,6 +111,11 @@ class Writer:
             write()
         except (ValueError, eqx.EquinoxRuntimeError) as error:
             self.leave_out(name, str(error).splitlines()[0])
+        except (TypeError, NotImplementedError) as error:
+            # JAX's own words for a model with jax.custom_vjp; any other one is a mistake.
+            if "forward-mode" not in str(error) and "custom_lin" not in str(error):
+                raise
+            self.leave_out(name, "a jax.custom_vjp in the model has no derivatives forwards")
 
     def add(
         self, name: str, value: Any, error: Any, how: str, num_samples: int | None = None
@@ -212,11 +217,7 @@ class Writer:
             slopes = None if self.chunks is None else outputs_at(part, self.point).slopes
             return curvature_sample(part, self.point, slopes, self.random)
 
-        try:
-            found, of = self._sampled(draw, "curvature", share)
-        except (TypeError, NotImplementedError) as error:
-            self.leave_out(name, f"no derivatives forwards: {str(error).splitlines()[0]}")
-            return
+        found, of = self._sampled(draw, "curvature", share)
         number = len(found)
         mean, error = mean_of(np.asarray(found, float))
         if not isinstance(loss, AbstractExampleLoss):
