@@ -89,7 +89,7 @@ ARGUMENTS = {
     "point": "point other network coordinates params like",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
-    "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
+    "count": "num_blocks batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
     " modulus num_workers num_eigenvalues max_rows memory",
@@ -106,7 +106,7 @@ ARGUMENTS = {
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target residuals product input_noise"
     " output_noise weights labels generator direction start coefficients second_moments",
-    "word": "kind design",
+    "word": "kind design name",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",
@@ -129,6 +129,7 @@ EXCEPTIONS = {
     ("IterationLimit", "covariance"): "function",
     ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
+    ("symmetry.product_drift", "product"): "instance",
 }
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
@@ -172,6 +173,8 @@ FITS = {
     ("geodesic", "times"): "negative",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
+    ("symmetry.product_symmetry", "name"): "another word",
+    ("symmetry.attention_products", "name"): "another word",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
     ("PerExampleLoss", "targets"): "complex",  # they may be anything
     ("SAMGradient", "radius"): "zero",

@@ -15,7 +15,7 @@ RESULT_CLASSES = {
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
-    "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
+    "symmetry.ProductSymmetry", "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
