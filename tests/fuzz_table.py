@@ -12,6 +12,7 @@ import optax
 import manifoldflow as mf
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_optimisers import OPTIMISERS
+from fuzz_table_two_layer import TWO_LAYER
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
@@ -77,6 +78,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
+    **TWO_LAYER,
     **USES,
     **EXAMPLES,
     # The root.
@@ -379,10 +381,6 @@ CALLS = {
         **TALL, "u": np.ones(3), "v": np.ones(3), "time": 1.0, "noise_constant": 1.0
     },
     "theory.restricted_isometry": {"inputs": INPUTS, "sparsity": 1, "num_starts": 2, "seed": 0},
-    "theory.simplicity_time_bound": {
-        "flatness": 1.0, "accuracy": 0.1, "coherence": 1.0, "normality": 1.0, "slope": 1.0,
-        "third_derivative": 1.0,
-    },
     "theory.two_layer_minimizer": {
         "targets": TARGETS, "width": 2, "activation": jnp.sinh, "second_layer": [1.0, -1.0]
     },
