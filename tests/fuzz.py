@@ -172,6 +172,7 @@ FITS = {
     ("geodesic", "times"): "negative",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
+    ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
     ("PerExampleLoss", "targets"): "complex",  # they may be anything
     ("SAMGradient", "radius"): "zero",

@@ -340,7 +340,8 @@ CALLS = {
         **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
     },
     "symmetry.noise_equilibrium_with_info": {
-        **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
+        **NOISY, "learning_rate": 0.1, "batch_size": 1, "replacement": True, "weight_decay": 0.1,
+        "throw": False
     },
     "symmetry.query_key_rotation": {
         "point": ATTENTION, "where": lambda p: p, "matrix": np.eye(2), "head": 0
