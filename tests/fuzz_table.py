@@ -162,7 +162,7 @@ CALLS = {
     },
     "simulate": {
         "loss": LOSS, "noise": LABEL, "optimizer": optax.sgd, "point": X, **SGD, "num_saves": 1,
-        "momentum": 0.0, "observe": {"h": height}, "throw": False,
+        "momentum": 0.0, "observe": {"h": height}, "until": mf.Stationary(0.1), "throw": False,
     },
     "solve": {
         "flow": DESCENT, "point": X, "end_time": 0.1, "num_saves": 1, "solver": dfx.Euler(),

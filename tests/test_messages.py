@@ -70,6 +70,8 @@ MEMBERS = {
         "flows/_here.py": "solve",
         "flows/_leg_by_diffrax.py": "solve",
         "flows/_leg_by_scan.py": "solve",
+        "sgd/_loop.py": "simulate",
+        "sgd/_simulate.py": "simulate",
     },
     "max_steps_reached": {
         "flows/_leg_by_diffrax.py": "solve",
