@@ -96,16 +96,18 @@ ARGUMENTS = {
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative train_fraction max_norm averaging batch_factor seconds",
-    "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
+    " third_derivative train_fraction max_norm averaging batch_factor seconds"
+    " label_variance batch_fraction",
+    "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
+    " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
     " b1 eps lag",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron"
-    " is_ode at_zero_loss decoupled per_example",
+    " is_ode at_zero_loss decoupled per_example halved",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
-    " output_noise weights labels generator direction start coefficients second_moments",
+    " output_noise features weights labels generator direction start coefficients second_moments",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
@@ -139,6 +141,11 @@ CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
 ]
 EXCEPTIONS |= {(name, "start"): "number" for name in CURVES}
 EXCEPTIONS |= {(name, "time"): "nonnegative" for name in CURVES}
+# How long two-layer networks take.
+LANDING = ["landing_time_bound", "landing_distance_bound", "landed_flatness_bound"]
+EXCEPTIONS |= {(f"theory.{name}", "loss"): "nonnegative" for name in LANDING}
+STEPS = ["label_noise_num_steps", "sharpness_aware_num_steps", "landing_distance_bound"]
+EXCEPTIONS |= {(f"theory.{name}", "time"): "nonnegative" for name in STEPS}
 
 
 # Values that do fit: other numbers of examples or features, all levels of a spectrum, no noise.
@@ -149,6 +156,7 @@ FITS = {
     ("models.ModularAddition", "seed"): "huge",
     ("models.separable_data", "margin"): "zero",
     ("models.sparse_regression", "sparsity"): "zero",
+    ("theory.landed_flatness_bound", "features"): "oblong",
     ("theory.restricted_isometry", "seed"): "huge",
     ("theory.two_layer_minimizer", "second_layer"): "negative",
     ("theory.two_layer_minimizer", "targets"): "longer",

@@ -47,6 +47,14 @@ from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,
     ActivationConstants as ActivationConstants,
     coherence as coherence,
-    simplicity_time_bound as simplicity_time_bound,
     two_layer_minimizer as two_layer_minimizer,
+)
+from manifoldflow.theory._two_layer_times import (
+    label_noise_num_steps as label_noise_num_steps,
+    landed_flatness_bound as landed_flatness_bound,
+    landing_distance_bound as landing_distance_bound,
+    landing_time_bound as landing_time_bound,
+    sharpness_aware_num_steps as sharpness_aware_num_steps,
+    simplicity_time_bound as simplicity_time_bound,
+    stationarity_time_bound as stationarity_time_bound,
 )
