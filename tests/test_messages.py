@@ -56,6 +56,9 @@ WHOSE = {
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
         ("batch_size", "is_likelihood"), "ResampledLabels"
     ),
+    ("noise/_flipped.py", "_check_equal"): dict.fromkeys(
+        ("batch_size", "is_likelihood"), "ResampledLabels"
+    ),
     ("_journal/_journal.py", "read"): {"num_saves": "solve simulate"},
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
