@@ -99,12 +99,12 @@ ARGUMENTS = {
     " third_derivative train_fraction max_norm averaging batch_factor seconds",
     "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
-    " b1 eps",
+    " b1 eps lag",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron"
     " is_ode at_zero_loss decoupled per_example",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
-    " input_covariance noise_covariance target_map target residuals product input_noise"
+    " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise weights labels generator direction start coefficients second_moments",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
@@ -121,6 +121,9 @@ EXCEPTIONS = {
     ("theory.overparametrized_linear_flow", "time"): "nonnegative",
     ("theory.overparametrized_linear_charges", "time"): "nonnegative",
     ("theory.ornstein_uhlenbeck_covariance", "hessian"): "array",
+    ("theory.ornstein_uhlenbeck_law", "hessian"): "array",
+    ("theory.ornstein_uhlenbeck_law", "time"): "nonnegative",
+    ("theory.quadratically_parametrized_flow", "time"): "nonnegative",
     ("theory.approximate_symmetry_displacement", "hessian"): "array",
     ("theory.approximate_symmetry_displacement", "point"): "array",
     ("diagnostics.certify", "path"): "point",
@@ -152,6 +155,9 @@ FITS = {
     ("theory.two_layer_noise_matrices", "residuals"): "oblong",
     ("theory.overparametrized_linear_charges", "time"): "an array|a list|empty",
     ("theory.overparametrized_linear_flow", "time"): "an array|a list|empty",
+    ("theory.quadratically_parametrized_flow", "time"): "an array|a list|empty",
+    ("theory.ornstein_uhlenbeck_law", "time"): "an array|a list|empty",
+    ("theory.kernel_rich_potential", "weights"): "a cube|longer|oblong|empty",
     ("ensembles.statistics", "values"): "a cube|longer|oblong",
     ("ensembles.statistics", "levels"): "empty",
     ("ensembles.weak_error", "values"): "longer",
@@ -172,6 +178,7 @@ FITS = {
     ("geodesic", "times"): "negative",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
+    ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
     ("PerExampleLoss", "targets"): "complex",  # they may be anything
     ("SAMGradient", "radius"): "zero",

@@ -23,6 +23,9 @@ WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
+    ("symmetry/_equilibrium.py", "_check_in_the_limit"): {
+        "learning_rate": "symmetry.noise_equilibrium"
+    },
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
     ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
@@ -70,6 +73,8 @@ MEMBERS = {
         "flows/_here.py": "solve",
         "flows/_leg_by_diffrax.py": "solve",
         "flows/_leg_by_scan.py": "solve",
+        "sgd/_loop.py": "simulate",
+        "sgd/_simulate.py": "simulate",
     },
     "max_steps_reached": {
         "flows/_leg_by_diffrax.py": "solve",
