@@ -76,6 +76,7 @@ from manifoldflow.losses import (
     AbstractResidualLoss as AbstractResidualLoss,
     FunctionLoss as FunctionLoss,
     LeastSquares as LeastSquares,
+    linearized as linearized,
     PerExampleLoss as PerExampleLoss,
     shard_examples as shard_examples,
 )

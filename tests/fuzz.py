@@ -86,7 +86,7 @@ ARGUMENTS = {
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
     " mv operation",
-    "point": "point other network coordinates params like",
+    "point": "point other network coordinates params like origin",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
@@ -96,7 +96,8 @@ ARGUMENTS = {
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative train_fraction max_norm averaging batch_factor seconds",
+    " third_derivative train_fraction max_norm averaging batch_factor seconds"
+    " failure_probability",
     "nonnegative": "flatness std noise_scale weight_decay tolerance momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
     " b1 eps",
@@ -105,7 +106,8 @@ ARGUMENTS = {
     " is_ode at_zero_loss decoupled per_example",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target residuals product input_noise"
-    " output_noise weights labels generator direction start coefficients second_moments",
+    " output_noise weights labels generator direction start coefficients second_moments"
+    " truth",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
@@ -174,6 +176,8 @@ FITS = {
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
     ("PerExampleLoss", "targets"): "complex",  # they may be anything
+    ("linalg.displacement", "origin"): "integers|booleans",
+    ("theory.kernel_regime_error_bound", "truth"): "longer",
     ("SAMGradient", "radius"): "zero",
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",

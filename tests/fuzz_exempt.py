@@ -16,7 +16,7 @@ RESULT_CLASSES = {
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
-    "theory.RestrictedIsometry",
+    "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.
