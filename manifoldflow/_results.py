@@ -78,7 +78,7 @@ class RESULTS(eqx.Enumeration):
     )
 
     # `solve`.
-    stopped_early = "The solve was ended by `until` before `end_time`."
+    stopped_early = "The run was ended by `until` before its time."
     bad_end_time = "end_time must be positive and finite."
 
     # `simulate`.

@@ -11,7 +11,9 @@ import optax
 
 import manifoldflow as mf
 from fuzz_table_examples import EXAMPLES
+from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
+from fuzz_table_two_layer import TWO_LAYER
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
@@ -77,8 +79,10 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
+    **TWO_LAYER,
     **USES,
     **EXAMPLES,
+    **INITIALISATION,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
@@ -160,7 +164,7 @@ CALLS = {
     },
     "simulate": {
         "loss": LOSS, "noise": LABEL, "optimizer": optax.sgd, "point": X, **SGD, "num_saves": 1,
-        "momentum": 0.0, "observe": {"h": height}, "throw": False,
+        "momentum": 0.0, "observe": {"h": height}, "until": mf.Stationary(0.1), "throw": False,
     },
     "solve": {
         "flow": DESCENT, "point": X, "end_time": 0.1, "num_saves": 1, "solver": dfx.Euler(),
@@ -340,7 +344,8 @@ CALLS = {
         **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
     },
     "symmetry.noise_equilibrium_with_info": {
-        **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
+        **NOISY, "learning_rate": 0.1, "batch_size": 1, "replacement": True, "weight_decay": 0.1,
+        "throw": False
     },
     "symmetry.query_key_rotation": {
         "point": ATTENTION, "where": lambda p: p, "matrix": np.eye(2), "head": 0
@@ -366,23 +371,6 @@ CALLS = {
     "theory.deep_linear_sharpness": {
         "weights": [np.eye(2), np.eye(2)], "input_covariance": np.eye(2)
     },
-    "theory.kernel_rich_interpolant": {**TALL, "scale": 1.0},
-    "theory.max_margin_direction": {"inputs": INPUTS, "labels": LABELS},
-    "theory.min_norm_interpolant": {**TALL, "start": np.zeros(3)},
-    "theory.ornstein_uhlenbeck_covariance": {
-        "hessian": np.eye(2), "covariance": np.eye(2), "learning_rate": 0.1, "discrete": True
-    },
-    "theory.overparametrized_linear_charges": {
-        "inputs": INPUTS, "u": np.ones(3), "v": np.ones(3), "time": 1.0, "noise_constant": 1.0
-    },
-    "theory.overparametrized_linear_flow": {
-        **TALL, "u": np.ones(3), "v": np.ones(3), "time": 1.0, "noise_constant": 1.0
-    },
-    "theory.restricted_isometry": {"inputs": INPUTS, "sparsity": 1, "num_starts": 2, "seed": 0},
-    "theory.simplicity_time_bound": {
-        "flatness": 1.0, "accuracy": 0.1, "coherence": 1.0, "normality": 1.0, "slope": 1.0,
-        "third_derivative": 1.0,
-    },
     "theory.two_layer_minimizer": {
         "targets": TARGETS, "width": 2, "activation": jnp.sinh, "second_layer": [1.0, -1.0]
     },
@@ -393,5 +381,4 @@ CALLS = {
     "theory.two_layer_noise_matrices": {
         "inputs": INPUTS, "residuals": np.ones((2, 2)), "noise_scale": 0.1, "weight_decay": 0.1
     },
-    "theory.weighted_l1_interpolant": TALL,
 }  # fmt: skip

@@ -30,6 +30,7 @@ class Save(NamedTuple):
         row: coordinates, observables, numbers to go on with.
         state: what to go on from besides.
         must_write: whether it is to be written, whatever that costs.
+        is_told: whether it is to be shown: not where the run has ended before.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Save(NamedTuple):
     row: tuple[PyTree[Array], PyTree[Array], PyTree[Array]]
     state: PyTree[Array]
     must_write: bool
+    is_told: bool = True
 
 
 class Leg(NamedTuple):
@@ -116,4 +118,5 @@ def _keep(run: AbstractRun[Any], journal: Journal, target: Any, save: Save) -> N
     journal.add(save.row, save.step, save.time)
     if target is not None:
         journal.write(target, save.state, must=save.must_write)
-    tell(run.reports, save.time, *save.row[:2])
+    if save.is_told:
+        tell(run.reports, save.time, *save.row[:2])

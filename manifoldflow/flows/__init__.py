@@ -1,6 +1,7 @@
 """Flows on manifolds and towards them, and how they are solved."""
 
 from manifoldflow._journal import load_checkpoint as load_checkpoint
+from manifoldflow._run import Stationary as Stationary
 from manifoldflow.flows._base import (
     AbstractDiffusion as AbstractDiffusion,
     AbstractFlow as AbstractFlow,
@@ -16,7 +17,6 @@ from manifoldflow.flows._iteration_limit import (
 )
 from manifoldflow.flows._limit_diffusion import LimitDiffusion as LimitDiffusion
 from manifoldflow.flows._noether import NoetherFlow as NoetherFlow
-from manifoldflow.flows._options import Stationary as Stationary
 from manifoldflow.flows._sgd_diffusion import SGDDiffusion as SGDDiffusion
 from manifoldflow.flows._solve import solve as solve
 from manifoldflow.flows._subsample import (

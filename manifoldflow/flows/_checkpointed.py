@@ -29,13 +29,14 @@ from manifoldflow._run import (
     recorded,
     Report,
     Save,
+    Stationary,
     tell,
 )
 from manifoldflow._types import Point, Scalar, Tangent
 from manifoldflow.flows._base import AbstractDiffusion, AbstractFlow
 from manifoldflow.flows._here import at_start, begun, Here, Row, row_of, solution_of
 from manifoldflow.flows._legs import leg_of
-from manifoldflow.flows._options import Options, Stationary
+from manifoldflow.flows._options import Options
 from manifoldflow.flows._start import Start, started, successful
 from manifoldflow.flows._task import Task, task_of
 from manifoldflow.manifolds import AbstractManifold

@@ -10,31 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked_fields
+from manifoldflow import _precision
 from manifoldflow._errors import (
     checked_count,
-    checked_nonnegative,
     checked_positive,
     is_traced,
     real_numbers,
 )
-from manifoldflow._run import form_of, Report
+from manifoldflow._run import form_of, Report, stops_at, Until
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows._base import AbstractFlow, is_stochastic
-
-
-def _tolerance(value: Any) -> Scalar:
-    return jnp.asarray(checked_nonnegative("Stationary: tolerance", value), float)
-
-
-class Stationary(eqx.Module):
-    """For `solve(until=…)`: stop once the norm of the drift is at most `tolerance`."""
-
-    tolerance: Scalar = eqx.field(converter=_tolerance)
-
-    def __check_init__(self):
-        checked_fields(self)
 
 
 class NoiseOptions(eqx.Module):
@@ -55,7 +40,7 @@ class Options(eqx.Module):
     atol: Scalar
     adjoint: dfx.AbstractAdjoint
     observe: dict[str, Callable[[Point], PyTree[Any]]]
-    until: Callable[[Point], Any] | Stationary | None
+    until: Until | None
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
     max_steps: int = eqx.field(static=True)
@@ -69,9 +54,7 @@ class Options(eqx.Module):
         """Whether the flow is to end here, before its time."""
         if self.until is None:
             return jnp.asarray(False)
-        if isinstance(self.until, Stationary):
-            return _tree.norm(flow.drift(point)) <= self.until.tolerance
-        return jnp.asarray(self.until(point), bool)
+        return stops_at(self.until, point, flow.drift)
 
 
 def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) -> Array:

@@ -15,7 +15,13 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count
 from manifoldflow._journal import Place
 from manifoldflow._results import delivered_solution, Observables, Solution
-from manifoldflow._run import checked_observables, meter_of, over_legs, row_reports
+from manifoldflow._run import (
+    checked_observables,
+    meter_of,
+    over_legs,
+    row_reports,
+    Stationary,
+)
 from manifoldflow._types import Key, Point, Scalar
 from manifoldflow.flows._adjoints import through
 from manifoldflow.flows._base import AbstractFlow
@@ -28,7 +34,6 @@ from manifoldflow.flows._options import (
     Options,
     save_times_of,
     solver_of,
-    Stationary,
     tolerance,
 )
 from manifoldflow.flows._start import check_can_move, Start, started

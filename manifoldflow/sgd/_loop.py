@@ -1,5 +1,6 @@
 """The loop of SGD: one step, many steps, and what is saved of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._results import or_nan, RESULTS, Solution
-from manifoldflow._run import observed, Report, show
-from manifoldflow._types import Coordinates, Key, Point, Scalar, Tangent
+from manifoldflow._run import observed, Report, show, stops_at, Until
+from manifoldflow._types import Coordinates, Flag, Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractStochasticGradient
 from manifoldflow.sgd._optimizer import check_clock, transform_of, updated
@@ -36,6 +37,7 @@ class Problem(eqx.Module):
     observe: dict[str, Callable[[Point], PyTree[Any]]]
     meter: dfx.AbstractProgressMeter
     reports: tuple[Report, ...]
+    until: Until | None
     clock_gain: float | None = eqx.field(static=True)  # that a bare transform must have
     clock: str = eqx.field(static=True)
 
@@ -51,6 +53,11 @@ class State(eqx.Module):
     opt_state: PyTree[Array]
     diverged_at: Int[Array, ""]
     bound: Scalar
+    stopped_after: Int[Array, ""] | None  # so many steps; None where nothing stops a run
+
+    @property
+    def is_going(self) -> Flag:
+        return jnp.asarray(True) if self.stopped_after is None else self.stopped_after < 0
 
 
 class Row(eqx.Module):
@@ -78,9 +85,24 @@ class Stepper:
             jax.tree.map(jnp.asarray, self.transform.init(coordinates)),
             jnp.asarray(-1, jnp.int32),
             _DIVERGED * jnp.maximum(_largest(coordinates), 1),
+            None if self.problem.until is None else jnp.asarray(-1, jnp.int32),
         )
 
     def __call__(self, state: State, step: Int[Array, ""]) -> State:
+        if self.problem.until is None:
+            return self._moved(state, step)
+        return jax.lax.cond(state.is_going, self._asked, lambda state, _: state, state, step)
+
+    def _asked(self, state: State, step: Int[Array, ""]) -> State:
+        """The state after the step, and whether the run ends with it."""
+        problem, state = self.problem, self._moved(state, step)
+        assert problem.until is not None
+        point = _tree.join(state.coordinates, problem.remainder)
+        ends = stops_at(problem.until, point, problem.loss.gradient) & (state.diverged_at < 0)
+        done = jnp.where(ends, step + 1, -1).astype(jnp.int32)
+        return dataclasses.replace(state, stopped_after=done)
+
+    def _moved(self, state: State, step: Int[Array, ""]) -> State:
         # A barrier: what the compiler makes of a step must not depend on what is around it,
         # or a run that was resumed would differ in the last digit.
         state, step = jax.lax.optimization_barrier((state, step))
@@ -95,6 +117,7 @@ class Stepper:
             jax.tree.map(_as_before, opt_state, state.opt_state),
             diverged_at,
             state.bound,
+            state.stopped_after,
         )
 
     def gradient(self, coordinates: Coordinates, step: Array) -> Tangent:
@@ -122,7 +145,11 @@ class Stepper:
         point = _tree.join(state.coordinates, self.problem.remainder)
         saved = Row(state.coordinates, observed(self.problem.observe, point))
         saved = or_nan(saved, state.diverged_at < 0, of=(self.problem, state))
-        show(self.problem.reports, time, saved.coordinates, saved.observables)
+        told = lambda: show(self.problem.reports, time, saved.coordinates, saved.observables)
+        if self.problem.reports and self.problem.until is not None:
+            jax.lax.cond(state.is_going, told, lambda: None)
+        else:
+            told()
         return saved
 
 
@@ -218,6 +245,9 @@ def solution_of(
     result = _tree.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
     is_fine = result == RESULTS.successful
     done = jnp.where(has_diverged, state.diverged_at, num_steps)
+    if state.stopped_after is not None:
+        result = _tree.where(is_fine & ~state.is_going, RESULTS.stopped_early, result)
+        done = jnp.where(state.is_going, done, state.stopped_after)
     zero = jnp.zeros_like(done)
     return Solution(
         times=times,

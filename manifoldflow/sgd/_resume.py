@@ -22,7 +22,15 @@ from manifoldflow._journal import (
     start_of,
 )
 from manifoldflow._results import Solution
-from manifoldflow._run import AbstractRun, check_concrete, Leg, recorded, Report, Save
+from manifoldflow._run import (
+    AbstractRun,
+    check_concrete,
+    Leg,
+    recorded,
+    Report,
+    Save,
+    Stationary,
+)
 from manifoldflow._types import Coordinates, Scalar, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.sgd._loop import Problem, Row, share, solution_of, State, Stepper, steps_of_saves
@@ -81,10 +89,14 @@ class _Simulation(AbstractRun[State]):
         if journal.step == step:
             return state
         is_later = state.diverged_at >= journal.step
-        return eqx.tree_at(
-            lambda s: (s.coordinates, s.diverged_at),
+        stopped = state.stopped_after
+        if stopped is not None:
+            stopped = jnp.where(stopped > journal.step, -1, stopped)
+        return dataclasses.replace(
             state,
-            (journal.last()[0], jnp.where(is_later, -1, state.diverged_at)),
+            coordinates=journal.last()[0],
+            diverged_at=jnp.where(is_later, -1, state.diverged_at),
+            stopped_after=stopped,
         )
 
     def legs(self, state: State, journal: Journal) -> Iterator[Leg]:
@@ -98,14 +110,23 @@ class _Simulation(AbstractRun[State]):
         time = self.times[number]
         state, row = _leg(self.problem, state, np.int32(step), np.int32(last), time)
         kept = row.coordinates, row.observables, ()
-        save = Save(last, time, kept, state, must_write=last == num_steps)
+        is_end, is_going = last == num_steps, bool(state.is_going)
+        save = Save(last, time, kept, state, must_write=is_end, is_told=is_going)
         return Leg(state, share(last, num_steps), save)
 
 
 def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
     """What tells this run from others: all that its steps depend on."""
     point = _tree.join(state.coordinates, problem.remainder)
-    rate, step = problem.learning_rate, jnp.zeros((), jnp.int32)
+    rate, step, until = problem.learning_rate, jnp.zeros((), jnp.int32), problem.until
+    functions, ends = observables_of(problem.observe, point), {}
+    if until is not None:
+        ends = {"until": "a function", **parts_of("until", until)}
+    if until is not None and not isinstance(until, Stationary):
+        functions["until"] = program(until, point)
+    # The steps themselves, whatever ends them.
+    problem = dataclasses.replace(problem, until=None)
+    state = dataclasses.replace(state, stopped_after=None)
     return Identity(
         values={
             "key": parts_of("key", problem.key)["key"],
@@ -116,8 +137,9 @@ def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
             "momentum": repr(float(momentum)),
             **parts_of("optimizer", problem.optimizer),
             **parts_of("first state of the optimizer", state.opt_state, whole=True),
+            **ends,
         },
-        functions=observables_of(problem.observe, point),
+        functions=functions,
         chain={
             "loss": program(_value, problem.loss, point),
             "noise": program(_gradient, problem, state),

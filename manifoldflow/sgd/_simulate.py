@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,8 +16,8 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._clock import AbstractClock, LimitClock, num_steps_for
 from manifoldflow._errors import checked_count, is_traced
 from manifoldflow._journal import Place
-from manifoldflow._results import delivered_solution, Observables, Solution
-from manifoldflow._run import checked_observables, meter_of, row_reports
+from manifoldflow._results import delivered_solution, Observables, RESULTS, Solution
+from manifoldflow._run import checked_observables, meter_of, row_reports, Stationary
 from manifoldflow._types import Key, Point
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise import AbstractStochasticGradient
@@ -40,6 +41,7 @@ def simulate(
     num_saves: int = 1,
     momentum: Any = None,
     observe: Observables | None = None,
+    until: Callable[[Point], Any] | Stationary | None = None,
     key: Key,
     progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
     checkpoint: Place | None = None,
@@ -81,6 +83,9 @@ def simulate(
         momentum: the β in [0, 1) of a bare optimiser, heavy-ball or Nesterov. Only tells the
             clock, which then runs (1−β)⁻² faster.
         observe: name → function of a point, evaluated at every save.
+        until: stop early: a predicate of the point, or `Stationary(tolerance)`, asked after every
+            step. The remaining saves then repeat the final point, and have the time of the step
+            that ended the run: of a run until it leaves a set, `times[-1]` is the exit time.
         key: one key; `jax.vmap` over many.
         progress: True prints percentages, a Diffrax progress meter shows itself, a
             function is called at every save with a dict: time, coordinates, observables.
@@ -95,10 +100,11 @@ def simulate(
             was not reached is NaN.
 
     Returns:
-        A `Solution` with `num_saves` + 1 saves. In its `stats`, `num_gradients` counts the
-        draws of `noise.gradient`, and `diverged_at` is the step, counted from 0, that led to
-        a coordinate that is not finite or 10⁸ times larger than any at the start and than 1;
-        −1 if none did. From then on nothing moves.
+        A `Solution` with `num_saves` + 1 saves. In its `stats`, `num_steps` counts the steps to
+        the end or to where `until` has stopped the run, `num_gradients` the draws of
+        `noise.gradient`, and `diverged_at` is the step, counted from 0, that led to a coordinate
+        that is not finite or 10⁸ times larger than any at the start and than 1; −1 if none did.
+        From then on nothing moves.
 
     Raises:
         ValueError: wrong options, structure or shapes; a noise that does not fit the loss;
@@ -123,7 +129,7 @@ def simulate(
         raise ValueError(
             f"num_saves={num_saves} exceeds the {num_steps} steps of this run; ask for fewer saves."
         )
-    times = _save_times(clock, learning_rate, num_steps, num_saves)
+    step_times = clock.times(learning_rate, num_steps)
     is_bare = not isinstance(optimizer, AbstractUpdate)
     problem = Problem(
         loss=loss,
@@ -137,14 +143,18 @@ def simulate(
         observe=checked_observables(observe),
         meter=meter_of(progress),
         reports=row_reports(progress),
+        until=until if until is None else _tree.as_pytree_callable(until),
         clock_gain=1 / (1 - float(beta)) if has_end_time and is_bare else None,
         clock=clock.formula,
     )
-    times = times.astype(jnp.result_type(dtype, jnp.float32))
+    time_dtype = jnp.result_type(dtype, jnp.float32)
+    times = _at(steps_of_saves(num_steps, num_saves), step_times).astype(time_dtype)
     if checkpoint is None and resume is None:
         solution = whole_run(problem, coordinates, times, num_steps)
     else:
         solution = resumable_run(problem, coordinates, times, num_steps, beta, checkpoint, resume)
+    if until is not None:
+        solution = _ended(solution, step_times.astype(time_dtype))
     where = lambda: f" It was step {solution.stats['diverged_at']}, counted from 0."
     return delivered_solution(solution, throw, where)
 
@@ -207,11 +217,14 @@ def _clock(optimizer: Any, momentum: Any) -> AbstractClock:
     return optimizer.clock
 
 
-def _save_times(
-    clock: AbstractClock, learning_rate: Any, num_steps: int, num_saves: int
-) -> Float[Array, " saves"]:
-    times = clock.times(learning_rate, num_steps)
-    steps = steps_of_saves(num_steps, num_saves)
-    if is_traced(times):
-        return times[steps]
-    return jnp.asarray(np.asarray(times)[steps])
+def _at(steps: np.ndarray, times: Float[Array, " k"]) -> Float[Array, " saves"]:
+    return times[steps] if is_traced(times) else jnp.asarray(np.asarray(times)[steps])
+
+
+@jax.jit
+def _ended(solution: Solution, step_times: Float[Array, " k"]) -> Solution:
+    """The solution with the time of the last step at all saves after it, if that was early."""
+    last = step_times[solution.stats["num_steps"]]
+    is_early = solution.result == RESULTS.stopped_early
+    times = jnp.where(is_early, jnp.minimum(solution.times, last), solution.times)
+    return eqx.tree_at(lambda s: s.times, solution, times)

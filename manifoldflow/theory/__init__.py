@@ -1,5 +1,8 @@
 """Closed forms from the papers: oracles that see nothing of what they judge."""
 
+from manifoldflow.theory._kernel_rich_potential import (
+    kernel_rich_potential as kernel_rich_potential,
+)
 from manifoldflow.theory._margin import max_margin_direction as max_margin_direction
 from manifoldflow.theory._noise_balance import (
     deep_linear_initial_sharpness as deep_linear_initial_sharpness,
@@ -21,6 +24,8 @@ from manifoldflow.theory._optimisers import (
 )
 from manifoldflow.theory._ornstein_uhlenbeck import (
     ornstein_uhlenbeck_covariance as ornstein_uhlenbeck_covariance,
+    ornstein_uhlenbeck_law as ornstein_uhlenbeck_law,
+    OrnsteinUhlenbeckLaw as OrnsteinUhlenbeckLaw,
 )
 from manifoldflow.theory._overparametrized_linear import (
     kernel_rich_interpolant as kernel_rich_interpolant,
@@ -28,6 +33,11 @@ from manifoldflow.theory._overparametrized_linear import (
     overparametrized_linear_charges as overparametrized_linear_charges,
     overparametrized_linear_flow as overparametrized_linear_flow,
     weighted_l1_interpolant as weighted_l1_interpolant,
+)
+from manifoldflow.theory._recovery_stages import (
+    quadratically_parametrized_flow as quadratically_parametrized_flow,
+    recovery_stages as recovery_stages,
+    RecoveryStages as RecoveryStages,
 )
 from manifoldflow.theory._restricted_isometry import (
     restricted_isometry as restricted_isometry,
@@ -43,6 +53,14 @@ from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,
     ActivationConstants as ActivationConstants,
     coherence as coherence,
-    simplicity_time_bound as simplicity_time_bound,
     two_layer_minimizer as two_layer_minimizer,
+)
+from manifoldflow.theory._two_layer_times import (
+    label_noise_num_steps as label_noise_num_steps,
+    landed_flatness_bound as landed_flatness_bound,
+    landing_distance_bound as landing_distance_bound,
+    landing_time_bound as landing_time_bound,
+    sharpness_aware_num_steps as sharpness_aware_num_steps,
+    simplicity_time_bound as simplicity_time_bound,
+    stationarity_time_bound as stationarity_time_bound,
 )

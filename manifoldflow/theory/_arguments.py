@@ -53,6 +53,16 @@ def number(name: str, value: float, *, least: float, strict: bool = False) -> fl
     return float(array)
 
 
+def times_of(value: ArrayLike) -> np.ndarray:
+    array = finite("time", value)
+    if array.ndim > 1 or np.any(array < 0.0):
+        raise ValueError(
+            f"time: got shape {array.shape} with minimum {np.min(array, initial=0.0)}, "
+            "expected a scalar or (m,), all >= 0."
+        )
+    return array
+
+
 def finite(name: str, value: ArrayLike) -> np.ndarray:
     array = np.asarray(real_numbers(name, value), dtype=np.float64)
     if not np.all(np.isfinite(array)):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from manifoldflow._boundary import checked
-from manifoldflow.theory._arguments import finite, matrix, number, problem, vector
+from manifoldflow.theory._arguments import matrix, number, problem, times_of, vector
 
 _EPS = float(np.finfo(np.float64).eps)
 _TINY = 1e-250
@@ -67,7 +67,7 @@ def overparametrized_linear_flow(
     """
     z, y = problem(inputs, targets)
     u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
-    times = _times(time)
+    times = times_of(time)
     rates = _decay_rates(z, noise_constant)
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: that part of w_j is absent
         log_plus, log_minus = 2.0 * np.log(np.abs(u)), 2.0 * np.log(np.abs(v))
@@ -112,7 +112,7 @@ def overparametrized_linear_charges(
     """
     z = matrix("inputs", inputs)
     u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
-    return u * v * np.exp(-_decay_rates(z, noise_constant) * _times(time)[..., None])
+    return u * v * np.exp(-_decay_rates(z, noise_constant) * times_of(time)[..., None])
 
 
 @checked
@@ -314,14 +314,3 @@ def _difference(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 def _decay_rates(z: np.ndarray, noise_constant: float) -> np.ndarray:
     """c s_j with s_j = (4/n) sum_i z_ij^2."""
     return number("noise_constant", noise_constant, least=0.0) * 4.0 * np.mean(z * z, axis=0)
-
-
-def _times(value: ArrayLike) -> np.ndarray:
-    array = finite("time", value)
-    if array.ndim > 1 or np.any(array < 0.0):
-        raise ValueError(
-            f"time: got shape {array.shape} with minimum {np.min(array, initial=0.0)}, "
-            "expected a scalar or (m,), "
-            "all >= 0; pass 0 for the limit of gradient flow."
-        )
-    return array

@@ -31,6 +31,18 @@ class RestrictedIsometry(NamedTuple):
     support: Int[np.ndarray, " k"]
     is_exact: bool
 
+    @property
+    def bilinear_bound(self) -> float:
+        """Of ``|<Z v, Z w>/n - <v, w>|`` for unit v, w with at most k entries each.
+
+        ``2 delta_k`` for even k, ``3 delta_k`` for odd k, by splitting both supports so that two
+        parts have k entries together; inf for k = 1, where two equal columns of length ``sqrt(n)``
+        have ``delta_1 = 0`` and the product 1. Printed is 4 delta for every k [Ma2022, Lemma 9.11].
+        """
+        k = len(self.support)
+        delta = self.lower if self.is_exact else self.upper
+        return math.inf if k == 1 else (2 + k % 2) * delta
+
 
 @checked
 def restricted_isometry(
