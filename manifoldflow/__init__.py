@@ -76,6 +76,7 @@ from manifoldflow.losses import (
     AbstractResidualLoss as AbstractResidualLoss,
     FunctionLoss as FunctionLoss,
     LeastSquares as LeastSquares,
+    linearized as linearized,
     PerExampleLoss as PerExampleLoss,
     shard_examples as shard_examples,
 )
@@ -93,6 +94,8 @@ from manifoldflow.manifolds import (
 from manifoldflow.noise import (
     AbstractNoise as AbstractNoise,
     CustomNoise as CustomNoise,
+    FlippedLabels as FlippedLabels,
+    HessianNoise as HessianNoise,
     IsotropicNoise as IsotropicNoise,
     LabelNoise as LabelNoise,
     MinibatchNoise as MinibatchNoise,
