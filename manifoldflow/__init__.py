@@ -77,6 +77,7 @@ from manifoldflow.losses import (
     FunctionLoss as FunctionLoss,
     LeastSquares as LeastSquares,
     PerExampleLoss as PerExampleLoss,
+    RegularizedLoss as RegularizedLoss,
     shard_examples as shard_examples,
 )
 from manifoldflow.manifolds import (

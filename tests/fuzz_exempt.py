@@ -17,6 +17,7 @@ RESULT_CLASSES = {
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.MarginKKT",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.
