@@ -13,6 +13,7 @@ import manifoldflow as mf
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
+from fuzz_table_two_layer import TWO_LAYER
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
@@ -78,6 +79,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
+    **TWO_LAYER,
     **USES,
     **EXAMPLES,
     **INITIALISATION,
@@ -342,7 +344,8 @@ CALLS = {
         **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
     },
     "symmetry.noise_equilibrium_with_info": {
-        **NOISY, "noise_scale": 0.1, "weight_decay": 0.1, "throw": False
+        **NOISY, "learning_rate": 0.1, "batch_size": 1, "replacement": True, "weight_decay": 0.1,
+        "throw": False
     },
     "symmetry.query_key_rotation": {
         "point": ATTENTION, "where": lambda p: p, "matrix": np.eye(2), "head": 0
@@ -367,10 +370,6 @@ CALLS = {
     "theory.deep_linear_noise_sides": {"weights": [np.eye(2), np.eye(2)], **COVARIANCES},
     "theory.deep_linear_sharpness": {
         "weights": [np.eye(2), np.eye(2)], "input_covariance": np.eye(2)
-    },
-    "theory.simplicity_time_bound": {
-        "flatness": 1.0, "accuracy": 0.1, "coherence": 1.0, "normality": 1.0, "slope": 1.0,
-        "third_derivative": 1.0,
     },
     "theory.two_layer_minimizer": {
         "targets": TARGETS, "width": 2, "activation": jnp.sinh, "second_layer": [1.0, -1.0]

@@ -23,6 +23,9 @@ WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
+    ("symmetry/_equilibrium.py", "_check_in_the_limit"): {
+        "learning_rate": "symmetry.noise_equilibrium"
+    },
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
     ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
@@ -51,6 +54,9 @@ WHOSE = {
         "std": "LabelNoise",
     },
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
+        ("batch_size", "is_likelihood"), "ResampledLabels"
+    ),
+    ("noise/_flipped.py", "_check_equal"): dict.fromkeys(
         ("batch_size", "is_likelihood"), "ResampledLabels"
     ),
     ("_journal/_journal.py", "read"): {"num_saves": "solve simulate"},
@@ -87,7 +93,10 @@ MEMBERS = {
         "optimize/_search.py": "minimize",
         "optimize/_trust_region.py": "minimize",
     },
-    "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},
+    "no_equilibrium": {
+        "symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info",
+        "symmetry/_product_equilibrium.py": "symmetry.balance symmetry.balance_with_info",
+    },
     "bad_end_time": {"flows/_here.py": "solve"},
     "bad_learning_rate": {"sgd/_loop.py": "simulate"},
 }

@@ -14,14 +14,12 @@ from manifoldflow._errors import checked_count, checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.symmetry._generators import is_leafwise
 from manifoldflow.symmetry._gradients import (
-    checked_examples,
     ExampleLoss,
     gradient_moments,
     LeafSquares,
-    num_examples,
 )
 from manifoldflow.symmetry._orbit import semidefinite_solve
-from manifoldflow.symmetry._sgd_noise import checked_decay, SGDNoise
+from manifoldflow.symmetry._sgd_noise import noise_of_steps, SGDNoise
 from manifoldflow.symmetry._symmetry import like, noether_charge, Symmetries, symmetries_of
 
 
@@ -128,9 +126,12 @@ def noether_drift(
 @eqx.filter_jit
 def drift(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Float[Array, " k"]:
     """G for every symmetry."""
-    _, traces = noise_traces(symmetry, noise.example_loss, point, noise.data)
+    mean, traces = noise_traces(symmetry, noise.example_loss, point, noise.data)
     charges = noether_charge(symmetries_of(symmetry), point)
-    return (noise.noise_scale * traces - 4 * noise.weight_decay * charges).astype(traces.dtype)
+    rates = noise.noise_scale * traces - 4 * noise.weight_decay * charges
+    if noise.mean_scale is not None:
+        rates += noise.mean_scale * quadratic_forms(symmetry, point)(mean)
+    return rates.astype(traces.dtype)
 
 
 @checked
@@ -194,7 +195,8 @@ def discrete_noether_drift(
     C_{k+1} = (1 − 2ηγ)²C_k + ½η²gᵀAg with g the gradient of the mini-batch without decay,
     and E[gᵀAg] = f·tr(ΣA)/S + ∇LᵀA∇L: f = 1 for examples drawn with replacement, else
     (N − S)/(N − 1). Divided by η, for small η, it is `noether_drift` at σ² = η/(2S), plus
-    ½η∇LᵀA∇L, which full-batch gradient descent has too.
+    ½η∇LᵀA∇L, which full-batch gradient descent has too. It vanishes at the
+    `noise_equilibrium` of this learning rate and batch size.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
@@ -217,30 +219,14 @@ def discrete_noether_drift(
     """
     name = "discrete_noether_drift"
     eta = checked_nonnegative(f"{name}: learning_rate", learning_rate, "It is a step size.")
-    decay = checked_decay(name, weight_decay)
-    size, data = checked_count("batch_size", batch_size), checked_examples(data)
-    count = num_examples(data)
-    if size > count and not replacement:
-        raise ValueError(
-            f"{name}: batch_size={size} exceeds the {count} examples. Draw with replacement=True."
-        )
-    finite = 1.0 if replacement else (count - size) / max(count - 1, 1)
-    example_loss = _tree.as_pytree_callable(example_loss)
-    return like(symmetry, _discrete(symmetry, example_loss, point, data, eta, decay, finite / size))
-
-
-@eqx.filter_jit
-def _discrete(
-    symmetry: Symmetries,
-    example_loss: ExampleLoss,
-    point: Point,
-    data: PyTree[Array],
-    learning_rate: Array,
-    weight_decay: Array,
-    spread: float,
-) -> Float[Array, " k"]:
-    forms = quadratic_forms(symmetry, point)
-    mean, traces = noise_traces(symmetry, example_loss, point, data)
-    kicks = learning_rate**2 / 2 * (spread * traces + forms(mean))
-    shrinking = (1 - 2 * learning_rate * weight_decay) ** 2 - 1
-    return (shrinking * noether_charge(symmetries_of(symmetry), point) + kicks).astype(traces.dtype)
+    noise = noise_of_steps(
+        example_loss,
+        data,
+        learning_rate=eta,
+        batch_size=checked_count(f"{name}: batch_size", batch_size),
+        replacement=replacement,
+        weight_decay=weight_decay,
+        name=name,
+    )
+    rates = drift(symmetry, noise, point)
+    return like(symmetry, (eta * rates).astype(rates.dtype))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_nonnegative, checked_positive
 from manifoldflow._results import delivered, Info, or_nan, RESULTS
 from manifoldflow._types import Coordinates, Example, Flag, Point, Scalar
 from manifoldflow.symmetry._drift import drift
@@ -33,7 +34,7 @@ from manifoldflow.symmetry._orbit import (
     orbit_of,
     semidefinite_solve,
 )
-from manifoldflow.symmetry._sgd_noise import SGDNoise
+from manifoldflow.symmetry._sgd_noise import checked_decay, noise_of_steps, SGDNoise
 from manifoldflow.symmetry._symmetry import like, Symmetries, symmetries_of
 
 MAX_STEPS = 200
@@ -49,16 +50,28 @@ def noise_equilibrium(
     point: Point,
     data: PyTree[Any],
     *,
-    noise_scale: Any,
+    noise_scale: Any = None,
+    learning_rate: Any = None,
+    batch_size: int | None = None,
+    replacement: bool = False,
     weight_decay: Any = 0.0,
     throw: bool = True,
 ) -> Float[Array, "..."]:
     """λ* with G(e^{λ*A}θ) = 0, the one point of the orbit of θ where SGD's drift vanishes.
 
+    Given σ², of the limit of small learning rates, where G is `noether_drift`. Given a
+    learning rate, of SGD in steps of that length, where G is `discrete_noether_drift`:
+
+        f·tr(ΣA)/S + ∇LᵀA∇L = 8γ(1 − ηγ)C/η,
+
+    f = 1 for batches drawn with replacement, else (N − S)/(N − 1). Gradient descent (S = N)
+    has this one too.
+
     It is where γ‖θ‖² + ½σ² tr Σ(θ) is least on the orbit, a convex problem in λ, by
-    Newton's method. With generators whose eigenvectors are known (all but functions) the
-    gradients of the examples are formed twice, however far λ* is; else in every step.
-    For networks and weights that are one number for each leaf not even twice.
+    Newton's method; steps of finite length add ¼η‖∇L‖² to that. With generators whose
+    eigenvectors are known (all but functions) the gradients of the examples are formed twice
+    (three times with a learning rate), however far λ* is; else in every step. For networks and
+    weights that are one number for each leaf not even twice.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of k that commute, for which all
@@ -67,7 +80,10 @@ def noise_equilibrium(
         point: θ, any point of the orbit.
         data: PyTree of arrays with a leading axis of examples.
         noise_scale: σ² = η/(2S); without decay it does not matter.
-        weight_decay: γ ≥ 0.
+        learning_rate: η, in place of σ²; without decay it does not matter.
+        batch_size: S, with a learning rate; by default all N examples, gradient descent.
+        replacement: how batches are drawn, with a learning rate.
+        weight_decay: γ ≥ 0; with a learning rate below 1/η.
         throw: raise on failure; else NaN.
 
     Returns:
@@ -80,14 +96,14 @@ def noise_equilibrium(
         Differentiable in everything, in forward and reverse mode; 0 where infinite.
 
     Raises:
-        ValueError: wrong data, shapes, σ² or γ.
+        ValueError: wrong data, shapes, σ², η, S or γ; not one of σ² and η.
         EquinoxRuntimeError: NaN, or the loss does not have the symmetry.
 
     Assumes:
         ℓ has the symmetry, checked at the result (`Info.defect`).
 
     References:
-        [Ziyin2024, Theorem 4.3].
+        [Ziyin2024, Theorem 4.3, and Theorem D.1 in steps of finite length].
     """
     return noise_equilibrium_with_info(
         symmetry,
@@ -95,6 +111,9 @@ def noise_equilibrium(
         point,
         data,
         noise_scale=noise_scale,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        replacement=replacement,
         weight_decay=weight_decay,
         throw=throw,
     )[0]
@@ -107,7 +126,10 @@ def noise_equilibrium_with_info(
     point: Point,
     data: PyTree[Any],
     *,
-    noise_scale: Any,
+    noise_scale: Any = None,
+    learning_rate: Any = None,
+    batch_size: int | None = None,
+    replacement: bool = False,
     weight_decay: Any = 0.0,
     throw: bool = False,
 ) -> tuple[Float[Array, "..."], Info]:
@@ -116,16 +138,52 @@ def noise_equilibrium_with_info(
     `Info.defect` says how far the loss is from having the symmetry at the result: the root
     mean square of ∇ℓ·Aθ over that of |∇ℓ||Aθ| in each leaf, 0 to about 1.
     """
-    noise = SGDNoise(
-        example_loss,
-        data,
-        noise_scale=noise_scale,
-        weight_decay=weight_decay,
-        name="noise_equilibrium",
-        throw=throw,
-    )
+    options = {"weight_decay": weight_decay, "name": "noise_equilibrium", "throw": throw}
+    if learning_rate is None:
+        _check_in_the_limit(noise_scale, batch_size, replacement)
+        noise = SGDNoise(example_loss, data, noise_scale=noise_scale, **options)
+    else:
+        noise = noise_of_steps(
+            example_loss,
+            data,
+            learning_rate=_checked_rate(noise_scale, learning_rate, weight_decay),
+            batch_size=batch_size,
+            replacement=replacement,
+            **options,
+        )
     found, info = _equilibrium(symmetries_of(symmetry), noise, point)
     return like(symmetry, delivered(found, info.result, throw)), info
+
+
+def _check_in_the_limit(noise_scale: Any, batch_size: int | None, replacement: bool) -> None:
+    if noise_scale is None:
+        raise ValueError(
+            "noise_equilibrium: give noise_scale=η/(2S), or learning_rate=η with batch_size=S for "
+            "steps of that length; got neither."
+        )
+    if batch_size is not None or replacement:
+        raise ValueError(
+            "noise_equilibrium: batch_size and replacement go with learning_rate; got noise_scale, "
+            "which is η/(2S) already. Give learning_rate in its place for steps of that length."
+        )
+
+
+def _checked_rate(noise_scale: Any, learning_rate: Any, weight_decay: Any) -> Array:
+    """η, with ηγ < 1."""
+    if noise_scale is not None:
+        raise ValueError(
+            "noise_equilibrium: give noise_scale or learning_rate; got both. The first is the "
+            "limit of small learning rates, the second steps of that length."
+        )
+    rate = checked_nonnegative(
+        "noise_equilibrium: learning_rate", learning_rate, "It is a step size."
+    )
+    # From ηγ = 1 on decay makes charges grow, and nothing holds them.
+    left = 1 - rate * checked_decay("noise_equilibrium", weight_decay)
+    left = checked_positive(
+        "noise_equilibrium: 1 − learning_rate·weight_decay", left, "Lower one of the two."
+    )
+    return jnp.where(left > 0, rate, jnp.nan)  # inside jit what is not used is not checked
 
 
 @eqx.filter_jit
@@ -135,8 +193,7 @@ def _equilibrium(
     generators = [symmetry.at(point) for symmetry in symmetries_of(symmetries)]
     coordinates, remainder = _tree.split(point)
     dtype = _tree.dtype_of(coordinates)
-    scales = lambda noise: (noise.noise_scale, noise.weight_decay)
-    noise = eqx.tree_at(scales, noise, [scale.astype(dtype) for scale in scales(noise)])
+    noise = _without_rounding(noise.astype(dtype), point)
     norms = jnp.stack([generator.norm(coordinates) for generator in generators])
 
     def drifts(at: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -168,6 +225,18 @@ def _equilibrium(
     outward = jnp.where(outward != 0, outward, _vanished_side(generators, there))
     at = jnp.where(outward != 0, jnp.copysign(jnp.inf, outward), at)
     return or_nan(at, info.is_successful), info
+
+
+def _without_rounding(noise: SGDNoise, point: Point) -> SGDNoise:
+    """With ∇L left out where it is rounding of the gradients of the examples, at a minimum."""
+    if noise.mean_scale is None:
+        return noise
+    square = LeafSquares()
+    mean, centred = gradient_moments(noise.example_loss, point, noise.data, square)
+    size, spread = (sum(jax.tree.leaves(squares)) for squares in (square(mean), centred))
+    is_rounding = size <= (64 * _precision.eps_of_dtype(noise.mean_scale)) ** 2 * spread
+    kept = jnp.where(is_rounding, 0, noise.mean_scale)
+    return eqx.tree_at(lambda noise: noise.mean_scale, noise, kept)
 
 
 class _Step(eqx.Module):

@@ -2,11 +2,12 @@
 
 With Φ(λ) = γ‖θ_λ‖² + ½σ² tr Σ(θ_λ), G_i = −∂Φ/∂λ_i: since ‖θ_λ‖² = θᵀe^{2λA}θ and
 tr Σ(θ_λ) = tr(e^{−2λA}Σ), Φ is a sum of exponentials and convex. A noise equilibrium is the
-point of the orbit where it is least.
+point of the orbit where it is least. In steps of finite length ¼η‖∇L(θ_λ)‖² joins Φ, which
+behaves as tr Σ does.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +58,12 @@ def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: SG
 
     def local(at: Float[Array, " k"]) -> Local:
         x = moved(generators, coordinates, at)
-        _, noisy = gradient_moments(
-            noise.example_loss, _tree.join(x, remainder), noise.data, moments
-        )
-        decaying = moments(x)
-        sigma, gamma = noise.noise_scale, noise.weight_decay
+        noisy = _kicks(noise, _tree.join(x, remainder), moments)
+        decaying, gamma = moments(x), noise.weight_decay
         return Local(
-            gamma * decaying[0] + sigma / 2 * noisy[0],
-            sigma * noisy[1] - 2 * gamma * decaying[1],
-            2 * sigma * noisy[2] + 4 * gamma * decaying[2],
+            gamma * decaying[0] + noisy[0] / 2,
+            noisy[1] - 2 * gamma * decaying[1],
+            2 * noisy[2] + 4 * gamma * decaying[2],
         )
 
     return local
@@ -82,24 +80,33 @@ def spectral_orbit(
     leafwise = is_leafwise(generators, coordinates)
     by_mode = lambda v: jax.tree.map(jnp.square, generators[0].modes(v))
     square = LeafSquares() if leafwise else by_mode
-    _, variances = gradient_moments(noise.example_loss, point, noise.data, square)
+    kicks = _kicks(noise, point, square)
     energies = square(coordinates)
     rates = [generator.rates(coordinates) for generator in generators]
 
     def local(at: Float[Array, " k"]) -> Local:
-        def of_leaf(variance: Array, energy: Array, *rates: Array) -> Local:
+        def of_leaf(kick: Array, energy: Array, *rates: Array) -> Local:
             stretch = sum(2 * parameter * rate for parameter, rate in zip(at, rates))
-            noisy = noise.noise_scale * jnp.exp(-stretch) * variance
+            noisy = jnp.exp(-stretch) * kick
             decaying = 2 * noise.weight_decay * jnp.exp(stretch) * energy
             drifts = jnp.stack([jnp.sum(rate * (noisy - decaying)) for rate in rates])
             both = noisy + decaying
             curvatures = [jnp.stack([2 * jnp.sum(a * b * both) for b in rates]) for a in rates]
             return Local(jnp.sum(both) / 2, drifts, jnp.stack(curvatures))
 
-        leaves = jax.tree.leaves(jax.tree.map(of_leaf, variances, energies, *rates), is_leaf=_is_it)
+        leaves = jax.tree.leaves(jax.tree.map(of_leaf, kicks, energies, *rates), is_leaf=_is_it)
         return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *leaves)
 
     return local
+
+
+def _kicks(noise: SGDNoise, point: Point, quadratic: Callable[[Tangent], Any]) -> Any:
+    """σ² E q(g − ∇L), and in steps of finite length ½η q(∇L) more."""
+    mean, centred = gradient_moments(noise.example_loss, point, noise.data, quadratic)
+    kicks = _tree.scale(noise.noise_scale, centred)
+    if noise.mean_scale is None:
+        return kicks
+    return _tree.add(kicks, _tree.scale(noise.mean_scale, quadratic(mean)))
 
 
 def _is_it(node: object) -> bool:
