@@ -10,7 +10,7 @@ from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Point, Scalar
 from manifoldflow.losses._base import AbstractExampleLoss, AbstractLoss, AbstractResidualLoss
 
-KINDS = "gauss_newton", "hessian"
+KINDS = "gauss-newton", "hessian"
 
 
 class RegularizedLoss(AbstractLoss):
@@ -32,7 +32,7 @@ class RegularizedLoss(AbstractLoss):
     Args:
         loss: L.
         strength: λ ≥ 0.
-        kind: "gauss_newton" or "hessian", whose trace; by default the first where L has it, as the
+        kind: "gauss-newton" or "hessian", whose trace; by default the first where L has it, as the
             losses of examples and residuals do.
 
     Raises:

@@ -32,12 +32,12 @@ def traces(loss, point):
     _, rebuild = jax.flatten_util.ravel_pytree(point)
     residual = lambda x: loss.residual(rebuild(x))
     return {
-        "gauss_newton": lambda x: loss.scale * jnp.sum(jax.jacfwd(residual)(x) ** 2),
+        "gauss-newton": lambda x: loss.scale * jnp.sum(jax.jacfwd(residual)(x) ** 2),
         "hessian": lambda x: jnp.trace(jax.hessian(lambda x: loss(rebuild(x)))(x)),
     }
 
 
-@pytest.mark.parametrize("kind", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("kind", ["gauss-newton", "hessian"])
 def test_values_and_derivatives(kind):
     """Against dense traces; the strength is no constant of the program; float32 stays float32."""
     regularized = mf.RegularizedLoss(NETWORK, 0.3, kind=kind)
@@ -56,7 +56,7 @@ def test_values_and_derivatives(kind):
 
 def test_which_trace_by_default():
     """The Gauss-Newton matrix where there is one; both traces have one slope along the manifold."""
-    assert mf.RegularizedLoss(NETWORK, 1.0).kind == "gauss_newton"
+    assert mf.RegularizedLoss(NETWORK, 1.0).kind == "gauss-newton"
     well = mf.FunctionLoss(zoo.cosh_loss)
     assert mf.RegularizedLoss(well, 1.0).kind == "hessian"
     close("no strength", mf.RegularizedLoss(NETWORK, 0.0)(POINT), NETWORK(POINT), 1e-15)
@@ -64,7 +64,7 @@ def test_which_trace_by_default():
     manifold = mf.ZeroLossManifold(curved)
     on = manifold.project(jnp.array([1.1, 0.6]))
     one, two = (
-        mf.RegularizedLoss(curved, 1.0, kind=k).gradient(on) for k in ("gauss_newton", "hessian")
+        mf.RegularizedLoss(curved, 1.0, kind=k).gradient(on) for k in ("gauss-newton", "hessian")
     )
     tangent = manifold.tangent_projection(on, one - two)
     at_most("difference of the slopes along Γ", jnp.linalg.norm(tangent), 1e-12)
@@ -104,7 +104,7 @@ def test_bad_input():
     with refused(ValueError, "kind must be one of"):
         mf.RegularizedLoss(well, 1.0, kind="fisher")
     with refused(ValueError, "has no Gauss-Newton matrix"):
-        mf.RegularizedLoss(well, 1.0, kind="gauss_newton")
+        mf.RegularizedLoss(well, 1.0, kind="gauss-newton")
 
 
 # --- A network of two cubic neurons -------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_the_mean_output_of_a_network():
     shift = lambda point: jnp.sum(cubic(point)) - 2 * cubic(Z)
     expected, wrong = (
         [float(shift(stationary(mf.RegularizedLoss(CUBIC, r / 4, kind=k)))) for r in rates]
-        for k in ("gauss_newton", "hessian")
+        for k in ("gauss-newton", "hessian")
     )
     both = lambda point: jnp.array([shift(point), jnp.mean(point) - Z])
     starts = [jnp.array([Z, Z])] * 2
@@ -226,10 +226,10 @@ def test_the_mean_weights_on_squares_are_the_lasso():
         slopes = [
             jnp.linalg.norm(mf.RegularizedLoss(model.loss, strength, kind=k).gradient(point))
             for strength, k in (
-                (rate * c / 4, "gauss_newton"),
+                (rate * c / 4, "gauss-newton"),
                 (rate * c / 4, "hessian"),
-                (rate * c / 8, "gauss_newton"),
-                (rate * c / 2, "gauss_newton"),
+                (rate * c / 8, "gauss-newton"),
+                (rate * c / 2, "gauss-newton"),
             )  # fmt: skip
         ]
         at_most("∇(L + λ tr G) at the Lasso", slopes[0], 1e-9)
