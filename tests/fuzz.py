@@ -85,14 +85,14 @@ ARGUMENTS = {
     " loss_or_manifold symmetry symmetries until network_ optimizer local update use report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
-    " mv operation",
-    "point": "point other network coordinates params like",
+    " mv operation velocity_fn",
+    "point": "point other network coordinates params like origin",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers num_eigenvalues max_rows memory",
+    " modulus num_workers num_eigenvalues max_rows memory num_nodes",
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
@@ -151,6 +151,8 @@ FITS = {
     ("models.sparse_regression", "sparsity"): "zero",
     ("theory.restricted_isometry", "seed"): "huge",
     ("theory.two_layer_minimizer", "second_layer"): "negative",
+    ("theory.deep_linear_equilibrium_of_examples", "batch_size"): "None",
+    ("theory.deep_linear_sides_of_examples", "batch_size"): "None",
     ("theory.two_layer_minimizer", "targets"): "longer",
     ("theory.two_layer_noise_matrices", "residuals"): "oblong",
     ("theory.overparametrized_linear_charges", "time"): "an array|a list|empty",

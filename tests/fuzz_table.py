@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_equilibria import EQUILIBRIA
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
@@ -79,6 +80,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 CALLS = {
     **OPTIMISERS,
     **USES,
+    **EQUILIBRIA,
     **EXAMPLES,
     **INITIALISATION,
     # The root.
