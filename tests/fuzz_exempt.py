@@ -15,8 +15,10 @@ RESULT_CLASSES = {
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
+    "symmetry.ProductSymmetry",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
-    "theory.RestrictedIsometry", "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
+    "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.

@@ -14,6 +14,7 @@ from fuzz_table_equilibria import EQUILIBRIA
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
+from fuzz_table_two_layer import TWO_LAYER
 from fuzz_uses import USES
 from manifoldflow import diagnostics, linalg, models, optimize, symmetry
 
@@ -79,6 +80,7 @@ WALK = mf.GeodesicOptions(step_size=0.5)
 
 CALLS = {
     **OPTIMISERS,
+    **TWO_LAYER,
     **USES,
     **EQUILIBRIA,
     **EXAMPLES,
@@ -370,10 +372,6 @@ CALLS = {
     "theory.deep_linear_noise_sides": {"weights": [np.eye(2), np.eye(2)], **COVARIANCES},
     "theory.deep_linear_sharpness": {
         "weights": [np.eye(2), np.eye(2)], "input_covariance": np.eye(2)
-    },
-    "theory.simplicity_time_bound": {
-        "flatness": 1.0, "accuracy": 0.1, "coherence": 1.0, "normality": 1.0, "slope": 1.0,
-        "third_derivative": 1.0,
     },
     "theory.two_layer_minimizer": {
         "targets": TARGETS, "width": 2, "activation": jnp.sinh, "second_layer": [1.0, -1.0]

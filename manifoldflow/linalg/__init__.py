@@ -55,6 +55,7 @@ from manifoldflow.linalg._range import (
     pseudo_inverse as pseudo_inverse,
     range_projection as range_projection,
     range_spectrum as range_spectrum,
+    square_root as square_root,
 )
 from manifoldflow.linalg._sigma import (
     AbstractSigma as AbstractSigma,
@@ -79,6 +80,7 @@ from manifoldflow.linalg.jacobian import (
     ChunkedJacobian as ChunkedJacobian,
     dense_jacobian as dense_jacobian,
     DenseJacobian as DenseJacobian,
+    displacement as displacement,
     Equation as Equation,
     gauss_newton as gauss_newton,
     gram as gram,

@@ -47,10 +47,24 @@ from manifoldflow.theory._restricted_isometry import (
     restricted_isometry as restricted_isometry,
     RestrictedIsometry as RestrictedIsometry,
 )
+from manifoldflow.theory._sparse_recovery import (
+    kernel_regime_error_bound as kernel_regime_error_bound,
+    RecoveryCertificate as RecoveryCertificate,
+    sparse_recovery_certificate as sparse_recovery_certificate,
+    sparse_recovery_sample_size as sparse_recovery_sample_size,
+)
 from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,
     ActivationConstants as ActivationConstants,
     coherence as coherence,
-    simplicity_time_bound as simplicity_time_bound,
     two_layer_minimizer as two_layer_minimizer,
+)
+from manifoldflow.theory._two_layer_times import (
+    label_noise_num_steps as label_noise_num_steps,
+    landed_flatness_bound as landed_flatness_bound,
+    landing_distance_bound as landing_distance_bound,
+    landing_time_bound as landing_time_bound,
+    sharpness_aware_num_steps as sharpness_aware_num_steps,
+    simplicity_time_bound as simplicity_time_bound,
+    stationarity_time_bound as stationarity_time_bound,
 )

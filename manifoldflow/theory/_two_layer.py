@@ -1,4 +1,4 @@
-"""Two-layer networks: where label noise ends, and how long it takes at most [Gatmiry2024]."""
+"""Two-layer networks: where label noise ends, and what that asks for [Gatmiry2024]."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jaxtyping import Float, Num
 
 from manifoldflow._boundary import checked, checked_but
 from manifoldflow._errors import checked_count
-from manifoldflow.theory._arguments import finite, matrix, number
+from manifoldflow.theory._arguments import finite, matrix
 
 _FARTHEST = 2.0**60
 _GRID = 2001
@@ -149,50 +149,6 @@ def coherence(inputs: Num[ArrayLike, "..."]) -> float:
     """
     x = matrix("inputs", inputs)
     return float(max(0.0, np.linalg.eigvalsh(x @ x.T)[0]))
-
-
-@checked
-def simplicity_time_bound(
-    flatness: float,
-    accuracy: float,
-    *,
-    coherence: float,
-    normality: float,
-    slope: float,
-    third_derivative: float,
-) -> float:
-    """When the features are within `accuracy` of `two_layer_minimizer`, at the latest.
-
-    ``F/(mu beta^2) + ln(beta^2/(rho_1^2 rho_2^2 eps^2) v 1)/(rho_1 rho_2 mu)`` in the time of
-    ``theta' = -P grad F`` with ``F = sum_ij phi'(theta_j' x_i)^2 |x_i|^2``; on the limit clock of
-    label noise, with tr H = 2 F, it is 2/c times that.
-
-    Args:
-        flatness: F at the start.
-        accuracy: eps > 0, of each feature.
-        coherence: mu of the inputs.
-        normality: beta with ``beta |phi''| <= phi'^2 phi'''``.
-        slope: rho_1 > 0, a lower bound of phi'.
-        third_derivative: rho_2 > 0, a lower bound of phi'''.
-
-    Raises:
-        ValueError: a bound that is not positive.
-
-    Assumes:
-        inputs of norm 1, and the bounds on all features on the way: see `coherence` and
-        `activation_constants`.
-
-    References:
-        [Gatmiry2024, Theorem 3].
-    """
-    start = number("flatness", flatness, least=0.0)
-    eps = number("accuracy", accuracy, least=0.0, strict=True)
-    mu = number("coherence", coherence, least=0.0, strict=True)
-    beta = number("normality", normality, least=0.0, strict=True)
-    rates = number("slope", slope, least=0.0, strict=True) * number(
-        "third_derivative", third_derivative, least=0.0, strict=True
-    )
-    return start / (mu * beta**2) + np.log(max(beta**2 / (rates * eps) ** 2, 1.0)) / (rates * mu)
 
 
 def _quotient(number: Any, by: Any) -> Any:

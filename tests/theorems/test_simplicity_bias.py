@@ -341,22 +341,21 @@ def test_the_derivative_of_the_squared_gradient():
 @pytest.mark.parametrize("accuracy", [0.3, 1e-2, 1e-4])
 def test_times_are_below_their_bounds(flow, accuracy):
     """Theorem 3 and (16), which also hold with half the logarithm."""
-    constants = theory.activation_constants(Cubic(NU))
-    bound = theory.simplicity_time_bound(
-        flow.flatness[0],
-        accuracy,
-        coherence=MU,
-        normality=constants.normality,
-        slope=constants.slope,
-        third_derivative=constants.third_derivative,
-    )
-    early = flow.flatness[0] / (MU * BETA**2)
+    found = theory.activation_constants(Cubic(NU))
+    sharp = {"slope": found.slope, "third_derivative": found.third_derivative}
+    sharp |= {"coherence": MU, "normality": found.normality, "halved": True}
     arrived = lambda values: flow.times[np.max(np.flatnonzero(values > accuracy)) + 1]
+    features = theory.simplicity_time_bound(flow.flatness[0], accuracy, **sharp)
     at_least("it takes a while", arrived(flow.error), 0.01)
-    at_most("features, half the logarithm", arrived(flow.error), early + (bound - early) / 2)
-    logarithm = np.log(max(MU * BETA**2 / accuracy**2, 1.0))
-    halved = early + logarithm / (2 * NU * 6 * MU)
-    at_most("gradient, half the logarithm", arrived(flow.gradient_norm), halved)
+    at_most("features, half the logarithm", arrived(flow.error), features)
+    gradient = theory.stationarity_time_bound(flow.flatness[0], accuracy, **sharp)
+    at_most("gradient, half the logarithm", arrived(flow.gradient_norm), gradient)
+    # And where F cannot fall below its least value.
+    sharp["least_flatness"] = float(NET.flatness(with_features(NET, FLATTEST)))
+    features = theory.simplicity_time_bound(flow.flatness[0], accuracy, **sharp)
+    at_most("features, of what is above the least F", arrived(flow.error), features)
+    gradient = theory.stationarity_time_bound(flow.flatness[0], accuracy, **sharp)
+    at_most("gradient, of what is above the least F", arrived(flow.gradient_norm), gradient)
 
 
 # --- Before the manifold ----------------------------------------------------------------------
