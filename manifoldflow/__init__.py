@@ -93,6 +93,8 @@ from manifoldflow.manifolds import (
 from manifoldflow.noise import (
     AbstractNoise as AbstractNoise,
     CustomNoise as CustomNoise,
+    FlippedLabels as FlippedLabels,
+    HessianNoise as HessianNoise,
     IsotropicNoise as IsotropicNoise,
     LabelNoise as LabelNoise,
     MinibatchNoise as MinibatchNoise,

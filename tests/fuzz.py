@@ -85,7 +85,7 @@ ARGUMENTS = {
     " loss_or_manifold symmetry symmetries until network_ optimizer local update use report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
-    " mv operation",
+    " mv operation margin_loss",
     "point": "point other network coordinates params like",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
@@ -96,15 +96,15 @@ ARGUMENTS = {
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
-    " third_derivative train_fraction max_norm averaging batch_factor seconds"
+    " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
     " label_variance batch_fraction length",
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
     " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
-    " b1 eps lag",
+    " b1 eps lag multiple",
     "number": "time low high parameter degree theta",
     "flag": "throw replacement is_likelihood is_factor discrete projected test per_neuron"
-    " is_ode at_zero_loss decoupled per_example halved",
+    " is_ode at_zero_loss decoupled per_example halved gauss_newton",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise features weights labels generator direction start coefficients second_moments",
@@ -113,6 +113,8 @@ ARGUMENTS = {
     " standard_errors parameters second_layer",
     "observe": "observe",
 }
+ARGUMENTS["count"] += " num_blocks"
+ARGUMENTS["word"] += " name"
 KIND_OF = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 # Where a name means something else.
 EXCEPTIONS = {
@@ -147,6 +149,8 @@ EXCEPTIONS |= {(f"theory.{name}", "loss"): "nonnegative" for name in LANDING}
 STEPS = ["label_noise_num_steps", "sharpness_aware_num_steps", "landing_distance_bound"]
 EXCEPTIONS |= {(f"theory.{name}", "time"): "nonnegative" for name in STEPS}
 
+
+EXCEPTIONS[("symmetry.product_drift", "product")] = "instance"
 
 # Values that do fit: other numbers of examples or features, all levels of a spectrum, no noise.
 FITS = {
@@ -194,6 +198,8 @@ FITS = {
     ("simulate", "learning_rate"): "zero",
 }
 FITS |= {(name, "time"): "an array|a list|empty" for name in CURVES}
+NAMED = "symmetry.product_symmetry", "symmetry.attention_products"
+FITS |= {(name, "name"): "another word" for name in NAMED}
 FITTING_NAMES = {"inputs": "oblong|a cube|complex|longer", "data": "longer|oblong|a cube|complex"}
 FITTING_NAMES |= {"eigenvalues": "longer", "rank": "zero", "targets": "oblong|a cube"}
 

@@ -27,5 +27,15 @@ EXAMPLES = {
         "minimizer_fn": lambda y: y,
         "weight_decay": 0.1,
     },
+    "FlippedLabels": {"batch_size": 1},
+    "HessianNoise": {"multiple": 1.0, "rank": 1, "gauss_newton": False},
+    "linalg.square_root": {"matrix": np.diag([0.0, 1.0, 2.0]), "rank": 2},
+    "losses.flipped_labels_loss": {
+        "inputs": DATA["inputs"],
+        "labels": np.array([1.0, -1.0]),
+        "margin_loss": lambda z: jnp.exp(-z),
+        "probability": 0.1,
+        "predict": jnp.dot,
+    },
     "losses.ResidualForm": {"loss": mf.PerExampleLoss(**DATA, loss_fn=squares, predict=jnp.dot)},
 }

@@ -56,6 +56,9 @@ WHOSE = {
     ("noise/_resampled.py", "_check_likelihood"): dict.fromkeys(
         ("batch_size", "is_likelihood"), "ResampledLabels"
     ),
+    ("noise/_flipped.py", "_check_equal"): dict.fromkeys(
+        ("batch_size", "is_likelihood"), "ResampledLabels"
+    ),
     ("_journal/_journal.py", "read"): {"num_saves": "solve simulate"},
     ("sgd/_optimizer.py", "check_clock"): dict.fromkeys(
         ("end_time", "momentum", "num_steps"), "simulate"
@@ -90,7 +93,10 @@ MEMBERS = {
         "optimize/_search.py": "minimize",
         "optimize/_trust_region.py": "minimize",
     },
-    "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},
+    "no_equilibrium": {
+        "symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info",
+        "symmetry/_product_equilibrium.py": "symmetry.balance symmetry.balance_with_info",
+    },
     "bad_end_time": {"flows/_here.py": "solve"},
     "bad_learning_rate": {"sgd/_loop.py": "simulate"},
 }

@@ -48,8 +48,9 @@ class LimitDiffusion(AbstractDiffusion):
 
         Y' = −(c/4) P∇tr∇²L(Y).
 
-    That is so for `LabelNoise` on `LeastSquares` and for `ResampledLabels` on a likelihood;
-    it depends on the types alone. For `IsotropicNoise` Y is a Brownian motion on the
+    That is so for `LabelNoise` on `LeastSquares`, for `ResampledLabels` on a likelihood, for
+    `FlippedLabels`, and for `HessianNoise` on the minimisers of any loss; it depends on the
+    types alone. For `IsotropicNoise` Y is a Brownian motion on the
     manifold of speed std² with the drift −(std²/4) P∇ln|∇²L|₊, |·|₊ being the product of
     the non-zero eigenvalues.
 

@@ -55,6 +55,7 @@ from manifoldflow.linalg._range import (
     pseudo_inverse as pseudo_inverse,
     range_projection as range_projection,
     range_spectrum as range_spectrum,
+    square_root as square_root,
 )
 from manifoldflow.linalg._sigma import (
     AbstractSigma as AbstractSigma,

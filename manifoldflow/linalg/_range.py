@@ -149,6 +149,45 @@ def _log_pseudo_determinant_jvp(rank, primals, tangents):
 
 
 @checked
+@jit_part
+def square_root(matrix: Matrix, rank: Rank = None) -> Matrix:
+    """The symmetric S with S² = the positive part of a symmetric matrix on its range.
+
+    Negative eigenvalues count as zeros. Where an eigenvalue of the range comes close to zero, its
+    derivatives grow without bound.
+
+    Args:
+        matrix: symmetric, (n, n).
+        rank: which eigenvalues make the range, see `range_spectrum`.
+    """
+    return _square_root(matrix, checked_rank(rank, len(matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _square_root(matrix: Matrix, rank: Rank) -> Matrix:
+    values, vectors, inside = range_spectrum(matrix, rank)
+    inside = inside & (values > 0)
+    return _rotate(vectors, jnp.diag(_root_of(values, inside)))
+
+
+@_square_root.defjvp
+def _square_root_jvp(rank, primals, tangents):
+    (matrix,), (matrix_dot,) = primals, tangents
+    values, vectors, inside = range_spectrum(matrix, rank)
+    inside = inside & (values > 0)
+    roots = _root_of(values, inside)
+    sums = _tree.where(inside[:, None] & inside[None, :], roots[:, None] + roots[None, :], 1)
+    quotients = _difference_quotients(values, inside, roots, 1 / sums)
+    return _rotate(vectors, jnp.diag(roots)), _rotate(
+        vectors, quotients * _rotate(vectors.T, matrix_dot)
+    )
+
+
+def _root_of(values: Array, inside: Bool[Array, " n"]) -> Array:
+    return _tree.where(inside, jnp.sqrt(_tree.where(inside, values, 1)), 0)
+
+
+@checked
 def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
     """S ↦ HS + SH on matrices, a self-adjoint lineax operator."""
 

@@ -5,6 +5,7 @@ from manifoldflow.losses._base import (
     AbstractLoss as AbstractLoss,
     AbstractResidualLoss as AbstractResidualLoss,
 )
+from manifoldflow.losses._flipped import flipped_labels_loss as flipped_labels_loss
 from manifoldflow.losses._function import (
     FunctionLoss as FunctionLoss,
     SquaredNorm as SquaredNorm,

@@ -11,6 +11,8 @@ from manifoldflow.noise._base import (
     short_limit as short_limit,
 )
 from manifoldflow.noise._custom import CustomNoise as CustomNoise
+from manifoldflow.noise._flipped import FlippedLabels as FlippedLabels
+from manifoldflow.noise._hessian import HessianNoise as HessianNoise
 from manifoldflow.noise._isotropic import IsotropicNoise as IsotropicNoise
 from manifoldflow.noise._label import LabelNoise as LabelNoise
 from manifoldflow.noise._minibatch import MinibatchNoise as MinibatchNoise

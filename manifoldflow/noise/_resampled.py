@@ -41,7 +41,10 @@ class ResampledLabels(AbstractDataNoise):
         batch_size: B, drawn without replacement; None for all.
         is_likelihood: False for a loss that is linear in the probabilities but not a
             likelihood, such as the exponential loss: the covariance, computed from the
-            outcomes, is then no multiple of the Hessian.
+            outcomes, is then in general no multiple of the Hessian, and the limit is the
+            general diffusion. It is a multiple where all labels are flipped with one
+            probability p, c = 1/(2B√(p(1 − p))) for the exponential loss: `FlippedLabels`
+            says so by its type, and its limit is an ordinary differential equation.
 
     Raises:
         ValueError: another loss; targets that are no probabilities; a batch size below 1 or
@@ -73,7 +76,7 @@ class ResampledLabels(AbstractDataNoise):
         loss = self.checked(loss)
         outputs = loss.outputs(point)
         size = math.sqrt(loss.num_examples / (self.batch_size or loss.num_examples))
-        columns = size * _label_columns(loss, outputs)
+        columns = size * label_columns(loss, outputs)
         num_labels = columns.shape[0] * columns.shape[2]
 
         def from_labels(u: Array) -> Weights:
@@ -96,9 +99,10 @@ class ResampledLabels(AbstractDataNoise):
             return None
         if not is_traced(loss):
             form = ResidualForm(loss) if isinstance(loss, PerExampleLoss) else loss
-            _check_minimum(form)
-            if self.is_likelihood:
-                _check_likelihood(form)
+            with jax.ensure_compile_time_eval():  # inside jit as well, of a loss that is known
+                _check_minimum(form)
+                if self.is_likelihood:
+                    _check_likelihood(form)
         if not self.is_likelihood:
             return None
         return jnp.asarray(1 / (self.batch_size or loss.num_examples))
@@ -132,7 +136,7 @@ def _outcomes(targets: Array) -> tuple[Float[Array, "N c"], Float[Array, "c _"]]
     return both, jnp.array([[0.0], [1.0]], probabilities.dtype)
 
 
-def _label_columns(
+def label_columns(
     loss: AbstractExampleLoss, outputs: Float[Array, "N ..."]
 ) -> Float[Array, "N outputs c"]:
     """√p_c (w_c − w̄) for every outcome c, with w_c the weights if all labels were c."""
@@ -184,7 +188,7 @@ def _check_minimum(loss: ResidualForm) -> None:
 
 def _check_likelihood(loss: ResidualForm) -> None:
     """Whether the covariance of ∂ℓ/∂f at the minimum is the output Hessian there."""
-    columns = np.asarray(_label_columns(loss, loss.minimizers)) * loss.num_examples
+    columns = np.asarray(label_columns(loss, loss.minimizers)) * loss.num_examples
     roots = np.asarray(loss.roots)
     covariances, hessians = (x @ np.swapaxes(x, 1, 2) for x in (columns, roots))
     worst = np.max(np.abs(covariances - hessians)) / np.max(np.abs(hessians))

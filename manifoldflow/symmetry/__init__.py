@@ -32,6 +32,12 @@ from manifoldflow.symmetry._find import (
     Rescaling as Rescaling,
 )
 from manifoldflow.symmetry._gradients import examples_of as examples_of
+from manifoldflow.symmetry._product_equilibrium import product_drift as product_drift
+from manifoldflow.symmetry._products import (
+    attention_products as attention_products,
+    product_symmetry as product_symmetry,
+    ProductSymmetry as ProductSymmetry,
+)
 from manifoldflow.symmetry._sgd_noise import SGDNoise as SGDNoise
 from manifoldflow.symmetry._symmetry import (
     act_together as act_together,
