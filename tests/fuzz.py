@@ -188,6 +188,8 @@ FITS = {
     ("linalg.row_scale", "norms_squared"): "infinity|NaN|longer",
     ("linalg.contract_hessians", "coefficients"): "NaN",  # times the Hessian 0
     ("geodesic", "times"): "negative",
+    ("geometry.geodesic_with_velocity", "times"): "negative",
+    ("diagnostics.check_geodesic_convexity", "directions"): "a matrix",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
     ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_positive
+from manifoldflow._errors import checked_positive, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.geometry import (
     covariant_hessian,
@@ -139,6 +139,7 @@ def _unit_directions(
             )
         draw = lambda key: manifold.random_tangent(point, key)
         directions = jax.vmap(draw)(jr.split(key, num_directions))
+    _check_axes(manifold.split(point)[0], directions)
     project = lambda vector: manifold.tangent_projection(point, vector)
     before = np.asarray(jax.vmap(_tree.norm)(directions))
     directions = jax.vmap(project)(directions)
@@ -149,6 +150,19 @@ def _unit_directions(
             "expected all above 0; draw them by manifold.random_tangent."
         )
     return jax.vmap(lambda size, vector: _tree.scale(1 / size, vector))(sizes, directions)
+
+
+def _check_axes(coordinates: Any, directions: Any) -> None:
+    """One leading axis before the axes of each coordinate."""
+    wanted, given = jax.tree.flatten(coordinates), jax.tree.flatten(directions)
+    shapes = [np.shape(leaf) for leaf in given[0]]
+    counts = {shape[:1] for shape in shapes}
+    fits = given[1] == wanted[1] and len(counts) == 1 and counts != {(0,)}
+    if not (fits and all(a[1:] == b.shape and a for a, b in zip(shapes, wanted[0]))):
+        raise ValueError(
+            f"check_geodesic_convexity: got directions of shapes {shapes_of(directions)}, expected "
+            f"a leading axis of their number before {shapes_of(coordinates)}; stack tangents."
+        )
 
 
 @eqx.filter_jit

@@ -1,13 +1,12 @@
 """Geodesics together with their velocities, in one solve."""
 
-import jax.numpy as jnp
+from typing import Any
+
 from jaxtyping import Array, Float
 
-from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._results import delivered
 from manifoldflow._types import Point, Tangent
-from manifoldflow.geometry._geodesics import GeodesicOptions, walk_along
+from manifoldflow.geometry._geodesics import path_along, GeodesicOptions
 from manifoldflow.manifolds import AbstractManifold
 
 
@@ -16,7 +15,7 @@ def geodesic_with_velocity(
     manifold: AbstractManifold,
     point: Point,
     velocity: Tangent,
-    times: Float[Array, " times"],
+    times: Float[Array, " times"] | Any,
     *,
     walk: GeodesicOptions | None = None,
     throw: bool = True,
@@ -27,16 +26,16 @@ def geodesic_with_velocity(
         manifold: the manifold.
         point: γ(0), on the manifold.
         velocity: γ′(0); its tangent part counts.
-        times: (T,) in order, away from 0 on one side of it; they are not looked at.
+        times: (T,) in order, away from 0 on one side of it; may be traced.
         walk: how to solve.
         throw: as for `geodesic`.
+
+    Raises:
+        ValueError: times out of order.
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
 
     Returns:
         The points and the velocities there, with a leading axis of T at each coordinate.
     """
-    coordinates, _ = manifold.split(point)
-    times = jnp.asarray(times, _tree.dtype_of(coordinates))
-    vector = _tree.as_tangent(coordinates, velocity)
-    path, vectors, result = walk_along(manifold, point, (vector,), times, walk or GeodesicOptions())
-    path, moving = delivered((path, vectors[0]), result, throw)
-    return path, moving
+    path, vectors = path_along(manifold, point, (velocity,), times, walk, throw)
+    return path, vectors[0]
