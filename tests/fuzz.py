@@ -86,7 +86,7 @@ ARGUMENTS = {
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
     " mv operation margin_loss",
-    "point": "point other network coordinates params like",
+    "point": "point other network coordinates params like origin",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
@@ -97,7 +97,11 @@ ARGUMENTS = {
     "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
     " major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
+<<<<<<< HEAD
     " label_variance batch_fraction length",
+=======
+    " label_variance batch_fraction failure_probability",
+>>>>>>> 66eb01716963c3fb6e891fbdbbbcc90d550f8bdd
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
     " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
@@ -195,6 +199,8 @@ FITS = {
     ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",
     ("symmetry.ExponentialSymmetry", "generator"): "a number|a cube|ragged|longer|oblong",
     ("PerExampleLoss", "targets"): "complex",  # they may be anything
+    ("linalg.displacement", "origin"): "integers|booleans",
+    ("theory.kernel_regime_error_bound", "truth"): "longer",
     ("SAMGradient", "radius"): "zero",
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",

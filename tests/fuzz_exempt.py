@@ -18,7 +18,8 @@ RESULT_CLASSES = {
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.ProductSymmetry",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
-    "theory.RestrictedIsometry", "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
+    "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.

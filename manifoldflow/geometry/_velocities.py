@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from manifoldflow._boundary import checked
 from manifoldflow._types import Point, Tangent
-from manifoldflow.geometry._geodesics import path_along, GeodesicOptions
+from manifoldflow.geometry._geodesics import GeodesicOptions, path_along
 from manifoldflow.manifolds import AbstractManifold
 
 

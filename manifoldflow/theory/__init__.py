@@ -43,6 +43,12 @@ from manifoldflow.theory._restricted_isometry import (
     restricted_isometry as restricted_isometry,
     RestrictedIsometry as RestrictedIsometry,
 )
+from manifoldflow.theory._sparse_recovery import (
+    kernel_regime_error_bound as kernel_regime_error_bound,
+    RecoveryCertificate as RecoveryCertificate,
+    sparse_recovery_certificate as sparse_recovery_certificate,
+    sparse_recovery_sample_size as sparse_recovery_sample_size,
+)
 from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,
     ActivationConstants as ActivationConstants,
