@@ -94,14 +94,10 @@ ARGUMENTS = {
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
     " modulus num_workers num_eigenvalues max_rows memory num_directions num_times",
     "integer": "layer neuron head seed axis index preconditioner_rank",
-    "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
-    " major minor radius accuracy slope gradient_tolerance margin coherence normality"
+    "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
+    " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
-<<<<<<< HEAD
-    " label_variance batch_fraction length",
-=======
     " label_variance batch_fraction failure_probability",
->>>>>>> 66eb01716963c3fb6e891fbdbbbcc90d550f8bdd
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
     " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
