@@ -86,11 +86,11 @@ CALLS = {
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
-    "CustomNoise": {"factor_fn": height},
+    "CustomNoise": {"factor_fn": height, "distribution": "columns"},
     "FunctionLoss": {"fn": height},
     "GradientFlow": {"loss": LOSS},
     "IsotropicNoise": {"std": 1.0},
-    "LabelNoise": {"std": 1.0, "batch_size": 1},
+    "LabelNoise": {"std": 1.0, "batch_size": 1, "distribution": "rademacher"},
     "LeastSquares": {**TALL, "predict": dot, "scale": 1.0},
     "LevelSet": {"fn": sphere, "gram": linalg.DenseGram()},
     "LimitDiffusion": {"manifold": ZERO, "noise": LABEL},
