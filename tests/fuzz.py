@@ -92,10 +92,10 @@ ARGUMENTS = {
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers num_eigenvalues max_rows memory num_nodes",
+    " modulus num_workers num_eigenvalues max_rows memory num_directions num_times num_nodes",
     "integer": "layer neuron head seed axis index preconditioner_rank",
-    "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
-    " major minor radius accuracy slope gradient_tolerance margin coherence normality"
+    "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
+    " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
     " label_variance batch_fraction failure_probability",
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
@@ -190,6 +190,8 @@ FITS = {
     ("linalg.row_scale", "norms_squared"): "infinity|NaN|longer",
     ("linalg.contract_hessians", "coefficients"): "NaN",  # times the Hessian 0
     ("geodesic", "times"): "negative",
+    ("geometry.geodesic_with_velocity", "times"): "negative",
+    ("diagnostics.check_geodesic_convexity", "directions"): "a matrix",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
     ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",

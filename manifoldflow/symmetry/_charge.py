@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_count, checked_point, checked_positive
+from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._check import asymmetry_of, default_tolerance, share, SymmetryCheck
 from manifoldflow.symmetry._generators import Function
@@ -54,7 +54,8 @@ class Charge(eqx.Module):
     @checked
     def __init__(self, velocity_fn: Callable[[Point], Any], origin: Point, *, num_nodes: int = 16):
         self.velocity_fn = _tree.as_pytree_callable(velocity_fn)
-        self.origin = checked_point(origin)
+        _tree.split(origin)  # refuses what is no point
+        self.origin = origin
         self.num_nodes = checked_count("Charge: num_nodes", num_nodes)
 
     @checked
