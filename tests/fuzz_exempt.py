@@ -3,6 +3,7 @@
 # What users read and never build, or build by the functions above.
 RESULT_CLASSES = {
     "Info", "Solution", "RESULTS", "diagnostics.Certificate", "diagnostics.Certificates",
+    "diagnostics.ConvexityCheck",
     "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
     "diagnostics.LeafTrace", "diagnostics.LeftOut", "diagnostics.Plan", "diagnostics.Quantity",
     "diagnostics.Report", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",

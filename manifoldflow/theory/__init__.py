@@ -19,6 +19,10 @@ from manifoldflow.theory._noise_equilibrium import (
     deep_linear_noise_equilibrium as deep_linear_noise_equilibrium,
     two_layer_noise_equilibrium as two_layer_noise_equilibrium,
 )
+from manifoldflow.theory._noise_examples import (
+    deep_linear_equilibrium_of_examples as deep_linear_equilibrium_of_examples,
+    deep_linear_sides_of_examples as deep_linear_sides_of_examples,
+)
 from manifoldflow.theory._optimisers import (
     scalar_factorization_adam as scalar_factorization_adam,
     scalar_factorization_local_sgd as scalar_factorization_local_sgd,
