@@ -107,7 +107,8 @@ ARGUMENTS = {
     " is_ode at_zero_loss decoupled per_example halved gauss_newton",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
-    " output_noise features weights labels generator direction start coefficients second_moments",
+    " output_noise features weights labels generator direction start coefficients second_moments"
+    " margins gradients",
     "word": "kind design",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
@@ -127,6 +128,8 @@ EXCEPTIONS = {
     ("theory.ornstein_uhlenbeck_covariance", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "time"): "nonnegative",
+    ("theory.margin_kkt", "point"): "array",
+    ("theory.margin_kkt", "degree"): "positive",
     ("theory.quadratically_parametrized_flow", "time"): "nonnegative",
     ("theory.approximate_symmetry_displacement", "hessian"): "array",
     ("theory.approximate_symmetry_displacement", "point"): "array",

@@ -3,7 +3,11 @@
 from manifoldflow.theory._kernel_rich_potential import (
     kernel_rich_potential as kernel_rich_potential,
 )
-from manifoldflow.theory._margin import max_margin_direction as max_margin_direction
+from manifoldflow.theory._margin import (
+    margin_kkt as margin_kkt,
+    MarginKKT as MarginKKT,
+    max_margin_direction as max_margin_direction,
+)
 from manifoldflow.theory._noise_balance import (
     deep_linear_initial_sharpness as deep_linear_initial_sharpness,
     deep_linear_noise_sides as deep_linear_noise_sides,
