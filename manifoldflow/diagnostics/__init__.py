@@ -15,6 +15,10 @@ from manifoldflow.diagnostics._checks import (
     GeodesicCheck as GeodesicCheck,
     SlopeCheck as SlopeCheck,
 )
+from manifoldflow.diagnostics._convexity import (
+    check_geodesic_convexity as check_geodesic_convexity,
+    ConvexityCheck as ConvexityCheck,
+)
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,
