@@ -1,10 +1,11 @@
 """Valid calls for `fuzz`, as in `fuzz_table`, of what needs functions and classes of its own."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from manifoldflow import linalg
+from manifoldflow import linalg, symmetry
 
 
 @jax.jit
@@ -28,9 +29,26 @@ def doubled(vector):
     return jax.tree.map(lambda x: 2 * x, vector)
 
 
+def product_loss(point, z):
+    return jnp.sum((point["U"] @ (point["W"] @ z)) ** 2)
+
+
+TWO_LAYERS = {"U": jnp.ones((2, 3)), "W": jnp.ones((3, 3))}
+FACTORS = {"first": lambda p: p["U"], "second": lambda p: p["W"]}
+HEADS = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
+
 USES = {
     "linalg.eigh": {"matrix": np.diag([0.0, 1.0, 2.0])},
     "linalg.Recognised": {"use": Halved()},
     "linalg.register_use": {"operation": halved},
     "linalg.tangent_solve": {"mv": doubled, "right": jnp.ones(3), "rtol": 1e-6, "max_steps": 5},
-}
+    "symmetry.attention_products": {"point": HEADS, "where": lambda p: p, "name": "heads"},
+    "symmetry.product_drift": {
+        "product": symmetry.product_symmetry(TWO_LAYERS, **FACTORS), "point": TWO_LAYERS,
+        "example_loss": product_loss, "data": np.ones((4, 3)), "noise_scale": 0.1,
+        "weight_decay": 0.1,
+    },
+    "symmetry.product_symmetry": {
+        "point": TWO_LAYERS, **FACTORS, "axes": (1, 0), "num_blocks": 1, "name": "U W",
+    },
+}  # fmt: skip

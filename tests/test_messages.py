@@ -93,7 +93,10 @@ MEMBERS = {
         "optimize/_search.py": "minimize",
         "optimize/_trust_region.py": "minimize",
     },
-    "no_equilibrium": {"symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info"},
+    "no_equilibrium": {
+        "symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info",
+        "symmetry/_product_equilibrium.py": "symmetry.balance symmetry.balance_with_info",
+    },
     "bad_end_time": {"flows/_here.py": "solve"},
     "bad_learning_rate": {"sgd/_loop.py": "simulate"},
 }

@@ -5,6 +5,10 @@ from manifoldflow.symmetry._balance import (
     balance as balance,
     balance_with_info as balance_with_info,
 )
+from manifoldflow.symmetry._charge import (
+    Charge as Charge,
+    check_charge as check_charge,
+)
 from manifoldflow.symmetry._check import (
     check_symmetry as check_symmetry,
     SymmetryCheck as SymmetryCheck,
@@ -32,6 +36,12 @@ from manifoldflow.symmetry._find import (
     Rescaling as Rescaling,
 )
 from manifoldflow.symmetry._gradients import examples_of as examples_of
+from manifoldflow.symmetry._product_equilibrium import product_drift as product_drift
+from manifoldflow.symmetry._products import (
+    attention_products as attention_products,
+    product_symmetry as product_symmetry,
+    ProductSymmetry as ProductSymmetry,
+)
 from manifoldflow.symmetry._sgd_noise import SGDNoise as SGDNoise
 from manifoldflow.symmetry._symmetry import (
     act_together as act_together,

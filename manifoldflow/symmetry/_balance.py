@@ -18,9 +18,14 @@ from manifoldflow.symmetry._equilibrium import noise_equilibrium_with_info
 from manifoldflow.symmetry._find import find_rescalings, Rescaling
 from manifoldflow.symmetry._gradients import ExampleLoss, examples_of
 from manifoldflow.symmetry._orbit import moved
+from manifoldflow.symmetry._product_equilibrium import balanced_products
+from manifoldflow.symmetry._products import ProductSymmetry
+from manifoldflow.symmetry._sgd_noise import SGDNoise
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 _KINDS = ("noise", "norm")
+
+AnySymmetry = ExponentialSymmetry | Rescaling | ProductSymmetry
 
 LossOrExamples = AbstractExampleLoss | tuple[ExampleLoss, PyTree[Any]]
 """A loss over examples, or an example loss with its data."""
@@ -30,17 +35,23 @@ class Balance(eqx.Module):
     """How a network was balanced.
 
     Attributes:
-        parameters: λ, (k,); ±inf where there is no balance.
-        names: what was rescaled by each, as "first layer against second".
-        info: of the search for λ.
+        parameters: λ of the k commuting symmetries, (k,); ±inf where there is no balance. Beside
+            products it is the sum over all turns.
+        names: what was rescaled by each, as "first layer against second"; then the products.
+        info: of the search.
+        matrices: Q of each product, symmetric and positive definite, (blocks, d, d).
     """
 
     parameters: Float[Array, " k"]
     names: tuple[str, ...] = eqx.field(static=True)
     info: Info
+    matrices: tuple[Float[Array, "_ _ _"], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{n}: λ = {float(x):+.4g}" for n, x in zip(self.names, self.parameters)]
+        for name, matrix in zip(self.names[len(lines) :], self.matrices):
+            low, high = (float(f(jnp.linalg.eigvalsh(matrix))) for f in (jnp.min, jnp.max))
+            lines.append(f"{name}: Q with eigenvalues from {low:.4g} to {high:.4g}")
         return "\n".join(lines)
 
 
@@ -52,7 +63,7 @@ def balance(
     kind: str = "noise",
     noise_scale: Any = None,
     weight_decay: Any = 0.0,
-    symmetries: Sequence[ExponentialSymmetry | Rescaling] | None = None,
+    symmetries: Sequence[AnySymmetry] | None = None,
     throw: bool = True,
 ) -> Point:
     """The same function in other weights: those that SGD's noise or weight decay comes to rest at.
@@ -74,9 +85,11 @@ def balance(
         noise_scale: σ² = η/(2S), learning rate over twice the batch size. Without decay it
             does not matter; with it, it must be given.
         weight_decay: γ of SGD, for kind "noise".
-        symmetries: that commute, made or found; a `Rescaling` has names for messages. By
-            default what `find_rescalings` finds, for layers as a whole. Finding is not for
-            use inside jit or vmap: find once, and hand over.
+        symmetries: that commute, made or found; a `Rescaling` has names for messages. And
+            products of matrices, as `product_symmetry`, `attention_products` and
+            `find_products` give them, whose members do not commute. By default what
+            `find_rescalings` finds, for layers as a whole. Finding is not for use inside jit or
+            vmap: find once, and hand over.
         throw: raise on failure; else NaN.
 
     Returns:
@@ -111,7 +124,7 @@ def balance_with_info(
     kind: str = "noise",
     noise_scale: Any = None,
     weight_decay: Any = 0.0,
-    symmetries: Sequence[ExponentialSymmetry | Rescaling] | None = None,
+    symmetries: Sequence[AnySymmetry] | None = None,
     throw: bool = False,
 ) -> tuple[Point, Balance]:
     """As `balance`, with how far the network went along each symmetry."""
@@ -130,8 +143,14 @@ def balance_with_info(
                 "followed by a homogeneous activation, as ReLU, and another one. For other "
                 "symmetries build them (`rescaling`, …) and give symmetries=[…]."
             )
-    pairs = [_named(symmetry, index) for index, symmetry in enumerate(symmetries)]
+    products = [one for one in symmetries if isinstance(one, ProductSymmetry)]
+    pairs = [_named(one, i) for i, one in enumerate(symmetries) if one not in products]
     names, generators = tuple(name for name, _ in pairs), [one for _, one in pairs]
+    if products:
+        noise = SGDNoise(
+            example_loss, data, noise_scale=sigma, weight_decay=gamma, name="balance", throw=throw
+        )
+        return _with_products(products, generators, noise, network, names, throw)
     parameters, info = noise_equilibrium_with_info(
         generators,
         example_loss,
@@ -148,6 +167,25 @@ def balance_with_info(
         _refuse_infinite(found)
     there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, data)
     return delivered(there, info.result, throw), found
+
+
+def _with_products(
+    products: list[ProductSymmetry],
+    others: list[ExponentialSymmetry],
+    noise: SGDNoise,
+    network: Point,
+    names: tuple[str, ...],
+    throw: bool,
+) -> tuple[Point, Balance]:
+    end = balanced_products(products, others, noise, network)
+    names += tuple(product.name for product in products)
+    found = Balance(end.parameters, names, end.info, end.matrices)
+    if throw and not is_traced(end.parameters):
+        _refuse_infinite(found)
+    there = or_nan(end.coordinates, end.info.is_successful)
+    there = _tree.join(there, _tree.split(network)[1])
+    detail = lambda: f" It was sought along {'; '.join(names)}."
+    return delivered(there, end.info.result, throw, detail), found
 
 
 @eqx.filter_jit

@@ -1,0 +1,254 @@
+"""Matrices that enter a loss only as their product: families of symmetries that do not commute."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from manifoldflow import _precision, _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import described, real_numbers, shapes_of
+from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow.symmetry._constructors import Where
+from manifoldflow.symmetry._generators import checked_symmetric, Rotation
+from manifoldflow.symmetry._symmetry import ExponentialSymmetry
+
+Sides = tuple[Float[Array, "blocks d ..."], Float[Array, "blocks d ..."]]
+
+
+class ProductSymmetry(eqx.Module):
+    """(U, W) ↦ (UQ⁻¹, QW) for every invertible Q, or for one Q for each of several blocks.
+
+    A whole family of symmetries: `member` gives those of `double_rotation`, one for each
+    symmetric matrix B, which do not commute. Build it with `product_symmetry` or
+    `attention_products`, or let `find_products` find it; `balance` takes it.
+
+    Args:
+        where: picks the leaves of U and then those of W out of a point, as a tuple.
+        axes: the axis of each leaf that the product sums over.
+        signs: +1 for the leaves of U, −1 for those of W.
+        num_blocks: how many matrices Q there are, one after the other along those axes.
+        name: for messages.
+
+    References:
+        [Ziyin2024, Proposition 5.1].
+    """
+
+    where: Callable[[Any], tuple[Any, ...]] = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True)
+    signs: tuple[int, ...] = eqx.field(static=True)
+    num_blocks: int = eqx.field(static=True, default=1)
+    name: str = eqx.field(static=True, default="a product")
+
+    def size(self, point: Point) -> int:
+        """d, the size of every Q."""
+        coordinates, _ = _tree.split(point)
+        return self._length(coordinates) // self.num_blocks
+
+    def _length(self, coordinates: Coordinates) -> int:
+        lengths = [leaf.shape[axis] for leaf, axis in zip(self.where(coordinates), self.axes)]
+        if len(set(lengths)) != 1 or lengths[0] % self.num_blocks:
+            raise ValueError(
+                f"ProductSymmetry: {self.name} sums over axes {self.axes} of "
+                f"{shapes_of(self.where(coordinates))} in {self.num_blocks} blocks; they must be "
+                "of one length, which the number of blocks divides."
+            )
+        return lengths[0]
+
+    @checked
+    def act(self, point: Point, matrices: Any) -> Point:
+        """(UQ⁻¹, QW).
+
+        Args:
+            point: θ.
+            matrices: Q, invertible, (d, d) or one for each block, (blocks, d, d).
+        """
+        coordinates, remainder = _tree.split(point)
+        q = self._blocks(coordinates, real_numbers("act: matrices", matrices))
+        return _tree.join(self.turned(coordinates, q, jnp.linalg.inv(q)), remainder)
+
+    @checked
+    def member(self, point: Point, matrix: Any) -> ExponentialSymmetry:
+        """(Ue^{λB}, e^{−λB}W), the symmetry that belongs to one symmetric B.
+
+        Args:
+            point: a point of the kind to be moved.
+            matrix: B, (d, d) for the same in all blocks, or (blocks, d, d).
+        """
+        blocks = self._blocks(_tree.split(point)[0], real_numbers("member: matrix", matrix))
+        blocks = jnp.stack([checked_symmetric(block) for block in blocks])
+        values, vectors = jnp.linalg.eigh(blocks)
+        return ExponentialSymmetry(Rotation(self.where, self.axes, self.signs, vectors, values))
+
+    @checked
+    def charge(self, point: Point) -> Float[Array, "blocks d d"]:
+        """C = UᵀU − WWᵀ of every block: what gradient flow conserves, ½tr(BC) for each B."""
+        first, second = self.grams(_tree.split(point)[0])
+        return first - second
+
+    def _blocks(self, coordinates: Coordinates, matrices: Any) -> Float[Array, "blocks d d"]:
+        size = self._length(coordinates) // self.num_blocks
+        matrices = jnp.asarray(matrices, _tree.dtype_of(coordinates))
+        shape = (self.num_blocks, size, size)
+        if matrices.shape not in (shape[1:], shape):
+            raise ValueError(
+                f"ProductSymmetry: {self.name} needs a matrix of shape {shape[1:]}, or {shape} for "
+                f"one in each block; got shape {matrices.shape}."
+            )
+        return jnp.broadcast_to(matrices, shape)
+
+    def sides(self, vector: Tangent) -> Sides:
+        """Uᵀ and W of a vector like the coordinates, all their leaves side by side."""
+        length = self._length(vector)
+        parts: dict[int, list[Array]] = {1: [], -1: []}
+        for leaf, axis, sign in zip(self.where(vector), self.axes, self.signs):
+            rows = jnp.moveaxis(leaf, axis, 0).reshape(
+                self.num_blocks, length // self.num_blocks, -1
+            )
+            parts[sign].append(rows)
+        first, second = (jnp.concatenate(parts[sign], axis=-1) for sign in (1, -1))
+        return first, second
+
+    def grams(self, vector: Tangent) -> tuple[Float[Array, "blocks d d"], ...]:
+        """UᵀU and WWᵀ of every block."""
+        return tuple(_precision.einsum("bik,bjk->bij", x, x) for x in self.sides(vector))
+
+    def turned(
+        self,
+        coordinates: Coordinates,
+        matrices: Float[Array, "blocks d d"],
+        inverses: Float[Array, "blocks d d"],
+    ) -> Coordinates:
+        """(UQ⁻¹, QW) for given Q and Q⁻¹."""
+
+        def moved(leaf: Array, axis: int, sign: int) -> Array:
+            rows = jnp.moveaxis(leaf, axis, 0)
+            spec, by = ("bji,bjk->bik", inverses) if sign > 0 else ("bij,bjk->bik", matrices)
+            blocks = rows.reshape(*by.shape[:2], -1)
+            new = _precision.einsum(spec, by, blocks).reshape(rows.shape)
+            return jnp.moveaxis(new, 0, axis).astype(leaf.dtype)
+
+        leaves = tuple(map(moved, self.where(coordinates), self.axes, self.signs))
+        return eqx.tree_at(self.where, coordinates, leaves)
+
+
+def as_leaves(picked: Any) -> tuple[Any, ...]:
+    """A leaf, or a tuple of leaves, as a tuple."""
+    return tuple(picked) if isinstance(picked, tuple | list) else (picked,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """Picks what two functions pick, one after the other; equal for equal functions."""
+
+    first: Where
+    second: Where
+
+    def __call__(self, tree: Any) -> tuple[Any, ...]:
+        return as_leaves(self.first(tree)) + as_leaves(self.second(tree))
+
+
+@checked
+def product_symmetry(
+    point: Point,
+    first: Where,
+    second: Where,
+    *,
+    axes: tuple[Any, Any] = (1, 0),
+    num_blocks: int = 1,
+    name: str = "a product",
+) -> ProductSymmetry:
+    """(U, W) ↦ (UQ⁻¹, QW) for every invertible Q: two matrices that enter as their product UW.
+
+    As two linear layers with nothing between them. A bias that W's layer adds belongs to W: pick
+    both, as `lambda p: (p.weight, p.bias)`, with axes (1, (0, 0)).
+
+    Args:
+        point: a point of the kind to be moved.
+        first: picks U, (m, d), or a tuple of several leaves.
+        second: picks W, (d, n), or a tuple of several leaves.
+        axes: the axes of U and W that are summed over in their product; where one of them
+            has several leaves, a tuple, or one number for all of them.
+        num_blocks: of those axes, as many as a network has heads. Each has its own Q.
+        name: for messages.
+
+    Raises:
+        ValueError: the axes differ in length, or are not divided by the number of blocks.
+
+    Assumes:
+        The loss has the symmetry: `check_symmetry` tests it.
+
+    References:
+        [Ziyin2024, Proposition 5.1].
+    """
+    coordinates, _ = _tree.split(point)
+    counts = [len(as_leaves(pick(coordinates))) for pick in (first, second)]
+    spread = [
+        as_leaves(axis) if isinstance(axis, tuple | list) else (axis,) * count
+        for axis, count in zip(axes, counts)
+    ]
+    if [len(given) for given in spread] != counts:
+        raise ValueError(
+            f"product_symmetry: axes must be one for each leaf, {counts[0]} and {counts[1]} of "
+            f"them; got {axes}."
+        )
+    signs = (1,) * counts[0] + (-1,) * counts[1]
+    found = ProductSymmetry(Both(first, second), spread[0] + spread[1], signs, num_blocks, name)
+    found.size(point)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projections:
+    """Picks the weight, and the bias if it has one, of some projections of an attention layer."""
+
+    layer: Where
+    names: tuple[tuple[str, bool], ...]
+
+    def __call__(self, tree: Any) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = ()
+        for name, with_bias in self.names:
+            projection = getattr(self.layer(tree), name)
+            found += (projection.weight,) + ((projection.bias,) if with_bias else ())
+        return found
+
+
+@checked
+def attention_products(
+    point: Point, where: Callable[[Any], Any], *, name: str = "attention"
+) -> tuple[ProductSymmetry, ProductSymmetry]:
+    """The products in every head of an attention layer: queries and keys, values and outputs.
+
+    (W_Q, W_K) ↦ (Q⁻ᵀW_Q, QW_K), with their biases: scores are products qᵀk. And
+    (W_V, W_O) ↦ (QW_V, W_OQ⁻¹), with the bias of the values. One Q for each head.
+
+    Args:
+        point: a network.
+        where: picks an `equinox.nn.MultiheadAttention` out of it.
+        name: for messages.
+
+    Raises:
+        ValueError: `where` picks something else.
+
+    Assumes:
+        Nothing acts on queries and keys but their product: no rotary embedding, no normalisation.
+        `check_symmetry` tests it.
+    """
+    layer = where(point)
+    if not isinstance(layer, eqx.nn.MultiheadAttention):
+        raise ValueError(
+            "attention_products: `where` must pick an equinox.nn.MultiheadAttention out of the "
+            f"point; it picks {described(layer)}."
+        )
+    has_bias = lambda which: getattr(layer, which).bias is not None
+    leaves = lambda which, bias: _Projections(where, ((which, bias and has_bias(which)),))
+    query, key = (leaves(f"{which}_proj", True) for which in ("query", "key"))
+    value, output = leaves("value_proj", True), leaves("output_proj", False)
+    build = lambda first, second, axes, what: product_symmetry(
+        point, first, second, axes=axes, num_blocks=layer.num_heads, name=f"{name}, {what}"
+    )
+    scores = build(query, key, (0, 0), "queries and keys")
+    return scores, build(output, value, (1, 0), "values and outputs")
