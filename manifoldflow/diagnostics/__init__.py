@@ -33,6 +33,7 @@ from manifoldflow.diagnostics._entries import (
 from manifoldflow.diagnostics._kernel import (
     kernel_change as kernel_change,
     KernelChange as KernelChange,
+)
 from manifoldflow.diagnostics._potential import (
     GradientFlowCheck as GradientFlowCheck,
     is_gradient_flow as is_gradient_flow,
