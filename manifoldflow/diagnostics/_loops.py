@@ -75,7 +75,7 @@ def circulation_of(
         return np.mean(np.asarray(at((jnp.arange(count) + offset) / count)), axis=0)
 
     count, found = 32, integral(0.0, 32)
-    while count < _MAX_NODES:
+    while count < _MAX_NODES and np.all(np.isfinite(found)):
         finer, count = (found + integral(0.5, count)) / 2, 2 * count
         if abs(finer[0] - found[0]) <= tolerance / 4 * finer[1] + 10 * finer[2]:
             return Circulation(*map(float, finer))
