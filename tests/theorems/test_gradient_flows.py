@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import scipy.special
 
 import manifoldflow as mf
 from checks import at_least, at_most, close, equal, refused
@@ -63,6 +64,11 @@ def test_a_turn_that_is_a_gradient_near_every_point():
     other = lambda t: at(0.4, 2 * np.pi * t)  # round the circle that does not turn
     found = diagnostics.is_gradient_flow(flow, at(0.4, 1.1), loop=other)
     equal("round another", (bool(found), abs(found.circulation) < 1e-12), (True, True))
+    # A loop that winds too fast for the first nodes: ∮ sin b da with b = 1.1 + 6 sin(40πt).
+    winding = lambda t: at(2 * np.pi * t, 1.1 + 6 * jnp.sin(40 * np.pi * t))
+    found = diagnostics.is_gradient_flow(turning(lambda x: x[3]), at(0.4, 1.1), loop=winding)
+    expected = 2 * np.pi * np.sin(1.1) * scipy.special.j0(6.0)
+    close("circulation of a winding loop", found.circulation, expected, 1e-6)
 
 
 def test_gradients_are_found_to_be():
