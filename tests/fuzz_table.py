@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_equilibria import EQUILIBRIA
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
@@ -81,6 +82,7 @@ CALLS = {
     **OPTIMISERS,
     **TWO_LAYER,
     **USES,
+    **EQUILIBRIA,
     **EXAMPLES,
     **INITIALISATION,
     # The root.
