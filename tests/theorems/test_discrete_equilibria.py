@@ -122,8 +122,10 @@ def test_one_equilibrium_on_every_orbit():
         point, data, one = point_of(seed), data_of(seed + 100), rotation_of(matrix_of(seed + 200))
         drift = lambda p: symmetry.discrete_noether_drift(one, example_loss, p, data, **options)
         slopes = jax.vmap(lambda s: drift(one.act(point, s)))(grid)
-        star = equilibrium(one, point, data, **options)
-        again = equilibrium(one, one.act(point, 0.3), data, **options)
+        starts = jnp.array([0.0, 0.3])
+        star, again = jax.vmap(lambda s: equilibrium(one, one.act(point, s), data, **options))(
+            starts
+        )
         return slopes, drift(one.act(point, star)), star - again
 
     slopes, left, shift = problem(jnp.arange(12))
