@@ -109,7 +109,7 @@ ARGUMENTS = {
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise features weights labels generator direction start coefficients second_moments"
     " margins gradients",
-    "word": "kind design",
+    "word": "kind design distribution",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",
@@ -140,6 +140,9 @@ EXCEPTIONS = {
     ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
 }
+POTENTIALS = "diagnostics.is_gradient_flow"
+EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
+EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"
