@@ -1,0 +1,203 @@
+"""Symmetries found by numbers alone: convolutions, residual branches, normalisations, attention,
+and networks outside Equinox."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import manifoldflow as mf
+from checks import at_least, at_most, close, equal, refused
+from manifoldflow import symmetry
+
+SIGMA2 = 0.05
+
+
+def normal(seed, *shape):
+    return jr.normal(jr.key(seed), shape)
+
+
+def pairs(found):
+    return [(one.first, one.second) for one in found]
+
+
+def model_loss(model, example):
+    return jnp.sum((model(example[0]) - example[1]) ** 2)
+
+
+class Pictures(eqx.Module):
+    """Normalised channels, a residual branch, pooling, and a layer that reads flat pictures."""
+
+    stem: eqx.nn.Conv2d
+    norm: eqx.nn.GroupNorm
+    up: eqx.nn.Conv2d
+    down: eqx.nn.Conv2d
+    read: eqx.nn.Linear
+
+    def __init__(self, keys):
+        self.stem = eqx.nn.Conv2d(1, 2, 3, key=keys[0])
+        self.norm = eqx.nn.GroupNorm(2, 2)
+        self.up = eqx.nn.Conv2d(2, 3, 1, key=keys[1])
+        self.down = eqx.nn.Conv2d(3, 2, 1, key=keys[2])
+        self.read = eqx.nn.Linear(2 * 4, 2, key=keys[3])
+
+    def __call__(self, x):
+        h = jax.nn.relu(self.norm(self.stem(x)))
+        h = h + self.down(jax.nn.leaky_relu(self.up(h)))
+        return self.read(eqx.nn.MaxPool2d(2, 2)(h).ravel())
+
+
+PICTURES = Pictures(jr.split(jr.key(0), 4))
+SEEN = normal(1, 12, 1, 6, 6), normal(2, 12, 2)
+STREAM = ".norm and .down", ".up and .read"
+BRANCH = ".up", ".down"
+
+
+def test_convolutions_branches_and_normalisations():
+    found = symmetry.find_rescalings(PICTURES, model_loss, SEEN)
+    equal("found", pairs(found), [STREAM, BRANCH])
+    equal("degrees", [one.degree for one in found], [1, 1])
+    channels = symmetry.find_rescalings(PICTURES, model_loss, SEEN, per_neuron=True)
+    equal("channels", [one.neuron for one in channels], [0, 1, 0, 1, 2])
+    for whole, several in ((found[0], channels[:2]), (found[1], channels[2:])):
+        charge = lambda one: symmetry.noether_charge(one.symmetry, PICTURES)
+        close("sum of the channels' charges", sum(map(charge, several)), charge(whole), 1e-12)
+    # The balance of all channels: the same function, no drift, which the layers' balance leaves.
+    options = dict(noise_scale=SIGMA2, weight_decay=0.01)
+    symmetries = [one.symmetry for one in channels]
+    drift = lambda m: symmetry.noether_drift(symmetries, model_loss, m, SEEN, **options)
+    there, _ = symmetry.balance_with_info(
+        PICTURES, (model_loss, SEEN), symmetries=channels, **options
+    )
+    outputs = jax.jit(jax.vmap(lambda m, x: m(x), (None, 0)))
+    close("function", outputs(there, SEEN[0]), outputs(PICTURES, SEEN[0]), 1e-10)
+    at_most("drift", np.linalg.norm(drift(there)) / np.linalg.norm(drift(PICTURES)), 1e-9)
+
+
+def test_what_is_in_front_of_a_normalisation():
+    """Of the stem's weight only: its bias has no gradient, and nothing else is invariant."""
+    (found,) = symmetry.find_scalings(PICTURES, model_loss, SEEN)
+    assert isinstance(found, symmetry.Scaling) and "scaled; symmetry" in str(found), found
+    equal("where", found.where, ".stem.weight")
+    at_least("broken by the normalisation's epsilon", found.check.defect, 1e-8)
+    options = dict(noise_scale=SIGMA2, weight_decay=0.01)
+    drift = lambda m: symmetry.noether_drift(found.symmetry, model_loss, m, SEEN, **options)
+    there, info = symmetry.balance_with_info(
+        PICTURES, (model_loss, SEEN), symmetries=[found], **options
+    )
+    equal("names", info.names, (".stem.weight scaled",))
+    at_most("drift", abs(drift(there) / drift(PICTURES)), 1e-2)
+
+
+def test_statistics_over_batches():
+    """A batch is an example where a normalisation looks at all of it."""
+
+    def loss(p, batch):
+        x, y = batch
+        z = x @ p["in"]["w"] + p["in"]["b"]
+        z = (z - z.mean(0)) / jnp.sqrt(z.var(0) + 1e-6)
+        hidden = jax.nn.relu(z * p["norm"]["scale"] + p["norm"]["offset"])
+        return jnp.mean((hidden @ p["out"]["w"] - y) ** 2)
+
+    point = {
+        "in": {"w": normal(0, 3, 4), "b": normal(1, 4)},
+        "norm": {"scale": 1 + 0.1 * normal(2, 4), "offset": normal(3, 4)},
+        "out": {"w": normal(4, 4, 2)},
+    }
+    data = normal(5, 6, 8, 3), normal(6, 6, 8, 2)
+    found = symmetry.find_rescalings(point, loss, data)
+    equal("rescalings", pairs(found), [("['norm']", "['out']")])
+    equal("scalings", [s.where for s in symmetry.find_scalings(point, loss, data)],
+          ["['in']['w']"])  # fmt: skip
+
+
+class Attention(eqx.Module):
+    layer: eqx.nn.MultiheadAttention
+
+    def __call__(self, x):
+        return self.layer(x, x, x)
+
+
+def test_products_in_attention():
+    layer = eqx.nn.MultiheadAttention(
+        2, 4, qk_size=2, vo_size=3, use_query_bias=True, use_value_bias=True, key=jr.key(0)
+    )
+    model, data = Attention(layer), (normal(1, 8, 3, 4), normal(2, 8, 3, 4))
+    found = symmetry.find_products(model, model_loss, data)
+    expected = symmetry.attention_products(model, lambda m: m.layer)
+    equal("names", [one.name for one in found],
+          [".layer.query_proj against .layer.key_proj",
+           ".layer.value_proj against .layer.output_proj"])  # fmt: skip
+    for one, other, sign in zip(found, expected, (-1, 1)):
+        equal("heads", one.num_blocks, 2)
+        close("charge", one.charge(model), sign * other.charge(model), 1e-12)
+
+
+def test_attention_of_flax():
+    """Heads and their features are two axes there, and layers are (inputs, outputs)."""
+    nn = pytest.importorskip("flax.linen")
+    net = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4, param_dtype=float)
+    x = normal(0, 8, 3, 3)
+    params = net.init(jr.key(1), x[0])
+    data, loss = (x, normal(2, 8, 3, 3)), lambda p, e: model_loss(lambda z: net.apply(p, z), e)
+    products = symmetry.find_products(params, loss, data)
+    name = lambda *layers: " against ".join(f"['params']['{layer}']" for layer in layers)
+    equal("names", [p.name for p in products], [name("key", "query"), name("out", "value")])
+    equal("blocks", [(p.num_blocks, p.size(params)) for p in products], [(2, 2), (2, 2)])
+    outputs = lambda p: jax.vmap(lambda z: net.apply(p, z))(x)
+    for one in products:
+        moved = one.act(params, normal(3, 2, 2, 2))
+        close(f"outputs, {one.name}", outputs(moved), outputs(params), 1e-10)
+
+
+def test_layers_of_haiku():
+    haiku = pytest.importorskip("haiku")
+    net = haiku.without_apply_rng(haiku.transform(lambda x: haiku.nets.MLP([4, 2])(x)))
+    params = net.init(jr.key(0), PLAIN_DATA[0][0])
+    loss = mf.LeastSquares(*PLAIN_DATA, predict=net.apply)
+    (found,) = symmetry.find_rescalings(params, *symmetry.examples_of(loss))
+    equal("layers", (found.first, found.second), ("['mlp/~/linear_0']", "['mlp/~/linear_1']"))
+    there = symmetry.balance(params, loss, kind="norm")
+    first, second = there["mlp/~/linear_0"], there["mlp/~/linear_1"]
+    squares = jnp.sum(first["w"] ** 2) + jnp.sum(first["b"] ** 2), jnp.sum(second["w"] ** 2)
+    close("norms", *squares, 1e-6)
+    close("loss", loss(there), loss(params), 1e-6)
+
+
+def plain_loss(activation):
+    def loss(p, example):
+        x, y = example
+        hidden = activation(x @ p["W1"] + p["b1"])
+        return jnp.sum((hidden @ p["W2"] @ p["V"] - y) ** 2)
+
+    return loss
+
+
+PLAIN = {"V": normal(0, 2, 2), "W1": normal(1, 3, 4), "W2": normal(2, 4, 2), "b1": normal(3, 4)}
+PLAIN_DATA = normal(4, 8, 3), normal(5, 8, 2)
+
+
+def test_plain_arrays_in_any_order():
+    """x -> (relu(x W1 + b1)^2 W2) V: degree two, and a product of W2 and V that come apart."""
+    squared = plain_loss(lambda z: jax.nn.relu(z) ** 2)
+    found = symmetry.find_rescalings(PLAIN, squared, PLAIN_DATA)
+    assert ("['W1'] and ['b1']", "['W2']") in pairs(found), pairs(found)
+    equal("degree", dict(zip(pairs(found), found))["['W1'] and ['b1']", "['W2']"].degree, 2.0)
+    (product,) = symmetry.find_products(PLAIN, squared, PLAIN_DATA)
+    equal("product", product.name, "['V'] against ['W2']")
+    q = np.array([[1.0, 2.0], [-0.5, 1.0]])
+    value = lambda p: jax.vmap(lambda *e: squared(p, e))(*PLAIN_DATA)
+    close("losses", value(product.act(PLAIN, q)), value(PLAIN), 1e-12)
+
+
+def test_what_is_not_there_is_not_found():
+    """A ReLU with a bend of 1e-4, about which no degree holds; and the message of `balance`."""
+    bent = plain_loss(lambda z: jax.nn.relu(z) + 1e-4 * jnp.tanh(z))
+    found = symmetry.find_rescalings(PLAIN, bent, PLAIN_DATA)
+    equal("only the product's", [one.first for one in found], ["['V']"])
+    curved = eqx.nn.MLP(3, 2, 4, 1, activation=jnp.tanh, key=jr.key(0))
+    loss = mf.LeastSquares(*PLAIN_DATA)
+    with refused(ValueError, "no rescaling", "find_products", "find_scalings", "homogeneous"):
+        symmetry.balance(curved, loss)
