@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
 from manifoldflow._errors import checked_point, described, numbers, shapes_of
+from manifoldflow._garbage import rare_collections
 from manifoldflow._signatures import readable
 from manifoldflow._tracebacks import shortened, with_few_frames
 
@@ -26,6 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HOW = {
     "AbstractManifold": "Build one, as LevelSet(fn) or ZeroLossManifold(loss).",
+    "LeastSquares": "Build one, as LeastSquares(inputs, targets).",
     "AbstractLoss": "Build one, as LeastSquares(inputs, targets) or FunctionLoss(fn).",
     "AbstractResidualLoss": "Build one, as LeastSquares(inputs, targets).",
     "AbstractExampleLoss": "Build one, as LeastSquares(inputs, targets).",
@@ -87,7 +89,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                     _check_role(name, argument, wanted[argument], value)
                     bound.arguments[argument] = value
             # As usual within the library, though its user may want to be strict.
-            with jax.numpy_dtype_promotion("standard"):
+            with jax.numpy_dtype_promotion("standard"), rare_collections():
                 return fn(*bound.args, **bound.kwargs)
         except Exception as error:
             sentence = _of_jax(error)
@@ -326,9 +328,14 @@ def _is_text(leaf: Any) -> bool:
 
 
 def _class_names(wanted: Any) -> list[str]:
-    members = typing.get_args(wanted) if _is_union(wanted) else (wanted,)
-    members = tuple(m.__bound__ if isinstance(m, TypeVar) else m for m in members)
-    return [getattr(typing.get_origin(m) or m, "__name__", str(m)) for m in members]
+    return [getattr(typing.get_origin(m) or m, "__name__", str(m)) for m in _members(wanted)]
+
+
+def _members(wanted: Any) -> tuple[Any, ...]:
+    """What any one of is wanted, with the bounds of type variables in their place."""
+    if isinstance(wanted, TypeVar):
+        return _members(wanted.__bound__)
+    return sum(map(_members, typing.get_args(wanted)), ()) if _is_union(wanted) else (wanted,)
 
 
 def _is_union(wanted: Any) -> bool:
@@ -343,8 +350,7 @@ _WORDS = {
 
 def _sentence(wanted: Any, sizes: dict[str, int]) -> str:
     """What is wanted, in words."""
-    members = typing.get_args(wanted) if _is_union(wanted) else (wanted,)
-    words = [_word(member) for member in members]
+    words = [_word(member) for member in _members(wanted)]
     words = list(dict.fromkeys(words))
     lengths = [f"{n} = {size}" for n, size in sizes.items() if any(n in w for w in words)]
     text = " or ".join(words)

@@ -3,6 +3,7 @@
 # What users read and never build, or build by the functions above.
 RESULT_CLASSES = {
     "Info", "Solution", "RESULTS", "diagnostics.Certificate", "diagnostics.Certificates",
+    "diagnostics.ConvexityCheck",
     "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
     "diagnostics.LeafTrace", "diagnostics.LeftOut", "diagnostics.Plan", "diagnostics.Quantity",
     "diagnostics.Report", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",
@@ -17,7 +18,9 @@ RESULT_CLASSES = {
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
     "symmetry.ProductSymmetry", "symmetry.Scaling",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
-    "theory.RestrictedIsometry", "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
+    "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.MarginKKT",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.

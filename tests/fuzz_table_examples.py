@@ -7,6 +7,8 @@ import manifoldflow as mf
 from manifoldflow import linalg
 
 DATA = {"inputs": np.array([[1.0, 0, 0.5], [0, 1.0, 0.5]]), "targets": np.array([1.0, 0.0])}
+POINT = jnp.array([1.0, 0.5, 0])
+SQUARES = mf.LeastSquares(**DATA, predict=lambda point, x: x @ point**2)
 
 
 def squares(f, y):
@@ -26,6 +28,21 @@ EXAMPLES = {
         "predict": jnp.dot,
         "minimizer_fn": lambda y: y,
         "weight_decay": 0.1,
+    },
+    "linalg.displacement": {"coordinates": jnp.ones(3), "origin": jnp.zeros(3)},
+    "linearized": {"loss": SQUARES, "point": POINT},
+    "diagnostics.kernel_change": {"loss": SQUARES, "point": POINT, "other": 2 * POINT},
+    "theory.kernel_regime_error_bound": {"num_examples": 2, "truth": np.array([1.0, 0, 0])},
+    "theory.sparse_recovery_certificate": {
+        "inputs": DATA["inputs"],
+        "truth": np.array([1.0, 0, 0]),
+        "weights": np.ones(3),
+    },
+    "theory.sparse_recovery_sample_size": {
+        "num_features": 5,
+        "sparsity": 1,
+        "failure_probability": 0.1,
+        "design": "boolean",
     },
     "FlippedLabels": {"batch_size": 1},
     "HessianNoise": {"multiple": 1.0, "rank": 1, "gauss_newton": False},

@@ -15,6 +15,10 @@ from manifoldflow.diagnostics._checks import (
     GeodesicCheck as GeodesicCheck,
     SlopeCheck as SlopeCheck,
 )
+from manifoldflow.diagnostics._convexity import (
+    check_geodesic_convexity as check_geodesic_convexity,
+    ConvexityCheck as ConvexityCheck,
+)
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,
@@ -25,6 +29,10 @@ from manifoldflow.diagnostics._entries import (
     LeafTrace as LeafTrace,
     LeftOut as LeftOut,
     Quantity as Quantity,
+)
+from manifoldflow.diagnostics._kernel import (
+    kernel_change as kernel_change,
+    KernelChange as KernelChange,
 )
 from manifoldflow.diagnostics._report import Report as Report, report as report
 from manifoldflow.diagnostics._stability import (

@@ -80,6 +80,7 @@ from manifoldflow.linalg.jacobian import (
     ChunkedJacobian as ChunkedJacobian,
     dense_jacobian as dense_jacobian,
     DenseJacobian as DenseJacobian,
+    displacement as displacement,
     Equation as Equation,
     gauss_newton as gauss_newton,
     gram as gram,

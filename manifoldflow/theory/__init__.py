@@ -3,7 +3,11 @@
 from manifoldflow.theory._kernel_rich_potential import (
     kernel_rich_potential as kernel_rich_potential,
 )
-from manifoldflow.theory._margin import max_margin_direction as max_margin_direction
+from manifoldflow.theory._margin import (
+    margin_kkt as margin_kkt,
+    MarginKKT as MarginKKT,
+    max_margin_direction as max_margin_direction,
+)
 from manifoldflow.theory._noise_balance import (
     deep_linear_initial_sharpness as deep_linear_initial_sharpness,
     deep_linear_noise_sides as deep_linear_noise_sides,
@@ -14,6 +18,10 @@ from manifoldflow.theory._noise_equilibrium import (
     approximate_symmetry_displacement as approximate_symmetry_displacement,
     deep_linear_noise_equilibrium as deep_linear_noise_equilibrium,
     two_layer_noise_equilibrium as two_layer_noise_equilibrium,
+)
+from manifoldflow.theory._noise_examples import (
+    deep_linear_equilibrium_of_examples as deep_linear_equilibrium_of_examples,
+    deep_linear_sides_of_examples as deep_linear_sides_of_examples,
 )
 from manifoldflow.theory._optimisers import (
     scalar_factorization_adam as scalar_factorization_adam,
@@ -42,6 +50,12 @@ from manifoldflow.theory._recovery_stages import (
 from manifoldflow.theory._restricted_isometry import (
     restricted_isometry as restricted_isometry,
     RestrictedIsometry as RestrictedIsometry,
+)
+from manifoldflow.theory._sparse_recovery import (
+    kernel_regime_error_bound as kernel_regime_error_bound,
+    RecoveryCertificate as RecoveryCertificate,
+    sparse_recovery_certificate as sparse_recovery_certificate,
+    sparse_recovery_sample_size as sparse_recovery_sample_size,
 )
 from manifoldflow.theory._two_layer import (
     activation_constants as activation_constants,

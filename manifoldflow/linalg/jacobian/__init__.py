@@ -12,6 +12,7 @@ from manifoldflow.linalg.jacobian._dense import (
     dense_jacobian as dense_jacobian,
     DenseJacobian as DenseJacobian,
 )
+from manifoldflow.linalg.jacobian._displacement import displacement as displacement
 from manifoldflow.linalg.jacobian._jacobian import jacobian as jacobian
 from manifoldflow.linalg.jacobian._operator import (
     AbstractJacobian as AbstractJacobian,

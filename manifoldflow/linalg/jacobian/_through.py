@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from manifoldflow.linalg.jacobian._displacement import displaced
 from manifoldflow.linalg.jacobian._interpreter import (
     closed,
     Interpreter,
@@ -13,7 +14,7 @@ from manifoldflow.linalg.jacobian._interpreter import (
     times,
     Value,
 )
-from manifoldflow.linalg.jacobian._use import function_use, met, rule
+from manifoldflow.linalg.jacobian._use import function_use, is_call_of, met, rule
 from manifoldflow.linalg.jacobian._views import ints, View
 
 
@@ -88,7 +89,11 @@ def _constant(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[V
 @rule("jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat2")
 def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """Look inside, unless the function itself is a registered use."""
-    kind = function_use(eqn, [var.aval for var in eqn.invars])
+    if len(inputs) == 2 and inputs[1].alias is None and is_call_of(displaced, eqn):
+        (output,), (leaf, _) = interpreter.plain(eqn, inputs), inputs
+        if output.array.shape == leaf.array.shape:
+            return [Value(output.array, leaf.alias)]
+    kind = function_use(eqn)
     if kind is not None:
         return met(interpreter, eqn, inputs, kind, eqn.params["name"])
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))

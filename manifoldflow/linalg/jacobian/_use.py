@@ -4,7 +4,7 @@ Each `_use_….py` beside this file holds one use. README.md here derives what t
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -261,18 +261,25 @@ def _check_products(found: Recognised, equation: Equation, index: int) -> None:
         raise ValueError(f"{'; '.join(wrong)}, for two examples with two outputs each")
 
 
-def function_use(eqn: Any, avals: Sequence[Any]) -> type[AbstractUse] | None:
+def function_use(eqn: Any) -> type[AbstractUse] | None:
     """The use registered for a jitted function, if this call runs that function's program."""
     registered = FUNCTIONS.get(eqn.params.get("name"))
     if registered is None:
         return None
     fn, kind = registered
+    return kind if is_call_of(fn, eqn) else None
+
+
+def is_call_of(fn: Callable[..., Any], eqn: Any) -> bool:
+    """Whether an equation runs the program that a jitted function has for these arguments."""
+    if eqn.params.get("name") != fn.__name__:
+        return False
     try:
-        (call,) = jax.make_jaxpr(fn)(*avals).eqns
+        (call,) = jax.make_jaxpr(fn)(*(var.aval for var in eqn.invars)).eqns
         mine, theirs = call.params["jaxpr"], eqn.params["jaxpr"]
         is_same = mine is theirs or (
             not mine.consts and not theirs.consts and str(mine) == str(theirs)
         )
-        return kind if is_same and len(call.invars) == len(eqn.invars) else None
+        return bool(is_same and len(call.invars) == len(eqn.invars))
     except Exception:
-        return None  # of these arguments it makes no program
+        return False  # of these arguments it makes no program
