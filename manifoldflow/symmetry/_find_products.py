@@ -65,37 +65,45 @@ def find_products(
     """
     found = search(network, example_loss, data, tolerance, "find_products")
     by_neuron = relations(found.shares, found.shapes, found.tolerance**0.5)
-    several = (_product(found, relation) for relation in by_neuron)
+    wholes = [whole for whole in (_whole(found, one) for one in by_neuron) if whole is not None]
+    if not wholes:
+        return []
+    step = max(num_examples(found.data) // _LOOK, 1)
+    some = jax.tree.map(lambda leaf: leaf[::step], found.data)
+    seen = [_squares(found.example_loss, p, some, tuple(wholes)) for p in found.points]
+    several = []
+    for index, whole in enumerate(wholes):
+        gaps, terms = (sum(np.asarray(s[index][i]) for s in seen) for i in (0, 1))
+        several.append(_in_blocks(found, whole, gaps <= found.tolerance * np.max(terms)))
     return [product for product in several if product is not None]
 
 
-def _product(found: Search, relation: Relation) -> ProductSymmetry | None:
+def _whole(found: Search, relation: Relation) -> ProductSymmetry | None:
+    """The product that a relation of neurons may belong to, all of them in one block."""
     leaves = [s.leaf for s in relation.second + relation.first]
-    if relation.degree != 1 or relation.length < 2 or len(set(leaves)) < len(leaves):
+    if relation.degree != 1 or len(set(leaves)) < len(leaves):
         return None
     sides = relation.second, relation.first
-    names = [layer_names(found.leaves, [s.leaf for s in side]) for side in reversed(sides)]
-    whole = ProductSymmetry(
+    second, first = (layer_names(found.leaves, [s.leaf for s in side]) for side in sides)
+    return ProductSymmetry(
         _Leaves(tuple(leaves)),
         tuple(s.view for side in sides for s in side),
         (1,) * len(relation.second) + (-1,) * len(relation.first),
         1,
-        f"{names[0]} against {names[1]}",
+        f"{first} against {second}",
     )
-    step = max(num_examples(found.data) // _LOOK, 1)
-    some = jax.tree.map(lambda leaf: leaf[::step], found.data)
-    gaps, terms = (
-        sum(np.asarray(part) for part in parts)
-        for parts in zip(*(_squares(found.example_loss, p, some, whole) for p in found.points))
-    )
-    is_zero = gaps <= found.tolerance * np.max(terms)
-    for blocks in range(1, relation.length // 2 + 1):
-        size, rest = divmod(relation.length, blocks)
-        if rest or not _diagonal_blocks(is_zero, size).all():
-            continue
-        product = dataclasses.replace(whole, num_blocks=blocks)
-        if found.verified(product):
-            return product
+
+
+def _in_blocks(
+    found: Search, whole: ProductSymmetry, is_zero: np.ndarray
+) -> ProductSymmetry | None:
+    """The product in the largest blocks of more than one neuron that are symmetries."""
+    for blocks in range(1, len(is_zero) // 2 + 1):
+        size, rest = divmod(len(is_zero), blocks)
+        if not rest and _diagonal_blocks(is_zero, size).all():
+            product = dataclasses.replace(whole, num_blocks=blocks)
+            if found.verified(product):
+                return product
     return None
 
 
@@ -107,19 +115,25 @@ def _diagonal_blocks(matrix: np.ndarray, size: int) -> np.ndarray:
 
 @eqx.filter_jit
 def _squares(
-    example_loss: ExampleLoss, point: Point, data: PyTree[Array], product: ProductSymmetry
-) -> tuple[Array, Array]:
-    """The mean squares of ∇_W Wᵀ − Uᵀ∇_U and of both terms, entry by entry."""
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Array],
+    products: tuple[ProductSymmetry, ...],
+) -> list[tuple[Array, Array]]:
+    """For each the mean squares of ∇_W Wᵀ − Uᵀ∇_U and of both terms, entry by entry."""
     x, remainder = _tree.split(point)
     value = example_value(example_loss, remainder)
-    u, w = product.sides(x)
+    sides = [product.sides(x) for product in products]
 
-    def of_example(example: Example) -> tuple[Array, Array]:
+    def of_example(example: Example) -> list[tuple[Array, Array]]:
         gradient: Tangent = jax.grad(value)(x, example)
-        of_u, of_w = product.sides(gradient)
-        one, other = (_precision.matmul(a[0], b[0].T) for a, b in ((of_w, w), (u, of_u)))
-        return (one - other) ** 2, one**2 + other**2
+        found = []
+        for product, (u, w) in zip(products, sides):
+            of_u, of_w = product.sides(gradient)
+            one, other = (_precision.matmul(a[0], b[0].T) for a, b in ((of_w, w), (u, of_u)))
+            found.append(((one - other) ** 2, one**2 + other**2))
+        return found
 
     with _precision.full_precision():
-        gaps, terms = over_chunks(of_example, data, _tree.size(x))
-    return jnp.mean(gaps, axis=0), jnp.mean(terms, axis=0)
+        seen = over_chunks(of_example, data, _tree.size(x))
+    return jax.tree.map(lambda squares: jnp.mean(squares, axis=0), seen)
