@@ -28,63 +28,65 @@ def model_loss(model, example):
 
 
 class Pictures(eqx.Module):
-    """Normalised channels, a residual branch, pooling, and a layer that reads flat pictures."""
+    """Normalised channels, pooling, and a layer that reads flat pictures."""
 
     stem: eqx.nn.Conv2d
     norm: eqx.nn.GroupNorm
-    up: eqx.nn.Conv2d
-    down: eqx.nn.Conv2d
+    next: eqx.nn.Conv2d
     read: eqx.nn.Linear
 
     def __init__(self, keys):
         self.stem = eqx.nn.Conv2d(1, 2, 3, key=keys[0])
         self.norm = eqx.nn.GroupNorm(2, 2)
-        self.up = eqx.nn.Conv2d(2, 3, 1, key=keys[1])
-        self.down = eqx.nn.Conv2d(3, 2, 1, key=keys[2])
-        self.read = eqx.nn.Linear(2 * 4, 2, key=keys[3])
+        self.next = eqx.nn.Conv2d(2, 3, 1, key=keys[1])
+        self.read = eqx.nn.Linear(3 * 4, 2, key=keys[2])
 
     def __call__(self, x):
-        h = jax.nn.relu(self.norm(self.stem(x)))
-        h = h + self.down(jax.nn.leaky_relu(self.up(h)))
+        h = jax.nn.leaky_relu(self.next(jax.nn.relu(self.norm(self.stem(x)))))
         return self.read(eqx.nn.MaxPool2d(2, 2)(h).ravel())
 
 
-PICTURES = Pictures(jr.split(jr.key(0), 4))
+PICTURES = Pictures(jr.split(jr.key(0), 3))
 SEEN = normal(1, 12, 1, 6, 6), normal(2, 12, 2)
-STREAM = ".norm and .down", ".up and .read"
-BRANCH = ".up", ".down"
 
 
-def test_convolutions_branches_and_normalisations():
-    found = symmetry.find_rescalings(PICTURES, model_loss, SEEN)
-    equal("found", pairs(found), [STREAM, BRANCH])
-    equal("degrees", [one.degree for one in found], [1, 1])
+def test_convolutions_channel_by_channel():
     channels = symmetry.find_rescalings(PICTURES, model_loss, SEEN, per_neuron=True)
+    equal("found", pairs(channels), 2 * [(".norm", ".next")] + 3 * [(".next", ".read")])
     equal("channels", [one.neuron for one in channels], [0, 1, 0, 1, 2])
-    for whole, several in ((found[0], channels[:2]), (found[1], channels[2:])):
-        charge = lambda one: symmetry.noether_charge(one.symmetry, PICTURES)
-        close("sum of the channels' charges", sum(map(charge, several)), charge(whole), 1e-12)
+    equal("degrees", {one.degree for one in channels}, {1.0})
     # Balanced along all channels it is the same function, and where it was balanced it stays.
     balanced = lambda m: symmetry.balance_with_info(m, (model_loss, SEEN), symmetries=channels)
     there, info = balanced(PICTURES)
     at_least("way", np.max(np.abs(info.parameters)), 0.1)
     at_most("way again", np.max(np.abs(balanced(there)[1].parameters)), 1e-9)
-    outputs = lambda m: jax.vmap(m)(SEEN[0])
+    outputs = jax.jit(lambda m: jax.vmap(m)(SEEN[0]))
     close("function", outputs(there), outputs(PICTURES), 1e-10)
-
-
-def test_what_is_in_front_of_a_normalisation():
-    """Of the stem's weight only: its bias has no gradient, and nothing else is invariant."""
+    # The stem's weight is invariant by itself; its bias has no gradient, and nothing else is.
     (found,) = symmetry.find_scalings(PICTURES, model_loss, SEEN)
-    assert isinstance(found, symmetry.Scaling) and "scaled; symmetry" in str(found), found
     equal("where", found.where, ".stem.weight")
     at_least("broken by the normalisation's epsilon", found.check.defect, 1e-8)
-    options = dict(noise_scale=SIGMA2, weight_decay=0.01, symmetries=[found])
-    balanced = lambda m: symmetry.balance_with_info(m, (model_loss, SEEN), **options)
-    there, info = balanced(PICTURES)
-    equal("names", info.names, (".stem.weight scaled",))
-    again = balanced(there)[1]
-    at_most("way again over way", abs(again.parameters[0] / info.parameters[0]), 1e-2)
+
+
+def test_residual_branches_and_their_stream():
+    def loss(p, example):
+        h = p["in"]["w"] @ example[0] + p["in"]["b"]
+        h = h + p["down"]["w"] @ jax.nn.leaky_relu(p["up"]["w"] @ h + p["up"]["b"])
+        return jnp.sum((p["out"]["w"] @ h - example[1]) ** 2)
+
+    point = {
+        "down": {"w": normal(0, 3, 4)},
+        "in": {"b": normal(1, 3), "w": normal(2, 3, 2)},
+        "out": {"w": normal(3, 2, 3)},
+        "up": {"b": normal(4, 4), "w": normal(5, 4, 3)},
+    }
+    data = normal(6, 12, 2), normal(7, 12, 2)
+    found = symmetry.find_rescalings(point, loss, data)
+    branch, stream = ("['up']", "['down']"), ("['down'] and ['in']", "['out'] and ['up']")
+    equal("found", sorted(pairs(found)), sorted([branch, stream]))
+    there = symmetry.balance(point, (loss, data), symmetries=found)
+    values = lambda p: jax.vmap(lambda *e: loss(p, e))(*data)
+    close("losses", values(there), values(point), 1e-10)
 
 
 def test_statistics_over_batches():
@@ -105,30 +107,42 @@ def test_statistics_over_batches():
     data = normal(5, 6, 8, 3), normal(6, 6, 8, 2)
     found = symmetry.find_rescalings(point, loss, data)
     equal("rescalings", pairs(found), [("['norm']", "['out']")])
-    equal("scalings", [s.where for s in symmetry.find_scalings(point, loss, data)],
-          ["['in']['w']"])  # fmt: skip
+    (scaling,) = symmetry.find_scalings(point, loss, data)
+    assert isinstance(scaling, symmetry.Scaling) and "scaled; symmetry" in str(scaling), scaling
+    equal("where", scaling.where, "['in']['w']")
+    options = dict(noise_scale=SIGMA2, weight_decay=0.01, symmetries=[scaling])
+    there, info = symmetry.balance_with_info(point, (loss, data), **options)
+    equal("names", info.names, ("['in']['w'] scaled",))
+    again = symmetry.balance_with_info(there, (loss, data), **options)[1]
+    at_most("way again over way", abs(again.parameters[0] / info.parameters[0]), 1e-2)
 
 
-class Attention(eqx.Module):
-    layer: eqx.nn.MultiheadAttention
+def test_heads_that_share_an_axis():
+    """Linear attention with two heads: a product in each of them, and none across."""
 
-    def __call__(self, x):
-        return self.layer(x, x, x)
+    def loss(p, example):
+        x, y = example
+        split = lambda name: (x @ p[name]["w"] + p[name].get("b", 0)).reshape(3, 2, 2)
+        scores = jnp.einsum("ihk,jhk->hij", split("query"), split("key")) ** 2
+        mixed = jnp.einsum("hij,jhk->ihk", scores, split("value")).reshape(3, 4)
+        return jnp.sum((mixed @ p["out"]["w"] - y) ** 2)
 
-
-def test_products_in_attention():
-    layer = eqx.nn.MultiheadAttention(
-        2, 4, qk_size=2, vo_size=3, use_query_bias=True, use_value_bias=True, key=jr.key(0)
-    )
-    model, data = Attention(layer), (normal(1, 8, 3, 4), normal(2, 8, 3, 4))
-    found = symmetry.find_products(model, model_loss, data)
-    expected = symmetry.attention_products(model, lambda m: m.layer)
+    layer = lambda seed, *shape: {"w": normal(seed, *shape), "b": normal(seed + 9, shape[1])}
+    point = {"key": {"w": normal(0, 3, 4)}, "out": {"w": normal(1, 4, 2)},
+             "query": layer(2, 3, 4), "value": layer(3, 3, 4)}  # fmt: skip
+    data = normal(4, 8, 3, 3), normal(5, 8, 3, 2)
+    found = symmetry.find_products(point, loss, data)
     equal("names", [one.name for one in found],
-          [".layer.query_proj against .layer.key_proj",
-           ".layer.value_proj against .layer.output_proj"])  # fmt: skip
-    for one, other, sign in zip(found, expected, (-1, 1)):
-        equal("heads", one.num_blocks, 2)
-        close("charge", one.charge(model), sign * other.charge(model), 1e-12)
+          ["['query'] against ['key']", "['value'] against ['out']"])  # fmt: skip
+    values = lambda p: jax.vmap(lambda *e: loss(p, e))(*data)
+    for one in found:
+        equal("blocks", (one.num_blocks, one.size(point)), (2, 2))
+        close("losses", values(one.act(point, normal(6, 2, 2, 2))), values(point), 1e-11)
+        assert symmetry.check_symmetry(one, loss, point, data), one.name
+    wrong = symmetry.product_symmetry(
+        point, lambda p: p["query"]["w"], lambda p: p["key"]["w"], axes=(1, 1), num_blocks=2
+    )
+    assert not symmetry.check_symmetry(wrong, loss, point, data), "without the bias"
 
 
 def test_attention_of_flax():

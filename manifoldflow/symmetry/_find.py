@@ -1,5 +1,6 @@
 """Finding the rescaling symmetries of a network, by the gradients of its examples."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -133,17 +134,24 @@ def find_rescalings(
     if per_neuron:
         each = [_neurons(found, relation) for relation in by_neuron]
         return [one for several in each for one in several]
-    verified = [_verified(found, relation, None) for relation in by_neuron]
-    known = [(r, one) for r, one in zip(by_neuron, verified) if one is not None]
+    known: list[tuple[Relation, Rescaling]] = []
+    for relation in by_neuron:
+        known += _first_found(found, [relation])
     # Where neurons are mixed on the way, only the layers as a whole can be told.
     grown = {s.leaf for relation, _ in known for s in relation.first}
     for several in total_relations(found.shares, found.leaves, grown, bound):
-        one = next((o for o in (_verified(found, r, None) for r in several) if o), None)
-        if one is not None:
-            relation = next(r for r in several if r.degree == one.degree)
-            known.append((relation, one))
+        known += _first_found(found, several)
     order = lambda pair: min(s.leaf for s in pair[0].first)
     return [one for _, one in sorted(known, key=order)]
+
+
+def _first_found(found: Search, several: Sequence[Relation]) -> list[tuple[Relation, Rescaling]]:
+    """The first of some relations that is a symmetry, if one is."""
+    for relation in several:
+        rescaling = _verified(found, relation, None)
+        if rescaling is not None:
+            return [(relation, rescaling)]
+    return []
 
 
 def _neurons(found: Search, relation: Relation) -> list[Rescaling]:

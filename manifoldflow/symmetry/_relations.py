@@ -144,8 +144,8 @@ def total_relations(
         for later in several[index + 1 :]:
             main = [i for i in later if len(leaves[i].shape) > 1]
             for second in (main, later)[: 1 + (len(later) > len(main))]:
-                sums = (shares.totals[:, part].sum(axis=1) for part in (numbers, second))
-                degree = _degree(*sums, shares.sizes[numbers].sum(), tolerance)
+                x, y = (shares.totals[:, part].sum(axis=1) for part in (numbers, second))
+                degree = _degree(x, y, shares.sizes[numbers].sum(), tolerance)
                 if degree is not None:
                     whole = lambda part: tuple(Slices(i, View(())) for i in part)
                     proposed.append(Relation(whole(numbers), whole(second), degree, 1))
