@@ -109,7 +109,7 @@ ARGUMENTS = {
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise features weights labels generator direction start coefficients second_moments"
     " margins gradients",
-    "word": "kind design",
+    "word": "kind design distribution",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",
