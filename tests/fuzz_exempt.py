@@ -7,6 +7,7 @@ RESULT_CLASSES = {
     "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
     "diagnostics.LeafTrace", "diagnostics.LeftOut", "diagnostics.Plan", "diagnostics.Quantity",
     "diagnostics.Report", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",
+    "diagnostics.GradientFlowCheck",
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
