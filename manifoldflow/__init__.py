@@ -78,6 +78,7 @@ from manifoldflow.losses import (
     LeastSquares as LeastSquares,
     linearized as linearized,
     PerExampleLoss as PerExampleLoss,
+    RegularizedLoss as RegularizedLoss,
     shard_examples as shard_examples,
 )
 from manifoldflow.manifolds import (
@@ -143,7 +144,8 @@ def __getattr__(name: str) -> _typing.Any:
     }
     for room, names in rooms.items():
         if name == room or name in names:
-            module = _importlib.import_module(f"manifoldflow.{room}")
+            with _importlib.import_module("manifoldflow._garbage").rare_collections():
+                module = _importlib.import_module(f"manifoldflow.{room}")
             found = module if name == room else getattr(module, name)
             return globals().setdefault(name, found)
     raise AttributeError(f"module 'manifoldflow' has no attribute {name!r}")

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
 from manifoldflow._errors import checked_point, described, numbers, shapes_of
+from manifoldflow._garbage import rare_collections
 from manifoldflow._signatures import readable
 from manifoldflow._tracebacks import shortened, with_few_frames
 
@@ -88,7 +89,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                     _check_role(name, argument, wanted[argument], value)
                     bound.arguments[argument] = value
             # As usual within the library, though its user may want to be strict.
-            with jax.numpy_dtype_promotion("standard"):
+            with jax.numpy_dtype_promotion("standard"), rare_collections():
                 return fn(*bound.args, **bound.kwargs)
         except Exception as error:
             sentence = _of_jax(error)

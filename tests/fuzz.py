@@ -85,17 +85,17 @@ ARGUMENTS = {
     " loss_or_manifold symmetry symmetries until network_ optimizer local update use report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
-    " mv operation margin_loss",
+    " mv operation margin_loss velocity_fn",
     "point": "point other network coordinates params like origin",
     "vector": "vector velocity u v normal gradient columns directions covariance",
     "key": "key keys",
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers num_eigenvalues max_rows memory",
+    " modulus num_workers num_eigenvalues max_rows memory num_directions num_times num_nodes",
     "integer": "layer neuron head seed axis index preconditioner_rank",
-    "positive": "end_time step_size rtol atol learning_rate order scale initial_radius kappa rate"
-    " major minor radius accuracy slope gradient_tolerance margin coherence normality"
+    "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
+    " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
     " label_variance batch_fraction failure_probability",
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
@@ -107,8 +107,9 @@ ARGUMENTS = {
     " is_ode at_zero_loss decoupled per_example halved gauss_newton",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
-    " output_noise features weights labels generator direction start coefficients second_moments",
-    "word": "kind design",
+    " output_noise features weights labels generator direction start coefficients second_moments"
+    " margins gradients",
+    "word": "kind design distribution",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",
@@ -127,6 +128,8 @@ EXCEPTIONS = {
     ("theory.ornstein_uhlenbeck_covariance", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "time"): "nonnegative",
+    ("theory.margin_kkt", "point"): "array",
+    ("theory.margin_kkt", "degree"): "positive",
     ("theory.quadratically_parametrized_flow", "time"): "nonnegative",
     ("theory.approximate_symmetry_displacement", "hessian"): "array",
     ("theory.approximate_symmetry_displacement", "point"): "array",
@@ -137,6 +140,9 @@ EXCEPTIONS = {
     ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
 }
+POTENTIALS = "diagnostics.is_gradient_flow"
+EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
+EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"
@@ -163,6 +169,8 @@ FITS = {
     ("theory.landed_flatness_bound", "features"): "oblong",
     ("theory.restricted_isometry", "seed"): "huge",
     ("theory.two_layer_minimizer", "second_layer"): "negative",
+    ("theory.deep_linear_equilibrium_of_examples", "batch_size"): "None",
+    ("theory.deep_linear_sides_of_examples", "batch_size"): "None",
     ("theory.two_layer_minimizer", "targets"): "longer",
     ("theory.two_layer_noise_matrices", "residuals"): "oblong",
     ("theory.overparametrized_linear_charges", "time"): "an array|a list|empty",
@@ -188,6 +196,8 @@ FITS = {
     ("linalg.row_scale", "norms_squared"): "infinity|NaN|longer",
     ("linalg.contract_hessians", "coefficients"): "NaN",  # times the Hessian 0
     ("geodesic", "times"): "negative",
+    ("geometry.geodesic_with_velocity", "times"): "negative",
+    ("diagnostics.check_geodesic_convexity", "directions"): "a matrix",
     ("symmetry.low_rank", "values"): "negative",
     ("symmetry.discrete_noether_drift", "learning_rate"): "zero",
     ("symmetry.noise_equilibrium_with_info", "learning_rate"): "zero",

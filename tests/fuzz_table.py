@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import manifoldflow as mf
+from fuzz_table_equilibria import EQUILIBRIA
 from fuzz_table_examples import EXAMPLES
 from fuzz_table_initialisation import INITIALISATION
 from fuzz_table_optimisers import OPTIMISERS
@@ -81,16 +82,17 @@ CALLS = {
     **OPTIMISERS,
     **TWO_LAYER,
     **USES,
+    **EQUILIBRIA,
     **EXAMPLES,
     **INITIALISATION,
     # The root.
     "split": {"point": X},
     "BrownianMotion": {"manifold": SPHERE},
-    "CustomNoise": {"factor_fn": height},
+    "CustomNoise": {"factor_fn": height, "distribution": "columns"},
     "FunctionLoss": {"fn": height},
     "GradientFlow": {"loss": LOSS},
     "IsotropicNoise": {"std": 1.0},
-    "LabelNoise": {"std": 1.0, "batch_size": 1},
+    "LabelNoise": {"std": 1.0, "batch_size": 1, "distribution": "rademacher"},
     "LeastSquares": {**TALL, "predict": dot, "scale": 1.0},
     "LevelSet": {"fn": sphere, "gram": linalg.DenseGram()},
     "LimitDiffusion": {"manifold": ZERO, "noise": LABEL},
@@ -183,6 +185,13 @@ CALLS = {
     "diagnostics.certify": {"manifold": ZERO, "path": X, "noise": LABEL, "key": KEY},
     "diagnostics.check_dimension": ON,
     "diagnostics.check_geodesic": {**ON, "velocity": V, "time": 1.0, "tolerance": 1e-3},
+    "diagnostics.check_geodesic_convexity": {
+        **ON, "fn": height, "key": KEY, "length": 0.1, "num_directions": 1, "num_times": 1,
+        "directions": V[None], "tolerance": 1e-3,
+    },
+    "geometry.geodesic_with_velocity": {
+        **ON, "velocity": V, "times": [0.5, 1.0], "walk": WALK, "throw": False
+    },
     "diagnostics.check_gradient": {**ON, "fn": height, "key": KEY, "gradient": W},
     "diagnostics.check_hessian": {**ON, "fn": height, "key": KEY, "hessian": OPERATOR},
     "diagnostics.check_retraction": {**ON, "retraction": mf.ProjectionRetraction(), "key": KEY},

@@ -15,6 +15,10 @@ from manifoldflow.diagnostics._checks import (
     GeodesicCheck as GeodesicCheck,
     SlopeCheck as SlopeCheck,
 )
+from manifoldflow.diagnostics._convexity import (
+    check_geodesic_convexity as check_geodesic_convexity,
+    ConvexityCheck as ConvexityCheck,
+)
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,
@@ -29,6 +33,10 @@ from manifoldflow.diagnostics._entries import (
 from manifoldflow.diagnostics._kernel import (
     kernel_change as kernel_change,
     KernelChange as KernelChange,
+)
+from manifoldflow.diagnostics._potential import (
+    GradientFlowCheck as GradientFlowCheck,
+    is_gradient_flow as is_gradient_flow,
 )
 from manifoldflow.diagnostics._report import Report as Report, report as report
 from manifoldflow.diagnostics._stability import (

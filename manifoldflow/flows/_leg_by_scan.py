@@ -1,5 +1,6 @@
 """Stochastic flows by fixed steps in one scan: the cheapest way for ensembles."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array
 
 from manifoldflow import _tree
 from manifoldflow._results import RESULTS
-from manifoldflow._types import Scalar
+from manifoldflow._types import Coordinates, Flag, Scalar
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.flows._here import Here
 from manifoldflow.flows._start import newton_corrected
@@ -29,15 +30,21 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     size = (end - begin) / num_steps
     noise_structure = flow.diffusion(_tree.join(here.coordinates, remainder)).in_structure()
 
-    def step(state: Here, index: Array) -> tuple[Here, None]:
-        point = _tree.join(state.coordinates, remainder)
+    # Else reverse mode would keep all that is inside of every step, and not its start alone.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def landed_step(coordinates: Coordinates, index: Array) -> tuple[Coordinates, Scalar, Flag]:
+        point = _tree.join(coordinates, remainder)
         drawn = _tree.random_normal_like(jr.fold_in(key, index), noise_structure)
-        moved = _tree.add(state.coordinates, _tree.scale(size, flow.drift(point)))
+        moved = _tree.add(coordinates, _tree.scale(size, flow.drift(point)))
         kick = flow.diffusion(point).mv(drawn)
         moved = _tree.add(moved, _tree.scale(jnp.sqrt(size), kick))
         landed, defect = newton_corrected(flow, moved, remainder)
+        return landed, defect, _tree.all_finite(moved)
+
+    def step(state: Here, index: Array) -> tuple[Here, None]:
+        landed, defect, is_finite = landed_step(state.coordinates, index)
         result = _tree.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
-        result = _tree.where(_tree.all_finite(moved), result, RESULTS.nonfinite)
+        result = _tree.where(is_finite, result, RESULTS.nonfinite)
         is_fine = result == RESULTS.successful
         stops = options.stops_at(flow, _tree.join(landed, remainder))
         result = _tree.where(is_fine & stops, RESULTS.stopped_early, result)

@@ -35,3 +35,4 @@ from manifoldflow.geometry._logarithm import (
     logarithm_map_with_info as logarithm_map_with_info,
 )
 from manifoldflow.geometry._retraction import ProjectionRetraction as ProjectionRetraction
+from manifoldflow.geometry._velocities import geodesic_with_velocity as geodesic_with_velocity

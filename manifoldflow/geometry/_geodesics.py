@@ -113,7 +113,7 @@ def geodesic(
         ValueError: times out of order.
         EquinoxRuntimeError: with the message of the `RESULTS` member.
     """
-    path, _ = _path(manifold, point, (velocity,), times, walk, throw)
+    path, _ = path_along(manifold, point, (velocity,), times, walk, throw)
     return path
 
 
@@ -135,7 +135,7 @@ def exponential_map(
         walk: how to solve.
         throw: as for `geodesic`.
     """
-    path, _ = _path(manifold, point, (vector,), jnp.ones(1), walk, throw)
+    path, _ = path_along(manifold, point, (vector,), jnp.ones(1), walk, throw)
     return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
 
 
@@ -161,7 +161,7 @@ def transport_along_geodesic(
         walk: how to solve.
         throw: as for `geodesic`.
     """
-    _, vectors = _path(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
+    _, vectors = path_along(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
     return _last(vectors[1])
 
 
@@ -169,7 +169,7 @@ def _last(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[-1], tree)
 
 
-def _path(
+def path_along(
     manifold: AbstractManifold,
     point: Point,
     vectors: tuple[Tangent, ...],

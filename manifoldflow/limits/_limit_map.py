@@ -185,6 +185,8 @@ def _limit_jvp(
 
             return eqx.filter_jvp(step, (loss, x, remainder), (loss_dot, tangent, remainder_dot))[1]
 
+        # Else reverse mode would keep all that is inside of every step, and not its start alone.
+        moved = jax.checkpoint(moved, prevent_cse=False)
         return jax.lax.cond(index < end.num_steps, moved, lambda: tangent), None
 
     records = (history.coordinates, history.step_sizes, jnp.arange(max_steps))

@@ -3,7 +3,6 @@
 import importlib.util
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -41,7 +40,7 @@ def digits(
             f"digits: num_examples must be between 1 and {len(part)}; got {num_examples}."
         )
     part = part[:num_examples]
-    return jnp.asarray(images[part] / 16.0), jax.nn.one_hot(labels[part], 10)
+    return jnp.asarray(images[part] / 16.0), jnp.asarray(np.eye(10)[labels[part]])
 
 
 def _read() -> tuple[Float[np.ndarray, "1797 64"], Int[np.ndarray, " 1797"]]:

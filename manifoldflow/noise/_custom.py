@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree, linalg
 from manifoldflow._boundary import checked_but
@@ -12,25 +16,45 @@ from manifoldflow._errors import shapes_of
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.losses import AbstractLoss
 from manifoldflow.noise._base import AbstractNoise
+from manifoldflow.noise._draws import checked_distribution, drawn_like
 
 
 class CustomNoise(AbstractNoise):
     """∇L + F(θ)ξ with ξ standard normal in r dimensions; covariance F(θ)F(θ)ᵀ.
+
+    The limit of SGD depends on the covariance alone. Other ξ of mean 0 and covariance I have it
+    too: independent signs, or `distribution="columns"`, which picks one of the Ξ = r columns of
+    F at every step and adds √Ξ times it. That is the noise of eq. (1) of the paper, whose columns
+    have the sum 0. Of others their mean is taken away, from the gradient and from F.
 
     Args:
         factor_fn: point → F as a PyTree like the point, every array with one more, trailing
             axis of r noise columns; or as a lineax operator to tangents, which may take any
             PyTree. Values that it merely closes over are constants to JAX; to change or
             differentiate them, hand them over in `jax.tree_util.Partial` or a module.
+        distribution: of ξ: "normal", "rademacher" for independent signs ±1, or "columns".
 
     Raises:
-        ValueError: when used, if F does not have the shapes of the point's coordinates.
+        ValueError: another distribution; when used, if F does not have the shapes of the point's
+            coordinates.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, manifoldflow as mf
+        >>> columns = jnp.array([[1.0, -0.5, -0.5], [0.0, 1.0, -1.0]])
+        >>> noise = mf.CustomNoise(lambda point: columns, distribution="columns")
+        >>> still = mf.FunctionLoss(lambda x: 0 * jnp.sum(x**2))
+        >>> bool(jnp.all(noise.covariance(still, jnp.zeros(2)).as_matrix() == columns @ columns.T))
+        True
+
+    References:
+        [LiWangArora2022, eq. (1), Lemma 4.2].
     """
 
     factor_fn: Callable[..., Any]
+    distribution: str = eqx.field(static=True)
 
-    @checked_but("factor_fn")
-    def __init__(self, factor_fn: Callable[[Point], Any]):
+    @checked_but("factor_fn", "distribution")
+    def __init__(self, factor_fn: Callable[[Point], Any], *, distribution: str = "normal"):
         if not callable(factor_fn):
             raise ValueError(
                 "CustomNoise needs a function point → F, a PyTree like the point with a "
@@ -38,13 +62,20 @@ class CustomNoise(AbstractNoise):
                 "F use lambda point: F."
             )
         self.factor_fn = _tree.as_pytree_callable(factor_fn)
+        self.distribution = checked_distribution(
+            "CustomNoise: distribution", distribution, "normal", "rademacher", "columns"
+        )
 
     def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
         factor = self.factor(loss, point)
-        drawn = _tree.random_normal_like(key, factor.in_structure())
+        drawn = drawn_like(key, factor.in_structure(), self.distribution)
         return _tree.add(loss.gradient(point), factor.mv(drawn))
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
+        factor = self._given(loss, point)
+        return _centred(factor) if self.distribution == "columns" else factor
+
+    def _given(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         coordinates, _ = loss.split(point)
         factor = self.factor_fn(point)
         if not isinstance(factor, lx.AbstractLinearOperator):
@@ -57,3 +88,14 @@ class CustomNoise(AbstractNoise):
                 f"the point's coordinates {shapes_of(tangents)}; it maps to {shapes_of(given)}."
             )
         return factor
+
+
+def _centred(factor: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
+    """F less the mean of its columns: F(I − 11ᵀ/Ξ)."""
+
+    def without_mean(u: PyTree[Array]) -> PyTree[Array]:
+        flat, unravel = ravel_pytree(u)
+        return unravel(flat - jnp.mean(flat))
+
+    noise = factor.in_structure()
+    return factor @ lx.FunctionLinearOperator(without_mean, noise, lx.symmetric_tag)

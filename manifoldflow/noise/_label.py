@@ -12,11 +12,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_nonnegative, is_traced, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, LeastSquares
 from manifoldflow.noise._base import AbstractBatchNoise, Batch
+from manifoldflow.noise._draws import checked_distribution, drawn_like
 from manifoldflow.noise._examples import (
     batch_of,
     checked_examples,
@@ -26,7 +27,7 @@ from manifoldflow.noise._examples import (
 
 
 class LabelNoise(AbstractBatchNoise):
-    """Gaussian noise of standard deviation `std` on every target, redrawn at each step.
+    """Noise of standard deviation `std` on every target, redrawn at each step.
 
     On the zero-loss manifold of `LeastSquares` the covariance of the gradient is c·∇²L with
     c = scale·std²·N/B for N examples in batches of B: the noise under which SGD walks the
@@ -43,17 +44,20 @@ class LabelNoise(AbstractBatchNoise):
             clock is N times slower than that of B = 1. Small batches have a noise of their own,
             which vanishes where all examples are fitted. A number of Python, not an array: the
             limit depends on std/√B alone, so that std/√B can take its place.
+        distribution: "normal", or "rademacher" for labels y ± std with equal chances, those of the
+            paper. The limit of SGD is the same. Clipping and signs have theirs for normal labels.
 
     Raises:
-        ValueError: negative std; a batch size below 1 or above the number of examples; a
-            loss without examples or with integer targets.
+        ValueError: negative std; another distribution; a batch size below 1 or above the number
+            of examples; a loss without examples or with integer targets.
     """
 
     std: Scalar
     batch_size: int | None = eqx.field(static=True)
+    distribution: str = eqx.field(static=True)
 
-    @checked
-    def __init__(self, std: Any, batch_size: Any = None):
+    @checked_but("distribution")
+    def __init__(self, std: Any, batch_size: Any = None, *, distribution: str = "normal"):
         if is_traced(batch_size):
             raise ValueError(
                 "LabelNoise: batch_size is a number of Python, which is compiled in; got a traced "
@@ -64,6 +68,9 @@ class LabelNoise(AbstractBatchNoise):
         if batch_size is not None:
             batch_size = checked_count("LabelNoise: batch_size (None for all examples)", batch_size)
         self.batch_size = batch_size
+        self.distribution = checked_distribution(
+            "LabelNoise: distribution", distribution, "normal", "rademacher"
+        )
 
     def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
         batch_key, label_key = jr.split(key)
@@ -71,7 +78,7 @@ class LabelNoise(AbstractBatchNoise):
         coordinates, remainder = batch.split(point)
         outputs, pull = jax.vjp(lambda x: batch.outputs(_tree.join(x, remainder)), coordinates)
         targets = _tree.cast_floats(batch.targets, outputs.dtype)
-        change = _tree.scale(self.std, _tree.random_normal_like(label_key, targets))
+        change = _tree.scale(self.std, drawn_like(label_key, targets, self.distribution))
         slopes, response = _response(batch, outputs, targets, change)
         gradient = pull((slopes + response).astype(outputs.dtype))[0]
         if batch.weight_decay is None:
@@ -111,10 +118,12 @@ class LabelNoise(AbstractBatchNoise):
         return self.strength(loss) if isinstance(loss, LeastSquares) else None
 
     def batch(self, loss: AbstractLoss) -> Batch | None:
-        """None on other losses than LeastSquares, which feel a label to first order only."""
+        """None for labels that are not normal, and on other losses than LeastSquares, which feel a
+        label to first order only."""
         size = self.batch_size or self.checked(loss).num_examples
         is_full = size == self.checked(loss).num_examples
-        return Batch(size, is_full, self.std) if isinstance(loss, LeastSquares) else None
+        is_known = isinstance(loss, LeastSquares) and self.distribution == "normal"
+        return Batch(size, is_full, self.std) if is_known else None
 
     def checked(self, loss: AbstractLoss) -> AbstractExampleLoss:
         loss = checked_examples("LabelNoise", loss, self.batch_size)

@@ -143,7 +143,7 @@ def simulate(
         observe=checked_observables(observe),
         meter=meter_of(progress),
         reports=row_reports(progress),
-        until=until if until is None else _tree.as_pytree_callable(until),
+        until=_tree.as_pytree_callable(until) if callable(until) else until,
         clock_gain=1 / (1 - float(beta)) if has_end_time and is_bare else None,
         clock=clock.formula,
     )

@@ -5,6 +5,10 @@ from manifoldflow.symmetry._balance import (
     balance as balance,
     balance_with_info as balance_with_info,
 )
+from manifoldflow.symmetry._charge import (
+    Charge as Charge,
+    check_charge as check_charge,
+)
 from manifoldflow.symmetry._check import (
     check_symmetry as check_symmetry,
     SymmetryCheck as SymmetryCheck,

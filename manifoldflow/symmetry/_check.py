@@ -88,7 +88,7 @@ def check_symmetry(
     left, terms, losses, changes, asymmetry = _measured(
         symmetry, example_loss, point, checked_examples(data)
     )
-    defect, change = _share(jnp.abs(left), terms), _share(changes, losses)
+    defect, change = share(jnp.abs(left), terms), share(changes, losses)
     numbers = defect, change, float(asymmetry)
     holds = all(number <= bound for number in numbers)
     return SymmetryCheck(*numbers, float(bound), int(jnp.argmax(jnp.abs(left))), holds)
@@ -98,7 +98,7 @@ def default_tolerance(point: Point) -> float:
     return _tree.eps_of(_tree.split(point)[0]) ** (2 / 3)
 
 
-def _share(part: Float[Array, " N"], whole: Float[Array, " N"]) -> float:
+def share(part: Float[Array, " N"], whole: Float[Array, " N"]) -> float:
     largest = float(jnp.max(whole))
     return float(jnp.max(part)) / largest if largest != 0 else 0.0
 
@@ -129,10 +129,10 @@ def _measured(
 
     with _precision.full_precision():
         found = over_chunks(of_example, data, _tree.size(coordinates))
-    return *found, _asymmetry(generator, coordinates)
+    return *found, asymmetry_of(generator, coordinates)
 
 
-def _asymmetry(generator: AbstractGenerator, like: Tangent) -> Scalar:
+def asymmetry_of(generator: AbstractGenerator, like: Tangent) -> Scalar:
     u, v = (_tree.random_normal_like(jax.random.key(seed), like) for seed in (0, 1))
     image = generator.mv(u)
     gap = jnp.abs(_tree.inner(u, generator.mv(v)) - _tree.inner(image, v))

@@ -65,7 +65,7 @@ def deep_linear_noise_sides(
         D - 1 pairs; their difference times 8 sigma^2 is the drift of
         ``W_{i+1}' W_{i+1} - W_i W_i'``.
     """
-    layers = _layers(weights)
+    layers = layers_of(weights)
     moments, returns = _moments(layers, input_covariance, noise_covariance)
     return [
         (moments[i + 1] * np.trace(returns[i + 1]), returns[i] * np.trace(moments[i]))
@@ -89,7 +89,7 @@ def deep_linear_sharpness(
     References:
         [Ziyin2024, Proposition 5.3], which prints half of it.
     """
-    layers = _layers(weights)
+    layers = layers_of(weights)
     moments, returns = _moments(layers, input_covariance, np.eye(len(layers[-1])))
     return float(2 * sum(np.trace(m) * np.trace(r) for m, r in zip(moments, returns)))
 
@@ -140,7 +140,7 @@ def shaped(name: str, value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return value
 
 
-def _layers(weights: Sequence[ArrayLike]) -> list[np.ndarray]:
+def layers_of(weights: Sequence[ArrayLike]) -> list[np.ndarray]:
     layers = [matrix(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     fits = all(after.shape[1] == before.shape[0] for before, after in zip(layers, layers[1:]))
     if not layers or not fits:

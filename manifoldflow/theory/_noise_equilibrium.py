@@ -65,14 +65,14 @@ def deep_linear_noise_equilibrium(
         raise ValueError("widths: got none, expected the width of at least one hidden layer.")
     inner, outer = _root(sigma_x), _root(sigma_eps)
     last, values, first = _aligned("target_map", v, inner, outer)
-    frames = _frames(sizes, len(values), key)
+    turns = frames(sizes, len(values), key)
     # last @ first = V with sqrt(S) in each, so that the factors below multiply to 1.
     trace, depth = np.sum(values), len(sizes) + 1
     t_x, t_eps = np.trace(sigma_x), np.trace(sigma_eps)
     c = (trace / np.sqrt(t_x * t_eps)) ** (1 / depth)
-    middle = [c * there @ here.T for here, there in zip(frames, frames[1:])]
-    begin = c * np.sqrt(t_x / trace) * frames[0] @ first
-    return begin, *middle, c * np.sqrt(t_eps / trace) * last @ frames[-1].T
+    middle = [c * there @ here.T for here, there in zip(turns, turns[1:])]
+    begin = c * np.sqrt(t_x / trace) * turns[0] @ first
+    return begin, *middle, c * np.sqrt(t_eps / trace) * last @ turns[-1].T
 
 
 @checked
@@ -105,7 +105,7 @@ def two_layer_noise_equilibrium(
     """
     v, g_w, g_u = problem(product, input_noise, output_noise, "input_noise", "output_noise")
     last, values, first = _aligned("product", v, _root(g_w), _root(g_u))
-    (frame,) = _frames([checked_count("width", width)], len(values), key)
+    (frame,) = frames([checked_count("width", width)], len(values), key)
     return frame @ first, last @ frame.T
 
 
@@ -192,7 +192,7 @@ def _aligned(
     return last, s, (roots[:, None] * r @ np.linalg.pinv(b)) @ right
 
 
-def _frames(widths: Sequence[int], rank: int, key: Key) -> list[np.ndarray]:
+def frames(widths: Sequence[int], rank: int, key: Key) -> list[np.ndarray]:
     """Uniform matrices with orthonormal columns, (width, rank) each."""
     small = [width for width in widths if width < rank]
     if small:

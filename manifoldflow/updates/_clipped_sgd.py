@@ -14,6 +14,7 @@ from manifoldflow._errors import checked_positive
 from manifoldflow._types import Coordinates, Scalar, Tangent
 from manifoldflow.updates._base import sgd_of
 from manifoldflow.updates._kinds import AbstractRowsUpdate
+from manifoldflow.updates._response import NEEDS
 from manifoldflow.updates._setting import Setting
 
 
@@ -63,7 +64,7 @@ class ClippedSGD(AbstractRowsUpdate):
 
     @property
     def needs(self) -> str:
-        return "LabelNoise(std, batch_size=1) on LeastSquares with one output for each example"
+        return NEEDS
 
     def fits(self, setting: Setting) -> bool:
         return setting.label_std is not None

@@ -5,7 +5,10 @@ from jaxtyping import Array, Float
 
 from manifoldflow.updates._setting import Setting
 
-NEEDS = "LabelNoise(std, batch_size=1) on LeastSquares with one output for each example"
+NEEDS = (
+    "LabelNoise(std, batch_size=1), its labels being normal, on LeastSquares with one output for "
+    "each example"
+)
 
 
 def sign_response(

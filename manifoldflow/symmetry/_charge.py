@@ -1,0 +1,179 @@
+"""Charges of symmetries that are not linear in θ, and whether a loss conserves them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from manifoldflow import _precision, _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_positive
+from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
+from manifoldflow.symmetry._check import asymmetry_of, default_tolerance, share, SymmetryCheck
+from manifoldflow.symmetry._generators import Function
+from manifoldflow.symmetry._gradients import (
+    checked_examples,
+    example_value,
+    ExampleLoss,
+    over_chunks,
+)
+
+_NUM_STEPS = 32  # of a Runge-Kutta method of order 4, for a tenth of the scale of the flow
+
+
+class Charge(eqx.Module):
+    """C(θ) = ∫₀¹ K(θ₀ + s(θ − θ₀))·(θ − θ₀) ds, the function with ∇C = K and C(θ₀) = 0.
+
+    K(θ) = dQ_ρ(θ)/dρ at ρ = 0 for transformations Q_ρ under which every ℓ(θ, z) stays what it
+    is, such as (a, b) ↦ (a + ρ, e^{−ρ}b) where a and b enter as e^a·b. Then ∇C·∇ℓ = 0: gradient
+    flow conserves C, and SGD moves it at the rate of `charge_drift`. Derivatives of C are those
+    of K: ∇C is K itself, ∇²C its derivative.
+
+    Args:
+        velocity_fn: K, point → PyTree like the point's coordinates. Linear ones are
+            `ExponentialSymmetry`.
+        origin: θ₀, a point; the straight line from there to θ must be free of singularities.
+        num_nodes: of the Gauss-Legendre rule for the integral. C is exact for polynomials K up to
+            degree 2·num_nodes − 1, its derivatives always.
+
+    Assumes:
+        K is a gradient, ∂K is symmetric, and the loss has the symmetry: `check_charge`.
+
+    References:
+        [Ziyin2024, eqs. (3) to (5)].
+    """
+
+    velocity_fn: Callable[..., Any]
+    origin: Point
+    num_nodes: int = eqx.field(static=True)
+
+    @checked
+    def __init__(self, velocity_fn: Callable[[Point], Any], origin: Point, *, num_nodes: int = 16):
+        self.velocity_fn = _tree.as_pytree_callable(velocity_fn)
+        _tree.split(origin)  # refuses what is no point
+        self.origin = origin
+        self.num_nodes = checked_count("Charge: num_nodes", num_nodes)
+
+    @checked
+    def __call__(self, point: Point) -> Scalar:
+        coordinates, remainder = _tree.split(point)
+        start = _tree.as_tangent(coordinates, _tree.split(self.origin)[0], "Charge: origin")
+
+        def velocity(x: Coordinates) -> Tangent:
+            found = self.velocity_fn(_tree.join(x, remainder))
+            return _tree.as_tangent(x, _tree.split(found)[0], "The value of velocity_fn")
+
+        return _integral(velocity, start, coordinates, self.num_nodes)
+
+
+def _integral(
+    velocity: Callable[[Coordinates], Tangent],
+    start: Coordinates,
+    end: Coordinates,
+    num_nodes: int,
+) -> Scalar:
+    """∫ K·dθ along the straight line, with the derivative K·v of a potential."""
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+
+    @jax.custom_jvp
+    def charge(x: Coordinates) -> Scalar:
+        way = _tree.subtract(x, start)
+        at = lambda s: _tree.inner(velocity(_tree.add(start, _tree.scale(s, way))), way)
+        dtype = _tree.dtype_of(x)
+        values = jax.lax.map(at, jnp.asarray((nodes + 1) / 2, dtype))
+        return jnp.sum(values * jnp.asarray(weights / 2, dtype))
+
+    @charge.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[Scalar, Scalar]:
+        (x,), (v,) = primals, tangents
+        return charge(x), _tree.inner(velocity(x), v)
+
+    return charge(end)
+
+
+@checked
+def check_charge(
+    charge: Callable[[Point], Any],
+    example_loss: ExampleLoss,
+    point: Point,
+    data: PyTree[Any],
+    *,
+    tolerance: float | None = None,
+) -> SymmetryCheck:
+    """Does ∇ℓ·∇C vanish for every example, and the flow θ' = ∇C leave every ℓ as it is?
+
+    `check_symmetry` for charges that are not quadratic. Near this point, that is. Not for use
+    inside jit.
+
+    Args:
+        charge: C, point → scalar; a `Charge`, or any function.
+        example_loss: ℓ(point, example) → scalar.
+        point: θ; a random one tells more than a minimum, where gradients vanish.
+        data: PyTree of arrays with a leading axis of examples.
+        tolerance: of all three; by default 4e-11 in float64, 2e-5 in float32.
+
+    Returns:
+        A `SymmetryCheck`: true or false, and printable. Its `asymmetry` is that of ∂∇C: not zero
+        where the velocity of a `Charge` is no gradient, as that of a rotation.
+    """
+    if tolerance is None:
+        tolerance = default_tolerance(point)
+    bound = float(checked_positive("check_charge: tolerance", tolerance))
+    charge, example_loss = map(_tree.as_pytree_callable, (charge, example_loss))
+    left, terms, losses, changes, asymmetry = _measured(
+        charge, example_loss, point, checked_examples(data)
+    )
+    numbers = share(jnp.abs(left), terms), share(changes, losses), float(asymmetry)
+    holds = all(number <= bound for number in numbers)
+    return SymmetryCheck(*numbers, bound, int(jnp.argmax(jnp.abs(left))), holds)
+
+
+@eqx.filter_jit
+def _measured(
+    charge: Callable[..., Any], example_loss: ExampleLoss, point: Point, data: PyTree[Array]
+) -> tuple[Array, Array, Array, Array, Scalar]:
+    coordinates, remainder = _tree.split(point)
+    velocity = jax.grad(lambda x: jnp.asarray(charge(_tree.join(x, remainder))))
+    along = velocity(coordinates)
+    bend = Function(lambda v: jax.jvp(velocity, (coordinates,), (v,))[1])
+    size = bend.norm(coordinates)
+    parameter = 0.1 / jnp.where(size > 0, size, 1)
+    moved = [_flowed(velocity, coordinates, sign * parameter) for sign in (1, -1)]
+    loss = example_value(example_loss, remainder)
+
+    def of_example(example: Example) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        gradient = jax.grad(loss)(coordinates, example)
+        products = jax.tree.leaves(jax.tree.map(jnp.multiply, gradient, along))
+        left = sum(jnp.sum(leaf) for leaf in products)
+        terms = sum(jnp.sum(jnp.abs(leaf)) for leaf in products)
+        here = loss(coordinates, example)
+        there = jnp.stack([loss(x, example) for x in moved])
+        largest = jnp.maximum(jnp.max(jnp.abs(there)), jnp.abs(here))
+        return jnp.asarray(left), jnp.asarray(terms), largest, jnp.max(jnp.abs(there - here))
+
+    with _precision.full_precision():
+        found = over_chunks(of_example, data, _tree.size(coordinates))
+    return *found, asymmetry_of(bend, coordinates)
+
+
+def _flowed(
+    velocity: Callable[[Coordinates], Tangent], start: Coordinates, time: Scalar
+) -> Coordinates:
+    """θ(time) of θ' = K(θ), by the Runge-Kutta method of order 4."""
+    step = time / _NUM_STEPS
+
+    def body(x: Coordinates, _: None) -> tuple[Coordinates, None]:
+        at = lambda part, slope: velocity(_tree.add(x, _tree.scale(part * step, slope)))
+        first = velocity(x)
+        second = at(0.5, first)
+        third = at(0.5, second)
+        fourth = at(1.0, third)
+        inner = _tree.scale(2.0, _tree.add(second, third))
+        total = _tree.add(_tree.add(first, inner), fourth)
+        return _tree.add(x, _tree.scale(step / 6, total)), None
+
+    return jax.lax.scan(body, start, None, length=_NUM_STEPS)[0]
