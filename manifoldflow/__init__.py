@@ -78,6 +78,7 @@ from manifoldflow.losses import (
     LeastSquares as LeastSquares,
     linearized as linearized,
     PerExampleLoss as PerExampleLoss,
+    RegularizedLoss as RegularizedLoss,
     shard_examples as shard_examples,
 )
 from manifoldflow.manifolds import (

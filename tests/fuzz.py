@@ -107,8 +107,9 @@ ARGUMENTS = {
     " is_ode at_zero_loss decoupled per_example halved gauss_newton",
     "array": "inputs targets data matrix rhs values errors reference eigenvalues norms_squared"
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
-    " output_noise features weights labels generator direction start coefficients second_moments",
-    "word": "kind design",
+    " output_noise features weights labels generator direction start coefficients second_moments"
+    " margins gradients",
+    "word": "kind design distribution",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",
@@ -127,6 +128,8 @@ EXCEPTIONS = {
     ("theory.ornstein_uhlenbeck_covariance", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "hessian"): "array",
     ("theory.ornstein_uhlenbeck_law", "time"): "nonnegative",
+    ("theory.margin_kkt", "point"): "array",
+    ("theory.margin_kkt", "degree"): "positive",
     ("theory.quadratically_parametrized_flow", "time"): "nonnegative",
     ("theory.approximate_symmetry_displacement", "hessian"): "array",
     ("theory.approximate_symmetry_displacement", "point"): "array",
@@ -137,6 +140,9 @@ EXCEPTIONS = {
     ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
 }
+POTENTIALS = "diagnostics.is_gradient_flow"
+EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
+EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"

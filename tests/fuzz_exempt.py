@@ -7,6 +7,7 @@ RESULT_CLASSES = {
     "diagnostics.DimensionCheck", "diagnostics.Explanation", "diagnostics.GeodesicCheck",
     "diagnostics.LeafTrace", "diagnostics.LeftOut", "diagnostics.Plan", "diagnostics.Quantity",
     "diagnostics.Report", "diagnostics.SlopeCheck", "diagnostics.StationaryCovariance",
+    "diagnostics.GradientFlowCheck",
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
@@ -20,6 +21,7 @@ RESULT_CLASSES = {
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
     "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
+    "theory.MarginKKT",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.

@@ -1,12 +1,22 @@
 """The part of `fuzz_table` about what the start and the noise choose in small models."""
 
+import jax.numpy as jnp
 import numpy as np
+
+import manifoldflow as mf
 
 INPUTS = np.array([[1.0, 0, 0.5], [0, 1.0, 0.5]])
 LABELS = np.array([1.0, -1.0])
 TALL = {"inputs": INPUTS, "targets": np.array([1.0, 0.0])}
 
 INITIALISATION = {
+    "RegularizedLoss": {
+        "loss": mf.LeastSquares(**TALL, predict=jnp.dot), "strength": 0.1, "kind": "hessian"
+    },
+    "theory.margin_kkt": {
+        "point": np.array([2.0, -2.0, 0.0]), "margins": np.array([2.0, 2.0]),
+        "gradients": np.array([[1.0, 0, 0.5], [0, -1.0, -0.5]]), "degree": 1.0,
+    },
     "theory.kernel_rich_interpolant": {**TALL, "scale": 1.0},
     "theory.max_margin_direction": {"inputs": INPUTS, "labels": LABELS},
     "theory.min_norm_interpolant": {**TALL, "start": np.zeros(3)},

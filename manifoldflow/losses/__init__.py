@@ -13,5 +13,6 @@ from manifoldflow.losses._function import (
 from manifoldflow.losses._least_squares import LeastSquares as LeastSquares
 from manifoldflow.losses._linearized import linearized as linearized
 from manifoldflow.losses._per_example import PerExampleLoss as PerExampleLoss
+from manifoldflow.losses._regularized import RegularizedLoss as RegularizedLoss
 from manifoldflow.losses._residual_form import ResidualForm as ResidualForm
 from manifoldflow.losses._shard import shard_examples as shard_examples

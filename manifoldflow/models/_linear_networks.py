@@ -151,7 +151,10 @@ class AbstractLinearNetwork(eqx.Module):
         return theory.deep_linear_initial_sharpness(self.sizes, given, trace)
 
     def equilibrium(self, key: Key) -> Any:
-        """The noise equilibrium at a minimum, for noise that is independent of the inputs."""
+        """The noise equilibrium at a minimum, for noise that is independent of the inputs.
+
+        For examples whose errors depend on the inputs: `deep_linear_equilibrium_of_examples`.
+        """
         data = self.data
         covariances = data.input_covariance, data.noise_covariance
         weights = theory.deep_linear_noise_equilibrium(

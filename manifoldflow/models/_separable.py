@@ -69,6 +69,15 @@ class SeparableClassification(eqx.Module):
         """L."""
         return FunctionLoss(_Loss(self.inputs * self.labels[:, None], self.kind))
 
+    @property
+    def log_loss(self) -> FunctionLoss:
+        """−ℓ⁻¹(L), ln L for the exponential loss.
+
+        Gradient descent on it is gradient descent on L with steps that grow as L falls, like 1/L:
+        its margin lacks 1/k of γ̄ after k steps, where constant steps on L lack 1/ln k.
+        """
+        return FunctionLoss(_LogLoss(self))
+
     def initial(self) -> Float[Array, " d"]:
         """w = 0."""
         return jnp.zeros(self.inputs.shape[1], self.inputs.dtype)
@@ -139,6 +148,13 @@ class _Loss(eqx.Module):
         if self.kind == "exponential":
             return jnp.sum(jnp.exp(-products))
         return jnp.sum(jax.nn.softplus(-products))
+
+
+class _LogLoss(eqx.Module):
+    model: SeparableClassification
+
+    def __call__(self, point: Float[Array, " d"]) -> Scalar:
+        return -self.model._inverse_loss(point)
 
 
 def _products(signed: Float[Array, "n d"], point: Float[Array, " d"]) -> Float[Array, " n"]:

@@ -3,7 +3,11 @@
 from manifoldflow.theory._kernel_rich_potential import (
     kernel_rich_potential as kernel_rich_potential,
 )
-from manifoldflow.theory._margin import max_margin_direction as max_margin_direction
+from manifoldflow.theory._margin import (
+    margin_kkt as margin_kkt,
+    MarginKKT as MarginKKT,
+    max_margin_direction as max_margin_direction,
+)
 from manifoldflow.theory._noise_balance import (
     deep_linear_initial_sharpness as deep_linear_initial_sharpness,
     deep_linear_noise_sides as deep_linear_noise_sides,
@@ -37,6 +41,9 @@ from manifoldflow.theory._overparametrized_linear import (
     overparametrized_linear_charges as overparametrized_linear_charges,
     overparametrized_linear_flow as overparametrized_linear_flow,
     weighted_l1_interpolant as weighted_l1_interpolant,
+)
+from manifoldflow.theory._overparametrized_rates import (
+    overparametrized_linear_rates as overparametrized_linear_rates,
 )
 from manifoldflow.theory._recovery_stages import (
     quadratically_parametrized_flow as quadratically_parametrized_flow,

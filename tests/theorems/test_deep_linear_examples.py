@@ -170,7 +170,7 @@ def test_sgd_ends_there_and_not_at_the_closed_form():
         means = np.asarray(run(jr.split(jr.key(0), seeds)))[:, 60:].mean(axis=1)
         return means.mean(axis=0), means.std(axis=0, ddof=1) / np.sqrt(seeds)
 
-    (coarse, coarse_error), (fine, fine_error) = late(0.06), late(0.03)
+    (coarse, coarse_error), (fine, fine_error) = late(0.08), late(0.04)
     limit = 2 * fine - coarse  # what is left is of order η²
     error = np.sqrt(4 * fine_error**2 + coarse_error**2)
     gap, remainder = np.abs(limit - exact), np.abs(fine - coarse) / 2

@@ -96,6 +96,20 @@ def test_a_rescaling_in_closed_form():
     at_least("with decay it matters", abs(small - apart), 1e-3)
 
 
+def test_a_rescaling_of_six_examples():
+    """λ* = 0.353 in the limit of small learning rates, 0.387, 0.413 and 0.482 for S = 1, 2, 6."""
+    rng = np.random.default_rng(0)
+    u, w, x, y = (jnp.asarray(rng.normal(size=s)) for s in ((2, 3), (3, 2), (6, 2), (6, 2)))
+    find = lambda **options: float(
+        symmetry.noise_equilibrium(
+            SYMMETRIES["weights"], example_loss, {"U": u, "W": w}, (x, y), **options
+        )
+    )
+    found = [find(noise_scale=1.0), *(find(learning_rate=ETA, batch_size=s) for s in (1, 2, 6))]
+    at_most("to three digits", np.max(np.abs(np.array(found) - [0.353, 0.387, 0.413, 0.482])), 5e-4)
+    close("gradient descent", find(learning_rate=ETA), found[-1], 1e-12)
+
+
 def test_one_equilibrium_on_every_orbit():
     """Theorem D.1: the mean change of C falls along e^{λA}θ and vanishes at λ*, wherever on the
     orbit one starts; for a generator that is a function too."""
@@ -108,8 +122,10 @@ def test_one_equilibrium_on_every_orbit():
         point, data, one = point_of(seed), data_of(seed + 100), rotation_of(matrix_of(seed + 200))
         drift = lambda p: symmetry.discrete_noether_drift(one, example_loss, p, data, **options)
         slopes = jax.vmap(lambda s: drift(one.act(point, s)))(grid)
-        star = equilibrium(one, point, data, **options)
-        again = equilibrium(one, one.act(point, 0.3), data, **options)
+        starts = jnp.array([0.0, 0.3])
+        star, again = jax.vmap(lambda s: equilibrium(one, one.act(point, s), data, **options))(
+            starts
+        )
         return slopes, drift(one.act(point, star)), star - again
 
     slopes, left, shift = problem(jnp.arange(12))
