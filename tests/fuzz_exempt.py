@@ -17,7 +17,7 @@ RESULT_CLASSES = {
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
     "manifolds.GramNormalSpace", "manifolds.HessianNormalSpace", "optimize.Attempt",
     "optimize.Iterate", "optimize.Problem", "optimize.Work", "symmetry.Balance",
-    "symmetry.ProductSymmetry",
+    "symmetry.ProductSymmetry", "symmetry.Scaling",
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
     "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",

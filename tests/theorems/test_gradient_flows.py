@@ -74,12 +74,10 @@ def test_a_turn_that_is_a_gradient_near_every_point():
 def test_gradients_are_found_to_be():
     height = lambda x: jnp.sin(x[0]) * x[3] + x[1] ** 3
     flow = mf.RiemannianGradientFlow(PRODUCT, height)
-    loop = lambda t: at(2 * np.pi * t, 4 * np.pi * t)
-    found = diagnostics.is_gradient_flow(flow, at(0.4, 1.1), loop=loop)
+    found = diagnostics.is_gradient_flow(flow, at(0.4, 1.1))
     equal("a gradient", bool(found), True)
     at_most("antisymmetric", found.antisymmetric, 1e-14)
     at_least("symmetric", found.symmetric, 0.5)
-    at_most("circulation", abs(found.circulation), 1e-7 * found.path_integral)
     bowl = mf.FunctionLoss(lambda x: jnp.cosh(x[0]) * x[1] ** 2)
     equal(
         "of no manifold",

@@ -204,7 +204,11 @@ def test_sgd_meets_the_flow_whose_weights_vary():
 
 # --- labels that are flipped with one probability ---------------------------------------------
 
-MARGINS = {"logistic": lambda z: jnp.logaddexp(0, -z), "exponential": lambda z: jnp.exp(-z)}
+MARGINS = {
+    "logistic": lambda z: jnp.logaddexp(0, -z),
+    "exponential": lambda z: jnp.exp(-z),
+    "another": lambda z: jnp.exp(-z) + (1 - z) ** 2 / 10,
+}
 CHANCE = 0.3
 # c·B of theory, for that chance.
 MULTIPLES = {"logistic": 1.0, "exponential": 1 / (2 * np.sqrt(CHANCE * (1 - CHANCE)))}
@@ -219,21 +223,15 @@ def signs(kind, chance=CHANCE):
 
 def test_the_multiple_of_flipped_labels():
     """Σ, by all outcomes, is c∇²L on Γ for any loss of a margin, inside jit as well."""
-    x = jnp.array([[1.0, 0.5, -0.3, 0.2], [-0.4, 1.0, 0.6, -0.8]])
-    predict = lambda w, x: x @ w**2 + 0.3 * jnp.prod(w)
-    labels, phi = jnp.array([1.0, -1.0]), lambda z: jnp.exp(-z) + (1 - z) ** 2 / 10
-    loss = losses.flipped_labels_loss(x, labels, phi, probability=CHANCE, predict=predict)
+    loss, noise, phi = signs("another"), mf.FlippedLabels(1), MARGINS["another"]
     manifold = mf.ZeroLossManifold(loss)
-    point = manifold.project(jnp.array([1.0, 0.9, 0.8, 0.7]))
-    noise = mf.FlippedLabels(1)
     z = float(manifold.loss.minimizers[0])
     slope, curvature = jax.grad(phi), jax.grad(jax.grad(phi))
     variance = CHANCE * (1 - CHANCE) * (slope(z) + slope(-z)) ** 2
     multiple = variance / ((1 - CHANCE) * curvature(z) + CHANCE * curvature(-z))
     close("c", noise.hessian_multiple(manifold.loss), multiple, 1e-9)
-    close(
-        "in batches of 2", mf.FlippedLabels(2).hessian_multiple(manifold.loss), multiple / 2, 1e-9
-    )
+    halves = mf.FlippedLabels(2).hessian_multiple(manifold.loss)
+    close("in batches of 2", halves, multiple / 2, 1e-9)
 
     @jax.jit
     def both(x):
@@ -241,7 +239,7 @@ def test_the_multiple_of_flipped_labels():
         assert not flow.is_stochastic
         return noise.covariance(manifold.loss, x).as_matrix(), jax.hessian(loss)(x)
 
-    covariance, matrix = both(point)
+    covariance, matrix = both(jnp.array([1.5, z / 1.5]))
     close("Σ = c∇²L", covariance, multiple * matrix, 1e-9)
 
 
