@@ -140,6 +140,9 @@ EXCEPTIONS = {
     ("noise.ShortLimit", "rate"): "number",
     ("linalg.tangent_solve", "right"): "vector",
 }
+POTENTIALS = "diagnostics.is_gradient_flow"
+EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
+EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"

@@ -1,6 +1,7 @@
 """A part of the table of calls: losses of examples and level sets of outputs."""
 
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 
 import manifoldflow as mf
@@ -16,6 +17,15 @@ def squares(f, y):
 
 
 EXAMPLES = {
+    "diagnostics.is_gradient_flow": {
+        "flow": mf.WeightDecayFlow(mf.LevelSet(lambda x: x[0] ** 2 + 2 * x[1] ** 2 - 1)),
+        "point": jnp.array([1.0, 0.0]),
+        "metric": lambda point, vector: vector,
+        "loop": lambda t: jnp.stack([jnp.cos(2 * jnp.pi * t), jnp.sin(2 * jnp.pi * t) / 2**0.5]),
+        "num_tangents": 2,
+        "tolerance": 1e-3,
+        "key": jr.key(0),
+    },
     "OutputManifold": {
         "predict": jnp.dot,
         "inputs": DATA["inputs"],
@@ -54,5 +64,6 @@ EXAMPLES = {
         "probability": 0.1,
         "predict": jnp.dot,
     },
+    "theory.overparametrized_linear_rates": {**DATA, "noise_constant": 1.0},
     "losses.ResidualForm": {"loss": mf.PerExampleLoss(**DATA, loss_fn=squares, predict=jnp.dot)},
 }

@@ -35,6 +35,10 @@ def product_loss(point, z):
 
 TWO_LAYERS = {"U": jnp.ones((2, 3)), "W": jnp.ones((3, 3))}
 FACTORS = {"first": lambda p: p["U"], "second": lambda p: p["W"]}
+TO_FIND = {
+    "network": TWO_LAYERS, "example_loss": product_loss, "data": np.ones((4, 3)),
+    "tolerance": 1e-4,
+}  # fmt: skip
 HEADS = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
 
 USES = {
@@ -43,6 +47,8 @@ USES = {
     "linalg.register_use": {"operation": halved},
     "linalg.tangent_solve": {"mv": doubled, "right": jnp.ones(3), "rtol": 1e-6, "max_steps": 5},
     "symmetry.attention_products": {"point": HEADS, "where": lambda p: p, "name": "heads"},
+    "symmetry.find_products": TO_FIND,
+    "symmetry.find_scalings": TO_FIND,
     "symmetry.product_drift": {
         "product": symmetry.product_symmetry(TWO_LAYERS, **FACTORS), "point": TWO_LAYERS,
         "example_loss": product_loss, "data": np.ones((4, 3)), "noise_scale": 0.1,

@@ -34,6 +34,10 @@ from manifoldflow.diagnostics._kernel import (
     kernel_change as kernel_change,
     KernelChange as KernelChange,
 )
+from manifoldflow.diagnostics._potential import (
+    GradientFlowCheck as GradientFlowCheck,
+    is_gradient_flow as is_gradient_flow,
+)
 from manifoldflow.diagnostics._report import Report as Report, report as report
 from manifoldflow.diagnostics._stability import (
     largest_stable_learning_rate as largest_stable_learning_rate,

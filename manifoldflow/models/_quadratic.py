@@ -21,8 +21,9 @@ Pair = dict[str, Float[Array, " d"]]
 class OverparametrizedLinear(AbstractRegression):
     """f_i = ⟨z_i, u² − v²⟩, on points {"u": (d,), "v": (d,)}, with L = (1/2n)Σ(f_i − y_i)².
 
-    Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α, between
-    the least ℓ₁ norm (α → 0) and the least ℓ₂ norm (α → ∞). Label noise makes them decay, like a
+    Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α
+    (`theory.kernel_rich_potential`), between the least ℓ₁ norm (α → 0) and the least ℓ₂ norm
+    (α → ∞). Label noise makes them decay, like a
     start that shrinks, and ends at the interpolant of least weighted ℓ₁ norm, which recovers a
     κ-sparse truth from O(κ ln d) examples. The zero-loss set is a manifold where z has full
     rank and no coordinate is 0.
@@ -60,6 +61,31 @@ class OverparametrizedLinear(AbstractRegression):
         """uⱼvⱼ, which gradient flow keeps and label noise of Σ = cH shrinks by e^{−c sⱼ t}."""
         return point["u"] * point["v"]
 
+    @checked
+    def lift(self, weights: Float[Array, " d"], charges: Float[Array, " d"]) -> Pair:
+        """The point with u² − v² = w and uⱼvⱼ = qⱼ: the inverse of `weights` and `charges`.
+
+            uⱼ² = (√(wⱼ² + 4qⱼ²) + wⱼ)/2,   vⱼ² = (√(wⱼ² + 4qⱼ²) − wⱼ)/2,
+
+        to rounding also where one of them is tiny beside the other. Of the signs that are open
+        u ≥ 0 is taken, and v has the sign of q. Where q is 0 the point is on the boundary of the
+        manifold: u or v is 0.
+
+        Args:
+            weights: w, (d,), such as `flow` gives.
+            charges: q, (d,), such as `theory.overparametrized_linear_charges` gives.
+        """
+        square = weights**2 / 4 + charges**2
+        half = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        larger = half + jnp.abs(weights) / 2
+        is_there = larger > 0
+        larger = jnp.where(is_there, jnp.sqrt(jnp.where(is_there, larger, 1)), 0)
+        smaller = charges / jnp.where(is_there, larger, 1)
+        is_positive = weights >= 0
+        u = jnp.where(is_positive, larger, jnp.abs(smaller))
+        v = jnp.where(is_positive, smaller, jnp.where(charges < 0, -larger, larger))
+        return {"u": u, "v": v}
+
     @property
     def decay_rates(self) -> Float[Array, " d"]:
         """sⱼ = (4/n)Σᵢ z²ᵢⱼ; tr ∇²L = Σⱼ sⱼ(u²ⱼ + v²ⱼ) on the manifold."""
@@ -79,6 +105,17 @@ class OverparametrizedLinear(AbstractRegression):
         return theory.overparametrized_linear_flow(
             self.inputs, self.targets, u, v, time=time, noise_constant=noise_constant
         )
+
+    def limit_rates(self, noise_constant: float = 1.0) -> dict[str, Float[np.ndarray, " d"]]:
+        """The rates at which |uⱼ| and |vⱼ| decay at late times of the label-noise flow.
+
+        0 for what stays. The weights go to `limit()` at twice the slowest of the rates of
+        coordinates where both decay, or of the others, c·sⱼ, if that is slower.
+        """
+        u, v = theory.overparametrized_linear_rates(
+            self.inputs, self.targets, noise_constant=noise_constant
+        )
+        return {"u": u, "v": v}
 
 
 class QuadraticallyParametrized(AbstractRegression):
@@ -112,7 +149,8 @@ class QuadraticallyParametrized(AbstractRegression):
     def recovery_window(self, scale: float, learning_rate: float) -> tuple[float, float]:
         """Steps of gradient descent between which a {0, 1}-sparse truth is recovered.
 
-        log(d/α)/η and 1/(η√(dα)), up to constants.
+        log(d/α)/η and 1/(η√(dα)), up to constants; `theory.recovery_stages` has bounds with
+        constants, for these inputs.
 
         References:
             [Ma2022, Theorem 9.4].

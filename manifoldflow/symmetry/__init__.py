@@ -35,6 +35,8 @@ from manifoldflow.symmetry._find import (
     find_rescalings as find_rescalings,
     Rescaling as Rescaling,
 )
+from manifoldflow.symmetry._find_products import find_products as find_products
+from manifoldflow.symmetry._find_scalings import find_scalings as find_scalings, Scaling as Scaling
 from manifoldflow.symmetry._gradients import examples_of as examples_of
 from manifoldflow.symmetry._product_equilibrium import product_drift as product_drift
 from manifoldflow.symmetry._products import (

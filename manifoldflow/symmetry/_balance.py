@@ -16,6 +16,7 @@ from manifoldflow._types import Point
 from manifoldflow.losses import AbstractExampleLoss
 from manifoldflow.symmetry._equilibrium import noise_equilibrium_with_info
 from manifoldflow.symmetry._find import find_rescalings, Rescaling
+from manifoldflow.symmetry._find_scalings import Scaling
 from manifoldflow.symmetry._gradients import ExampleLoss, examples_of
 from manifoldflow.symmetry._orbit import moved
 from manifoldflow.symmetry._product_equilibrium import balanced_products
@@ -25,7 +26,7 @@ from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 _KINDS = ("noise", "norm")
 
-AnySymmetry = ExponentialSymmetry | Rescaling | ProductSymmetry
+AnySymmetry = ExponentialSymmetry | Rescaling | Scaling | ProductSymmetry
 
 LossOrExamples = AbstractExampleLoss | tuple[ExampleLoss, PyTree[Any]]
 """A loss over examples, or an example loss with its data."""
@@ -139,12 +140,16 @@ def balance_with_info(
         symmetries = find_rescalings(network, example_loss, data)
         if not symmetries:
             raise ValueError(
-                "balance found no rescaling: none of the network's equinox.nn.Linear layers is "
-                "followed by a homogeneous activation, as ReLU, and another one. For other "
-                "symmetries build them (`rescaling`, …) and give symmetries=[…]."
+                "balance found no rescaling: no layer of the network grows while others shrink "
+                "without changing the loss, as about a homogeneous activation such as ReLU; about "
+                "tanh or GELU none does. Look for others, `find_products` (linear layers in a row, "
+                "attention) and `find_scalings` (in front of a normalisation), or build them "
+                "(`rescaling`, …), and give symmetries=[…]."
             )
     products = [one for one in symmetries if isinstance(one, ProductSymmetry)]
-    pairs = [_named(one, i) for i, one in enumerate(symmetries) if one not in products]
+    pairs = [
+        _named(one, i) for i, one in enumerate(symmetries) if not isinstance(one, ProductSymmetry)
+    ]
     names, generators = tuple(name for name, _ in pairs), [one for _, one in pairs]
     if products:
         noise = SGDNoise(
@@ -223,6 +228,8 @@ def _checked_scales(kind: str, noise_scale: Any, weight_decay: Any) -> tuple[Any
 
 
 def _named(symmetry: Any, index: int) -> tuple[str, ExponentialSymmetry]:
+    if isinstance(symmetry, Scaling):
+        return f"{symmetry.where} scaled", symmetry.symmetry
     if not isinstance(symmetry, Rescaling):
         return f"symmetries[{index}]", symmetry
     neuron = "" if symmetry.neuron is None else f", neuron {symmetry.neuron}"

@@ -18,6 +18,7 @@ from manifoldflow.symmetry._gradients import (
     ExampleLoss,
     over_chunks,
 )
+from manifoldflow.symmetry._products import ProductSymmetry
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 
@@ -56,7 +57,7 @@ class SymmetryCheck(eqx.Module):
 
 @checked_but("symmetry")
 def check_symmetry(
-    symmetry: ExponentialSymmetry,
+    symmetry: ExponentialSymmetry | ProductSymmetry,
     example_loss: ExampleLoss,
     point: Point,
     data: PyTree[Any],
@@ -69,7 +70,8 @@ def check_symmetry(
     holds for nothing. Not for use inside jit.
 
     Args:
-        symmetry: what to check.
+        symmetry: what to check; of a `ProductSymmetry` a random member, which holds only where
+            all of them do.
         example_loss: ℓ(point, example) → scalar.
         point: θ; a random one tells more than a minimum, where gradients vanish.
         data: PyTree of arrays with a leading axis of examples.
@@ -79,6 +81,8 @@ def check_symmetry(
     Returns:
         A `SymmetryCheck`: true or false, and printable.
     """
+    if isinstance(symmetry, ProductSymmetry):
+        symmetry = _member(symmetry, point)
     if not isinstance(symmetry, ExponentialSymmetry):
         raise ValueError(f"Expected an ExponentialSymmetry; got {type(symmetry).__name__}.")
     if tolerance is None:
@@ -92,6 +96,12 @@ def check_symmetry(
     numbers = defect, change, float(asymmetry)
     holds = all(number <= bound for number in numbers)
     return SymmetryCheck(*numbers, float(bound), int(jnp.argmax(jnp.abs(left))), holds)
+
+
+def _member(product: ProductSymmetry, point: Point) -> ExponentialSymmetry:
+    size = product.size(point)
+    root = jax.random.normal(jax.random.key(0), (product.num_blocks, size, size))
+    return product.member(point, root + jnp.swapaxes(root, 1, 2))
 
 
 def default_tolerance(point: Point) -> float:

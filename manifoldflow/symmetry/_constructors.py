@@ -74,8 +74,6 @@ def linear_rescaling(
     second: Where,
     neuron: int | None = None,
     degree: float = 1.0,
-    *,
-    with_bias: bool = False,
 ) -> ExponentialSymmetry:
     """The rescaling of one `equinox.nn.Linear` of a network against another one.
 
@@ -85,22 +83,21 @@ def linear_rescaling(
         second: picks the layer whose weight shrinks.
         neuron: of all outputs of the first layer, only this one.
         degree: of what is between the two.
-        with_bias: the second layer's bias shrinks with its weight.
     """
     size = first(point).weight.shape[0]
     if neuron is not None and not 0 <= neuron < size:
         raise ValueError(f"The layer has {size} neurons; got neuron={neuron}.")
     chosen = jnp.ones(1) if neuron is None else jnp.zeros(size).at[neuron].set(1)
 
-    def leaves(layer: eqx.nn.Linear, bias: bool) -> tuple[Any, ...]:
-        return (layer.weight,) + ((layer.bias,) if bias and layer.bias is not None else ())
+    def leaves(layer: eqx.nn.Linear) -> tuple[Any, ...]:
+        return (layer.weight,) + ((layer.bias,) if layer.bias is not None else ())
 
     def growing(leaf: Array) -> Array:
         return chosen.reshape(-1, *leaf.shape[1:])
 
-    weights = _weighted(_zeros(point), lambda p: leaves(first(p), True), growing)
+    weights = _weighted(_zeros(point), lambda p: leaves(first(p)), growing)
     shrinking = lambda leaf: -degree * chosen.reshape(*leaf.shape[:-1], -1)
-    weights = _weighted(weights, lambda p: leaves(second(p), with_bias), shrinking)
+    weights = _weighted(weights, lambda p: second(p).weight, shrinking)
     return ExponentialSymmetry(weights)
 
 

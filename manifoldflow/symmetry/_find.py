@@ -1,26 +1,24 @@
 """Finding the rescaling symmetries of a network, by the gradients of its examples."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from manifoldflow import _precision, _tree
+from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_positive
-from manifoldflow._types import Example, Point, Tangent
+from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
-from manifoldflow.symmetry._constructors import linear_rescaling
-from manifoldflow.symmetry._gradients import (
-    checked_examples,
-    example_value,
-    ExampleLoss,
-    over_chunks,
-)
+from manifoldflow.symmetry._gradients import checked_examples, ExampleLoss, num_examples
+from manifoldflow.symmetry._paths import layer_names, Leaf, leaves_of
+from manifoldflow.symmetry._products import ProductSymmetry
+from manifoldflow.symmetry._relations import along, Relation, relations, total_relations
+from manifoldflow.symmetry._shares import plain_slices, Shares, shares_of
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 
@@ -29,9 +27,9 @@ class Rescaling(eqx.Module):
 
     Attributes:
         symmetry: the first layer grows, the second shrinks `degree` times as fast.
-        first: the path of the first layer in the network.
-        second: the path of the second.
-        neuron: the output of the first layer, or None for all of them together.
+        first: the path of the first layer in the network, or of several.
+        second: the path of the second, or of several.
+        neuron: the output (channel, feature) of the first layer, or None for all together.
         degree: of the activation between them, φ(cz) = c^degree φ(z).
         check: how well the symmetry holds.
     """
@@ -48,6 +46,54 @@ class Rescaling(eqx.Module):
         return f"{self.first} against {self.second}{which}, degree {self.degree:g}; {self.check}"
 
 
+class Search(NamedTuple):
+    """A network with its examples, and what was measured of them."""
+
+    points: list[Point]  # the network, and weights a tenth away
+    example_loss: ExampleLoss
+    data: PyTree[Array]
+    leaves: list[Leaf]
+    shares: Shares
+    tolerance: float
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [leaf.shape for leaf in self.leaves]
+
+    def verified(self, symmetry: ExponentialSymmetry | ProductSymmetry) -> SymmetryCheck | None:
+        """The worst of the checks at all points, if all hold."""
+        checks = []
+        for point in self.points:
+            checks.append(
+                check_symmetry(
+                    symmetry, self.example_loss, point, self.data, tolerance=self.tolerance
+                )
+            )
+            if not checks[-1]:
+                return None
+        return max(checks, key=lambda check: check.defect)
+
+
+def search(
+    network: Point,
+    example_loss: ExampleLoss,
+    data: PyTree[Any],
+    tolerance: float | None,
+    name: str,
+) -> Search:
+    """Measure the shares of all slices at the network and at weights a tenth away."""
+    data, example_loss = checked_examples(data), _tree.as_pytree_callable(example_loss)
+    coordinates, remainder = _tree.split(network)
+    if tolerance is None:
+        tolerance = default_tolerance(network)
+    tolerance = float(checked_positive(f"{name}: tolerance", tolerance))
+    num_others = 1 if num_examples(data) >= 16 else 3
+    others = [_tree.join(_shaken(coordinates, seed), remainder) for seed in range(num_others)]
+    shares = shares_of(example_loss, [network, *others], data, plain_slices(coordinates))
+    points = [network, others[0]]
+    return Search(points, example_loss, data, leaves_of(coordinates), shares, tolerance)
+
+
 @checked
 def find_rescalings(
     network: Point,
@@ -57,146 +103,111 @@ def find_rescalings(
     per_neuron: bool = False,
     tolerance: float | None = None,
 ) -> list[Rescaling]:
-    """The rescalings of consecutive `equinox.nn.Linear` layers under which a loss is the same.
+    """The rescalings of layers against one another under which a loss is the same.
 
-    Layers are taken in the order of the network's PyTree, each against the next one that
-    takes as many inputs as it has outputs. Nothing is read off activations: with a
-    homogeneous one of degree p, ∇ℓ·(one layer) = p ∇ℓ·(the next) on every example. That
-    gives p, and is then checked at the network and at weights a tenth away. Not for use
-    inside jit.
+    Nothing is read off classes, activations or the order of layers: the network may be any
+    PyTree of arrays. Where slice j of some leaves grows by c and slice j of others shrinks by
+    c^{−p}, as the outputs of a layer and the inputs of the next about an activation of degree p,
+    ∇ℓ·(the former) = p ∇ℓ·(the latter) on every example. Such relations are looked for between
+    the axes of all leaves, also where flattening or heads cut an axis into parts; what they
+    propose is checked at the network and at weights a tenth away. So it finds dense layers,
+    convolutions channel by channel, the weights of a normalisation against all that read it,
+    branches and streams of residual networks, the heads of attention. Layers whose neurons are
+    mixed between them, or which have one neuron, are found as a whole. Not for use inside jit.
 
     Args:
-        network: any Equinox network with linear layers.
+        network: any network.
         example_loss: ℓ(network, example) → scalar; see `examples_of` for losses.
-        data: PyTree of arrays with a leading axis of examples, more than one.
-        per_neuron: one symmetry for each neuron, not for each layer.
+        data: PyTree of arrays with a leading axis of examples, more than one. Where a
+            normalisation takes its statistics over a batch, a batch is an example.
+        per_neuron: one symmetry for each neuron or channel, not for each layer.
         tolerance: of `check_symmetry`.
 
     Returns:
         What was found, in order; an empty list if nothing was. Layers and neurons without
-        any gradient (dead ReLUs) are left out: nothing can be told of them.
+        any gradient (dead ReLUs) are left out: nothing can be told of them. So is what is scale
+        invariant by itself (`find_scalings`); grouped convolutions are found as a whole only.
     """
-    data, example_loss = checked_examples(data), _tree.as_pytree_callable(example_loss)
-    coordinates, remainder = _tree.split(network)
-    if tolerance is None:
-        tolerance = default_tolerance(network)
-    bound = float(checked_positive("find_rescalings: tolerance", tolerance))
-    if not _candidates(network):
-        return []
-    elsewhere = _tree.join(_shaken(coordinates), remainder)
-    # One layer behind another one of them: their shares for every example and neuron.
-    shares = [[np.asarray(s) for s in _shares(example_loss, p, data)] for p in (network, elsewhere)]
-    found: list[Rescaling] = []
-    for index, (first, second) in enumerate(_candidates(network)):
-        pairs = [s[index] for s in shares]
-        neurons = range(pairs[0].shape[1]) if per_neuron else [None]
-        for neuron in neurons:
-            rescaling = _verified(
-                network, elsewhere, example_loss, data, first, second, neuron, pairs, bound
-            )
-            found += [] if rescaling is None else [rescaling]
-    return found
+    found = search(network, example_loss, data, tolerance, "find_rescalings")
+    bound = found.tolerance**0.5
+    by_neuron = relations(found.shares, found.shapes, bound)
+    if per_neuron:
+        each = [_neurons(found, relation) for relation in by_neuron]
+        return [one for several in each for one in several]
+    known: list[tuple[Relation, Rescaling]] = []
+    for relation in by_neuron:
+        known += _first_found(found, [relation])
+    # Where neurons are mixed on the way, only the layers as a whole can be told.
+    grown = {s.leaf for relation, _ in known for s in relation.first}
+    for several in total_relations(found.shares, found.leaves, grown, bound):
+        known += _first_found(found, several)
+    order = lambda pair: min(s.leaf for s in pair[0].first)
+    return [one for _, one in sorted(known, key=order)]
+
+
+def _first_found(found: Search, several: Sequence[Relation]) -> list[tuple[Relation, Rescaling]]:
+    """The first of some relations that is a symmetry, if one is."""
+    for relation in several:
+        rescaling = _verified(found, relation, None)
+        if rescaling is not None:
+            return [(relation, rescaling)]
+    return []
+
+
+def _neurons(found: Search, relation: Relation) -> list[Rescaling]:
+    """The rescalings of those neurons that have a gradient."""
+    largest = np.max(sum(np.abs(along(found.shares, s)) for s in relation.second), axis=0)
+    live = np.flatnonzero(largest > found.tolerance * np.max(largest))
+    # A random combination is a symmetry only where each of them is.
+    rates = np.zeros(relation.length)
+    rates[live] = np.random.default_rng(0).uniform(0.5, 1.5, size=len(live))
+    together = found.verified(_symmetry(found, relation, rates))
+    several = [_verified(found, relation, int(neuron), together) for neuron in live]
+    return [one for one in several if one is not None]
 
 
 def _verified(
-    network: Point,
-    elsewhere: Point,
-    example_loss: ExampleLoss,
-    data: PyTree[Array],
-    first: tuple[str, Callable[[Any], Any]],
-    second: tuple[str, Callable[[Any], Any]],
-    neuron: int | None,
-    pairs: list[Float[np.ndarray, "N neurons 3"]],
-    tolerance: float,
+    found: Search, relation: Relation, neuron: int | None, check: SymmetryCheck | None = None
 ) -> Rescaling | None:
-    """The rescaling of a pair of layers, if there is one."""
-    picked = [p.sum(axis=1) if neuron is None else p[:, neuron] for p in pairs]
-    # Query and key projections share their outputs: there the second bias goes along.
-    for column, with_bias in ((1, False), (2, True))[: 2 if neuron is None else 1]:
-        degree = _degree([(p[:, 0], p[:, column]) for p in picked], tolerance)
-        if degree is None:
-            continue
-        symmetry = linear_rescaling(
-            network, first[1], second[1], neuron, degree, with_bias=with_bias
-        )
-        checks = [
-            check_symmetry(symmetry, example_loss, p, data, tolerance=tolerance)
-            for p in (network, elsewhere)
-        ]
-        if all(checks):
-            worst = max(checks, key=lambda check: check.defect)
-            return Rescaling(symmetry, first[0], second[0], neuron, degree, worst)
-    return None
-
-
-def _degree(pairs: list[tuple[np.ndarray, np.ndarray]], tolerance: float) -> float | None:
-    """p > 0 with x = p·y for all pairs (x, y), a small integer if it is one to rounding."""
-    x, y = (np.concatenate(parts).astype(float) for parts in zip(*pairs))
-    if not np.isfinite([x, y]).all() or not np.max(np.abs(y)) > 0:
+    """The rescaling of a relation, if it holds, which a check may have said already."""
+    rates = np.ones(1) if neuron is None else np.eye(relation.length)[neuron]
+    symmetry = _symmetry(found, relation, rates)
+    if not any(np.any(weight) for weight in jax.tree.leaves(symmetry.generator)):
+        return None  # what grows and what shrinks are the same array
+    check = found.verified(symmetry) if check is None else check
+    if check is None:
         return None
-    degree = float(x @ y / (y @ y))
-    nearest = float(np.rint(degree))
-    degree = nearest if abs(degree - nearest) <= tolerance**0.5 else degree
-    size = np.max(np.abs(x)) + abs(degree) * np.max(np.abs(y))
-    fits = np.max(np.abs(x - degree * y)) <= tolerance**0.5 * size
-    return degree if degree > 0 and fits else None
-
-
-def _shaken(coordinates: Tangent) -> Tangent:
-    """Every leaf moved by a tenth of its size: what holds by chance holds there no more."""
-    noise = _tree.random_normal_like(jax.random.key(0), coordinates)
-    return jax.tree.map(
-        lambda leaf, kick: leaf + 0.1 * jnp.sqrt(jnp.mean(leaf**2)) * kick, coordinates, noise
+    first, second = (
+        layer_names(found.leaves, [s.leaf for s in side])
+        for side in (relation.first, relation.second)
     )
+    return Rescaling(symmetry, first, second, neuron, relation.degree, check)
 
 
-def _candidates(network: Point) -> list[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """Pairs of layers, each as (its path, how to pick it out of the network)."""
-    layers = _linear_layers(network)
-    pairs = []
-    for index, (_, first, pick) in enumerate(layers):
-        outputs = first.weight.shape[0]
-        later = (c for c in layers[index + 1 :] if c[1].weight.shape[1] == outputs)
-        for path, _, pick_second in later:
-            pairs.append(((layers[index][0], pick), (path, pick_second)))
-            break
-    return pairs
+def _symmetry(found: Search, relation: Relation, rates: np.ndarray) -> ExponentialSymmetry:
+    """With a rate for each number, or one for all of them."""
+    weights = [np.zeros((1,) * len(shape)) for shape in found.shapes]
+    for sign, side in ((1.0, relation.first), (-relation.degree, relation.second)):
+        for leaf, view in side:
+            shape = found.shapes[leaf]
+            spread = rates[0] if len(rates) == 1 else view.spread(jnp.asarray(rates), shape)
+            weights[leaf] = weights[leaf] + sign * np.asarray(spread)
+    coordinates, _ = _tree.split(found.points[0])
+    like = jax.tree.leaves(coordinates)
+    leaves = [jnp.asarray(weight, leaf.dtype) for weight, leaf in zip(weights, like)]
+    return ExponentialSymmetry(jax.tree.unflatten(jax.tree.structure(coordinates), leaves))
 
 
-def _linear_layers(network: Point) -> list[tuple[str, eqx.nn.Linear, Callable[[Any], Any]]]:
-    is_layer = lambda node: isinstance(node, eqx.nn.Linear)
-    leaves = jax.tree_util.tree_leaves_with_path(network, is_leaf=is_layer)
+def _shaken(coordinates: Coordinates, seed: int) -> Tangent:
+    """Every leaf moved by a tenth of its size: what holds by chance holds there no more.
 
-    def picker(number: int) -> Callable[[Any], Any]:
-        return lambda tree: [x for x in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(x)][
-            number
-        ]
+    Leaves that are zero, as fresh biases, by a tenth of the mean size: else they tell nothing.
+    """
+    noise = _tree.random_normal_like(jax.random.key(seed), coordinates)
+    mean = _tree.norm(coordinates) / _tree.size(coordinates) ** 0.5
 
-    found = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if is_layer(leaf)]
-    return [(path, leaf, picker(number)) for number, (path, leaf) in enumerate(found)]
+    def shaken(leaf: Array, kick: Array) -> Array:
+        size = jnp.sqrt(jnp.mean(leaf**2))
+        return (leaf + 0.1 * jnp.where(size > 0, size, mean) * kick).astype(leaf.dtype)
 
-
-@eqx.filter_jit
-def _shares(
-    example_loss: ExampleLoss, network: Point, data: PyTree[Array]
-) -> list[Float[Array, "N neurons 3"]]:
-    """For each pair and neuron Σ∇ℓ∘θ over the first layer, over the second layer's weight,
-    and over that with its bias, which belongs to all of its outputs."""
-    coordinates, remainder = _tree.split(network)
-    value = example_value(example_loss, remainder)
-    pairs = _candidates(network)
-
-    def of_example(example: Example) -> list[Array]:
-        products = jax.tree.map(jnp.multiply, jax.grad(value)(coordinates, example), coordinates)
-
-        def share(first: eqx.nn.Linear, second: eqx.nn.Linear) -> Array:
-            growing = jnp.sum(first.weight, axis=1)
-            growing += 0 if first.bias is None else jnp.sum(first.bias.reshape(len(growing), -1), 1)
-            shrinking = jnp.sum(second.weight, axis=0)
-            bias = 0 if second.bias is None else jnp.sum(second.bias) / len(shrinking)
-            return jnp.stack([growing, shrinking, shrinking + bias], axis=1)
-
-        return [share(first[1](products), second[1](products)) for first, second in pairs]
-
-    with _precision.full_precision():
-        return over_chunks(of_example, data, _tree.size(coordinates))
+    return jax.tree.map(shaken, coordinates, noise)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from manifoldflow import _precision, _tree
 from manifoldflow._errors import is_traced, real_numbers, shapes_of
 from manifoldflow._types import Coordinates, Scalar, Tangent
+from manifoldflow.symmetry._views import as_view, View
 
 
 class AbstractGenerator(eqx.Module):
@@ -158,14 +159,14 @@ class Rotation(AbstractSpectralGenerator):
 
     Attributes:
         where: picks the leaves out of a point, as a tuple.
-        axes: the axis of each leaf on which B acts.
+        axes: the axis of each leaf on which B acts, or a `View` of several or of a part.
         signs: +1 or −1 for each leaf.
         vectors: V, (blocks, d, d).
         values: the eigenvalues of B, (blocks, d).
     """
 
     where: Callable[[Any], tuple[Any, ...]] = eqx.field(static=True)
-    axes: tuple[int, ...] = eqx.field(static=True)
+    axes: tuple[int | View, ...] = eqx.field(static=True)
     signs: tuple[int, ...] = eqx.field(static=True)
     vectors: Float[Array, "blocks d d"]
     values: Float[Array, "blocks d"]
@@ -175,17 +176,16 @@ class Rotation(AbstractSpectralGenerator):
         return _precision.einsum(spec, vectors, array)
 
     def modes(self, vector: Tangent) -> tuple[Array, ...]:
-        def mode(leaf: Array, axis: int) -> Array:
-            blocks = jnp.moveaxis(leaf, axis, 0).reshape(*self.values.shape, -1)
+        def mode(leaf: Array, axis: int | View) -> Array:
+            blocks = as_view(axis, leaf.ndim).rows(leaf).reshape(*self.values.shape, -1)
             return self._turned(blocks, "bij,bik->bjk")
 
         return tuple(mode(leaf, axis) for leaf, axis in zip(self.where(vector), self.axes))
 
     def with_modes(self, modes: tuple[Array, ...], vector: Tangent) -> Tangent:
-        def back(mode: Array, leaf: Array, axis: int) -> Array:
-            turned = self._turned(mode, "bij,bjk->bik")
-            shape = jnp.moveaxis(leaf, axis, 0).shape
-            return jnp.moveaxis(turned.reshape(shape), 0, axis).astype(leaf.dtype)
+        def back(mode: Array, leaf: Array, axis: int | View) -> Array:
+            turned = self._turned(mode, "bij,bjk->bik").reshape(self.values.size, -1)
+            return as_view(axis, leaf.ndim).with_rows(turned, leaf)
 
         leaves = map(back, modes, self.where(vector), self.axes)
         return eqx.tree_at(self.where, vector, tuple(leaves))

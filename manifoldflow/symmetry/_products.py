@@ -15,6 +15,7 @@ from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.symmetry._constructors import Where
 from manifoldflow.symmetry._generators import checked_symmetric, Rotation
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
+from manifoldflow.symmetry._views import as_view, View
 
 Sides = tuple[Float[Array, "blocks d ..."], Float[Array, "blocks d ..."]]
 
@@ -28,7 +29,8 @@ class ProductSymmetry(eqx.Module):
 
     Args:
         where: picks the leaves of U and then those of W out of a point, as a tuple.
-        axes: the axis of each leaf that the product sums over.
+        axes: the axis of each leaf that the product sums over, or a `View` of several or of a
+            part.
         signs: +1 for the leaves of U, −1 for those of W.
         num_blocks: how many matrices Q there are, one after the other along those axes.
         name: for messages.
@@ -38,7 +40,7 @@ class ProductSymmetry(eqx.Module):
     """
 
     where: Callable[[Any], tuple[Any, ...]] = eqx.field(static=True)
-    axes: tuple[int, ...] = eqx.field(static=True)
+    axes: tuple[int | View, ...] = eqx.field(static=True)
     signs: tuple[int, ...] = eqx.field(static=True)
     num_blocks: int = eqx.field(static=True, default=1)
     name: str = eqx.field(static=True, default="a product")
@@ -49,7 +51,10 @@ class ProductSymmetry(eqx.Module):
         return self._length(coordinates) // self.num_blocks
 
     def _length(self, coordinates: Coordinates) -> int:
-        lengths = [leaf.shape[axis] for leaf, axis in zip(self.where(coordinates), self.axes)]
+        lengths = [
+            as_view(axis, leaf.ndim).length(leaf.shape)
+            for leaf, axis in zip(self.where(coordinates), self.axes)
+        ]
         if len(set(lengths)) != 1 or lengths[0] % self.num_blocks:
             raise ValueError(
                 f"ProductSymmetry: {self.name} sums over axes {self.axes} of "
@@ -105,10 +110,8 @@ class ProductSymmetry(eqx.Module):
         length = self._length(vector)
         parts: dict[int, list[Array]] = {1: [], -1: []}
         for leaf, axis, sign in zip(self.where(vector), self.axes, self.signs):
-            rows = jnp.moveaxis(leaf, axis, 0).reshape(
-                self.num_blocks, length // self.num_blocks, -1
-            )
-            parts[sign].append(rows)
+            rows = as_view(axis, leaf.ndim).rows(leaf)
+            parts[sign].append(rows.reshape(self.num_blocks, length // self.num_blocks, -1))
         first, second = (jnp.concatenate(parts[sign], axis=-1) for sign in (1, -1))
         return first, second
 
@@ -124,12 +127,12 @@ class ProductSymmetry(eqx.Module):
     ) -> Coordinates:
         """(UQ⁻¹, QW) for given Q and Q⁻¹."""
 
-        def moved(leaf: Array, axis: int, sign: int) -> Array:
-            rows = jnp.moveaxis(leaf, axis, 0)
+        def moved(leaf: Array, axis: int | View, sign: int) -> Array:
+            view = as_view(axis, leaf.ndim)
+            rows = view.rows(leaf)
             spec, by = ("bji,bjk->bik", inverses) if sign > 0 else ("bij,bjk->bik", matrices)
             blocks = rows.reshape(*by.shape[:2], -1)
-            new = _precision.einsum(spec, by, blocks).reshape(rows.shape)
-            return jnp.moveaxis(new, 0, axis).astype(leaf.dtype)
+            return view.with_rows(_precision.einsum(spec, by, blocks).reshape(rows.shape), leaf)
 
         leaves = tuple(map(moved, self.where(coordinates), self.axes, self.signs))
         return eqx.tree_at(self.where, coordinates, leaves)

@@ -42,6 +42,9 @@ from manifoldflow.theory._overparametrized_linear import (
     overparametrized_linear_flow as overparametrized_linear_flow,
     weighted_l1_interpolant as weighted_l1_interpolant,
 )
+from manifoldflow.theory._overparametrized_rates import (
+    overparametrized_linear_rates as overparametrized_linear_rates,
+)
 from manifoldflow.theory._recovery_stages import (
     quadratically_parametrized_flow as quadratically_parametrized_flow,
     recovery_stages as recovery_stages,

@@ -162,7 +162,7 @@ def test_the_largest_margin_is_the_only_kkt_point():
 
 NUM_EXAMPLES, WIDTH = 12, 8
 CORNERS = np.random.default_rng(0).uniform(-1, 1, (NUM_EXAMPLES, 2))
-XOR = np.sign(CORNERS[:, 0] * CORNERS[:, 1])  # no plane separates these labels
+XOR = np.sign(CORNERS[:, 0] * CORNERS[:, 1])  # no plane through the origin separates these
 CORNERS = CORNERS + 0.25 * np.sign(CORNERS)
 SIGNS = jnp.where(jnp.arange(WIDTH) % 2 == 0, 1.0, -1.0)
 

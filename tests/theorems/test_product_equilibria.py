@@ -125,6 +125,14 @@ def test_the_drift_of_the_matrix_charge_is_that_of_its_entries():
         for i, j in ((0, 0), (0, 2))
     ]  # fmt: skip
     close("dC/dt", [found[0, 0], found[0, 2]], entries, 1e-11)
+    rows = jax.vmap(lambda *e: jax.grad(example_loss)(OFF, e))(*FULL_DATA)
+    of_u, of_w = (rows[name] - rows[name].mean(axis=0) for name in "UW")
+    printed = SIGMA2 * (
+        np.einsum("nki,nkj->ij", of_u, of_u) - np.einsum("nik,njk->ij", of_w, of_w)
+    ) / len(X)  # fmt: skip
+    without_decay = drift(OFF, FULL_DATA)[0]
+    close("twice what is printed", without_decay, 2 * printed, 1e-11)
+    close("decay", found, without_decay - 4 * 0.3 * charge(OFF), 1e-11)
     close("charge", PRODUCT.charge(OFF)[0], charge(OFF), 1e-14)
     matrix = RNG.normal(size=(3, 3))
     matrix = matrix + matrix.T

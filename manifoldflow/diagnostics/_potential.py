@@ -1,0 +1,230 @@
+"""Does a flow follow the gradient of a function, or does it turn?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+
+from manifoldflow import _precision, _tree
+from manifoldflow._boundary import checked
+from manifoldflow._errors import checked_count, checked_positive
+from manifoldflow._types import Coordinates, Key, Point, Tangent
+from manifoldflow.diagnostics._loops import Circulation, circulation_of, closed_curve, jittered
+from manifoldflow.flows import AbstractFlow
+
+_MAX_DIMENSION = 64  # up to which a whole basis is taken
+_NUM_TANGENTS = 16
+
+
+class GradientFlowCheck(eqx.Module):
+    """Whether the drift of a flow is a gradient, measured at a point and round a loop.
+
+    Attributes:
+        antisymmetric: ‖(A − Aᵀ)/2‖ for the covariant derivative A of the drift, Frobenius.
+        symmetric: ‖(A + Aᵀ)/2‖, of which a gradient has the Hessian of its potential.
+        size: ‖Db‖, along the manifold and across, against which both are to be seen.
+        num_tangents: how many tangents the norms were taken from.
+        is_estimate: whether they are random, else an orthonormal basis.
+        circulation: ∮⟨b, dγ⟩ round the loop; None where there is none.
+        path_integral: ∮|b||dγ|, against which it is to be seen.
+        tolerance: of both, relative.
+        holds: whether both are below it.
+    """
+
+    antisymmetric: float
+    symmetric: float
+    size: float
+    num_tangents: int
+    is_estimate: bool
+    circulation: float | None
+    path_integral: float | None
+    tolerance: float
+    holds: bool
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+    def __str__(self) -> str:
+        verdict = "a gradient" if self.holds else "NO gradient"
+        words = (
+            f"{verdict}: antisymmetric part {self.antisymmetric:.2e}, symmetric part "
+            f"{self.symmetric:.2e} of a derivative of size {self.size:.2e}"
+        )
+        if self.circulation is not None:
+            words += f"; circulation {self.circulation:.3g} of {self.path_integral:.3g}"
+        return f"{words}; relative tolerance {self.tolerance:.0e}"
+
+
+@checked
+def is_gradient_flow(
+    flow: AbstractFlow,
+    point: Point,
+    *,
+    metric: Callable[[Point, Tangent], Any] | None = None,
+    loop: Callable[[Any], Point] | None = None,
+    num_tangents: Any = None,
+    tolerance: Any = None,
+    key: Key | None = None,
+) -> GradientFlowCheck:
+    """Does a flow follow the gradient of some function along its manifold?
+
+    Near the point it does if and only if the covariant derivative of its drift b is symmetric,
+    ⟨∇_u b, w⟩ = ⟨u, ∇_w b⟩ for all tangents. That says nothing on a curve, where every field is a
+    gradient at each point: round a closed one, and round any loop, the circulation ∮⟨b, dγ⟩ must
+    vanish as well. A manifold of dimension 1 is followed until it closes, if it does; on others a
+    loop is looked at if one is given. Label noise has the potential (c/4) tr ∇²L, the k-phase
+    motor has none, and Adam has one in a metric of its own.
+
+    Args:
+        flow: of a stochastic flow the tangent part of the Itô drift counts; it is a gradient where
+            the flow is reversible, if the noise is the same in all directions.
+        point: where to look, a point of the manifold.
+        metric: (point, tangent) ↦ Mv, the metric in which to ask, symmetric and positive: b must
+            then be −M⁻¹ times a gradient. By default that of the space of points. Adam's is
+            Diag(∇²L)^½ v.
+        loop: a closed curve on the manifold, from [0, 1] to points with loop(0) = loop(1),
+            differentiable in forward mode and smooth all round.
+        num_tangents: random tangents, at least 2, to estimate the norms from, by one derivative of
+            the drift for each and all pairs of them. By default an orthonormal basis, in
+            more than 64 dimensions 16 random ones.
+        tolerance: relative; by default 1e-6 in float64 and 1e-3 in float32.
+        key: for random tangents; by default one that is always the same.
+
+    Returns:
+        A `GradientFlowCheck`, true if all that was measured vanishes.
+
+    Raises:
+        ValueError: a loop that is not closed, or too rough to be integrated; a manifold of
+            dimension 0.
+
+    Assumes:
+        The drift is differentiable in forward mode, as those of all flows here are.
+
+    References:
+        [LiWangArora2022, Appendix C.4].
+    """
+    manifold = flow.manifold
+    coordinates, remainder = flow.split(point)
+    if tolerance is None:
+        tolerance = 1e-6 if _precision.is_double(_tree.dtype_of(coordinates)) else 1e-3
+    tolerance = float(checked_positive("is_gradient_flow: tolerance", tolerance))
+    dimension = _tree.size(coordinates) if manifold is None else manifold.dimension(point)
+    if dimension < 1:
+        raise ValueError("is_gradient_flow needs a manifold of dimension 1 or more; got 0.")
+    key = jr.key(0) if key is None else key
+    field = _Form(flow, remainder, metric)
+    is_estimate = num_tangents is not None or dimension > _MAX_DIMENSION
+    count = dimension
+    if is_estimate:
+        count = _NUM_TANGENTS if num_tangents is None else num_tangents
+        count = checked_count("is_gradient_flow: num_tangents", count)
+        if count < 2:
+            raise ValueError("is_gradient_flow: num_tangents must be at least 2; got 1.")
+    tangents = np.asarray(_random_tangents(field, coordinates, key, count))
+    if not is_estimate:
+        tangents = np.linalg.qr(tangents.T)[0].T
+    here, near = (
+        np.asarray(_derivatives(field, x, jnp.asarray(tangents)))
+        for x in (coordinates, jittered(coordinates))
+    )
+    anti, symmetric, size = _norms(tangents, here, is_estimate)
+    rounding = _norms(tangents, here - near, is_estimate)[0]
+    turn = _turn(field, point, dimension, loop, tolerance, key)
+    is_symmetric = anti <= tolerance * size + 10 * rounding
+    is_still = turn is None or turn.is_still(tolerance)
+    return GradientFlowCheck(
+        antisymmetric=anti,
+        symmetric=symmetric,
+        size=size,
+        num_tangents=count,
+        is_estimate=is_estimate,
+        circulation=None if turn is None else turn.value,
+        path_integral=None if turn is None else turn.path_integral,
+        tolerance=tolerance,
+        holds=bool(is_symmetric and is_still),
+    )
+
+
+class _Form(eqx.Module):
+    """P M P b, the tangent that stands for the one-form ⟨Mb, ·⟩ along the manifold."""
+
+    flow: AbstractFlow
+    remainder: Point
+    metric: Callable[..., Any] | None
+
+    def project(self, x: Coordinates, vector: Tangent) -> Tangent:
+        manifold = self.flow.manifold
+        if manifold is None:
+            return vector
+        return manifold.normal_space(_tree.join(x, self.remainder)).tangent(vector)
+
+    def __call__(self, x: Coordinates) -> Tangent:
+        point = _tree.join(x, self.remainder)
+        along = self.project(x, self.flow.drift(point))
+        if self.metric is None:
+            return along
+        lowered = _tree.as_tangent(x, self.metric(point, along), "The metric's value")
+        return self.project(x, lowered)
+
+
+@eqx.filter_jit
+def _random_tangents(
+    field: _Form, coordinates: Coordinates, key: Key, count: int
+) -> Float[Array, "count D"]:
+    def draw(key: Key) -> Array:
+        drawn = _tree.random_normal_like(key, coordinates)
+        return _tree.ravel(field.project(coordinates, drawn))[0]
+
+    return jax.lax.map(draw, jr.split(key, count))
+
+
+@eqx.filter_jit
+def _derivatives(
+    field: _Form, coordinates: Coordinates, tangents: Float[Array, "count D"]
+) -> Float[Array, "count D"]:
+    """Db[v] for each of the tangents."""
+    unravel = _tree.ravel(coordinates)[1]
+
+    def along(vector: Array) -> Array:
+        return _tree.ravel(jax.jvp(field, (coordinates,), (unravel(vector),))[1])[0]
+
+    return jax.lax.map(along, tangents)
+
+
+def _norms(
+    tangents: np.ndarray, derivatives: np.ndarray, is_estimate: bool
+) -> tuple[float, float, float]:
+    """Of both parts of ⟨v, Db[w]⟩ and of Db; from pairs where the tangents are random.
+
+    For independent normal u and w, E⟨u, Aw⟩² = ‖A‖².
+    """
+    table = tangents @ derivatives.T
+    squares = ((table - table.T) / 2) ** 2, ((table + table.T) / 2) ** 2, derivatives**2
+    if not is_estimate:
+        anti, symmetric, size = (float(np.sqrt(np.sum(x))) for x in squares)
+        return anti, symmetric, size
+    count = len(tangents)
+    pairs = ~np.eye(count, dtype=bool)
+    anti, symmetric = (float(np.sqrt(np.mean(x[pairs]))) for x in squares[:2])
+    return anti, symmetric, float(np.sqrt(np.sum(squares[2]) / count))
+
+
+def _turn(
+    field: _Form,
+    point: Point,
+    dimension: int,
+    loop: Callable[[Any], Point] | None,
+    tolerance: float,
+    key: Key,
+) -> Circulation | None:
+    manifold = field.flow.manifold
+    if loop is not None:
+        return circulation_of(field, field.flow.split, loop, tolerance)
+    if dimension > 1 or manifold is None:
+        return None
+    return closed_curve(field, manifold, point, tolerance, key)

@@ -1,0 +1,56 @@
+"""One axis of a leaf, several of them as one, or a part of one: what a symmetry multiplies."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Axes of an array, taken together as before × n × after numbers, of which n is meant.
+
+    Flattened pictures are channels × pixels: a layer behind them has `after` pixels for each
+    of n channels. Heads may have an axis of their own, or share it with what is in them.
+
+    Args:
+        axes: one, or several neighbours that count as one.
+        before: how many numbers outside n there are along them.
+        after: how many inside.
+    """
+
+    axes: tuple[int, ...]
+    before: int = 1
+    after: int = 1
+
+    def length(self, shape: tuple[int, ...]) -> int:
+        """n, for an array of this shape."""
+        return math.prod(shape[axis] for axis in self.axes) // (self.before * self.after)
+
+    def rows(self, leaf: Array) -> Array:
+        """(n, everything else)."""
+        front = jnp.moveaxis(leaf, self.axes, range(len(self.axes)))
+        parts = front.reshape(self.before, self.length(leaf.shape), self.after, -1)
+        return jnp.moveaxis(parts, 1, 0).reshape(parts.shape[1], -1)
+
+    def with_rows(self, rows: Array, leaf: Array) -> Array:
+        """The leaf with its rows replaced."""
+        front = jnp.moveaxis(leaf, self.axes, range(len(self.axes)))
+        parts = rows.reshape(len(rows), self.before, self.after, -1)
+        back = jnp.moveaxis(parts, 0, 1).reshape(front.shape)
+        return jnp.moveaxis(back, range(len(self.axes)), self.axes).astype(leaf.dtype)
+
+    def spread(self, values: Array, shape: tuple[int, ...]) -> Array:
+        """n numbers, shaped to be broadcast against an array of this shape."""
+        lengths = [shape[axis] for axis in self.axes]
+        whole = jnp.broadcast_to(values[:, None], (self.before, len(values), self.after))
+        full = [1] * len(shape)
+        for axis, length in zip(self.axes, lengths):
+            full[axis] = length
+        return whole.reshape(lengths).reshape(full)
+
+
+def as_view(axis: "int | View", num_axes: int) -> View:
+    """An axis by its number, or a view as it is."""
+    return axis if isinstance(axis, View) else View((axis % num_axes,))
