@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
 
 import manifoldflow as mf
@@ -83,21 +82,17 @@ def test_structured_rows_are_the_explicit_ones(lazy):
     close("a displacement", linalg.displacement(shifted, {"w": jnp.ones(3)})["w"], [-1, 0, 1], 0)
 
 
-def test_all_that_takes_a_loss_takes_it(lazy):
-    """Gradient descent and gradient flow end at the nearest fit, which a projection finds too."""
+def test_all_that_takes_a_loss_takes_it():
+    """Gradient flow ends at the nearest fit, which a projection finds too."""
     lazy = mf.linearized(mf.LeastSquares(INPUTS[:4], TARGETS[:4]), MLP)
     manifold = mf.ZeroLossManifold(lazy)
     nearest = manifold.project(MLP)
     at_most("loss at the projection", lazy(nearest), 1e-24)
     landed = mf.limit_map(lazy, MLP, rtol=1e-10)
     close("limit map", flat(mf.split(landed)[0]), flat(mf.split(nearest)[0]), 1e-8)
-    steps = mf.simulate(
-        lazy, mf.IsotropicNoise(0.0), optax.sgd, MLP, num_steps=4000, key=jr.key(0),
-        learning_rate=1 / jnp.linalg.eigvalsh(lazy.jacobian(MLP).gram() / 8)[-1],
-    ).final  # fmt: skip
-    close("descent", flat(mf.split(steps)[0]), flat(mf.split(nearest)[0]), 1e-4)
     batch = lazy.select(jnp.array([1, 3]))
-    close("some of the examples", batch.outputs(landed), lazy.outputs(landed)[jnp.array([1, 3])], 0)
+    some = lazy.outputs(landed)[jnp.array([1, 3])]
+    close("some of the examples", batch.outputs(landed), some, 1e-14)
 
 
 def test_derivatives_in_the_point_of_linearisation():

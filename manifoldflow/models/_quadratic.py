@@ -21,8 +21,9 @@ Pair = dict[str, Float[Array, " d"]]
 class OverparametrizedLinear(AbstractRegression):
     """f_i = ⟨z_i, u² − v²⟩, on points {"u": (d,), "v": (d,)}, with L = (1/2n)Σ(f_i − y_i)².
 
-    Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α, between
-    the least ℓ₁ norm (α → 0) and the least ℓ₂ norm (α → ∞). Label noise makes them decay, like a
+    Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α
+    (`theory.kernel_rich_potential`), between the least ℓ₁ norm (α → 0) and the least ℓ₂ norm
+    (α → ∞). Label noise makes them decay, like a
     start that shrinks, and ends at the interpolant of least weighted ℓ₁ norm, which recovers a
     κ-sparse truth from O(κ ln d) examples. The zero-loss set is a manifold where z has full
     rank and no coordinate is 0.
@@ -148,7 +149,8 @@ class QuadraticallyParametrized(AbstractRegression):
     def recovery_window(self, scale: float, learning_rate: float) -> tuple[float, float]:
         """Steps of gradient descent between which a {0, 1}-sparse truth is recovered.
 
-        log(d/α)/η and 1/(η√(dα)), up to constants.
+        log(d/α)/η and 1/(η√(dα)), up to constants; `theory.recovery_stages` has bounds with
+        constants, for these inputs.
 
         References:
             [Ma2022, Theorem 9.4].

@@ -81,6 +81,20 @@ def test_wide_layers_keep_what_nothing_reaches():
     close("norms differ for ever", shift, np.full_like(shift, float(jnp.sum(dead**2))), 1e-9)
 
 
+def test_norms_of_middle_layers_meet_where_no_layer_is_wider_than_the_rank():
+    """At c² rank V each [Ziyin2024, (19), corrected], from norms that are 8-fold apart."""
+    net = models.DeepLinear(models.LinearStream(V[:2], [2.0, 1.0, 0.5], [0.3, 1.0]), [2, 2, 2])
+    norms = lambda point: jnp.stack([jnp.sum(weight**2) for weight in point[1:3]])
+    predicted = float(norms(net.equilibrium(jr.key(0)))[0])
+    rate, start = 0.02, lambda key: net.initial(key, (0.5, 0.8, 0.1, 0.5))
+    found = runs(net, start, rate=rate, steps=10000, seeds=12, observe={"norms": norms})["norms"]
+    first = found[:, 0].mean(0)
+    at_least("norms at the start, one over the other", first[0] / first[1], 5)
+    mean, error = mean_and_error(found[:, 10:])
+    bounds = 6 * rate * predicted + 4 * error
+    at_most("gap over its bound, key 0", np.max(np.abs(mean - predicted) / bounds), 1)
+
+
 # --- Two layers -------------------------------------------------------------------------------
 
 

@@ -33,8 +33,9 @@ def data():
     return models.FiniteData(x, jax.nn.relu(x @ TEACHER["W"].T) @ TEACHER["U"].T + noise)
 
 
-NET = models.NonlinearFactorization(data(), WIDTH, jax.nn.relu)
-EXAMPLES = NET.data.inputs, NET.data.targets
+DATA = data()
+EXAMPLES = DATA.inputs, DATA.targets
+NET = models.NonlinearFactorization(DATA, WIDTH, jax.nn.relu)
 LOSS = mf.LeastSquares(*EXAMPLES, predict=NET.predict, scale=2 / NUM_EXAMPLES)
 NEURONS = [symmetry.ExponentialSymmetry({"U": -e, "W": e[:, None]}) for e in jnp.eye(WIDTH)]
 LAYER = symmetry.ExponentialSymmetry({"U": -1.0, "W": 1.0})

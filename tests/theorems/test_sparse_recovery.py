@@ -106,6 +106,20 @@ def test_the_margin_is_the_best_of_all_dual_vectors():
         close(f"seed {seed}", found.margin, 1 + program.fun, 1e-7)
 
 
+def test_label_noise_ends_at_what_is_certified_from_every_start():
+    ends = {True: [], False: []}
+    for seed in range(8):
+        inputs, truth = sparse("gaussian", 6 + seed, 16, 3, 100 + seed)
+        starts = np.random.default_rng(seed).normal(size=(2, 2, 16))
+        flow = lambda u, v: theory.overparametrized_linear_flow(
+            inputs, inputs @ truth, u, v, time=400.0
+        )
+        is_unique = theory.sparse_recovery_certificate(inputs, truth).is_unique
+        ends[is_unique] += [np.max(np.abs(flow(*start) - truth)) for start in starts]
+    at_most(f"distance of {len(ends[True])} ends, certified", max(ends[True]), 1e-6)
+    at_least(f"distance of {len(ends[False])} ends, not certified", min(ends[False]), 0.01)
+
+
 def test_of_two_equal_columns_none_is_preferred():
     inputs = np.array([[1.0, 1.0, 0.5], [2.0, 2.0, -1.0]])
     found = theory.sparse_recovery_certificate(inputs, np.array([1.0, 0, 0]))
