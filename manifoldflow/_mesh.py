@@ -5,7 +5,8 @@ is hundreds of small messages. Here is the word: which arrays are cut along thei
 which are whole on every device.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -29,9 +30,9 @@ _ONE_MESSAGE = 2**26
 def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
     """A context in which examples are spread over devices, in messages that are few and large.
 
-    It is `jax.set_mesh` for a mesh with the axis `"examples"`: any mesh with an axis of that name
-    will do, of type Auto. Each device makes the rows of the Jacobian for its share of the
-    examples; it gets the factors of the others in one message, and makes its rows of the Gram
+    It is `jax.set_mesh` for a mesh with the axis `"examples"`; any mesh with an axis of that name
+    and of type Auto will do. Each device makes the rows of the Jacobian for its share of the
+    examples. It gets the factors of the others in one message, and makes its rows of the Gram
     matrix, which is then put together on all of them.
 
     ```python
@@ -53,7 +54,14 @@ def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
             f"mesh: examples must be at most the number of devices, {len(devices)}; got {count}. "
             "On CPUs, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them."
         )
-    return jax.set_mesh(Mesh(np.array(devices[:count]), (EXAMPLES,), axis_types=(AxisType.Auto,)))
+    return _in_force(Mesh(np.array(devices[:count]), (EXAMPLES,), axis_types=(AxisType.Auto,)))
+
+
+@contextmanager
+def _in_force(mesh: Mesh) -> Iterator[Mesh]:
+    # Called without `with`, `jax.set_mesh` is in force from then on.
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def num_shares(num_examples: int) -> int:

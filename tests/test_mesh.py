@@ -37,6 +37,15 @@ def test_a_mesh_without_the_axis_changes_nothing():
     assert trace == loss.trace_gauss_newton(jnp.ones(3))
 
 
+def test_a_mesh_is_in_force_within_its_context_only():
+    here = mf.mesh(examples=1)
+    assert jax.sharding.get_mesh().empty
+    with here as mesh:
+        equal("axes", mesh.axis_names, ("examples",))
+        equal("the mesh in force", jax.sharding.get_mesh().axis_names, ("examples",))
+    assert jax.sharding.get_mesh().empty
+
+
 def test_bad_input():
     loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=lambda w, x: w @ x)
     with refused(ValueError, "shard_examples", "mesh", "none"):
