@@ -23,6 +23,7 @@ from manifoldflow._clock import (
     LimitClock as LimitClock,
     SAMClock as SAMClock,
 )
+from manifoldflow._mesh import mesh as mesh
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._tree import split as split
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys

@@ -1,12 +1,6 @@
 """An ensemble is its members one by one, however they are batched, cut up and spread."""
 
 import functools
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import diffrax as dfx
 import equinox as eqx
@@ -18,39 +12,14 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
+from processes import finished, start, two_reports
 
-TESTS = pathlib.Path(__file__).parent
 KEYS = jr.split(jr.key(3), 7)
-
-
-def start(*arguments, num_devices):
-    """A program of ensemble_programs.py in a process with so many devices."""
-    count = f"--xla_force_host_platform_device_count={num_devices}"
-    flags = f"{os.environ['XLA_FLAGS']} {count}"
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(TESTS / "ensemble_programs.py"), *map(str, arguments)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process, timeout=300):
-    """What it printed last, read as JSON, and all that it printed."""
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, f"{out[-2000:]}\n{errors[-4000:]}"
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]), out
 
 
 def test_devices_and_chunks_change_nothing():
     """1, 2 and 8 devices, chunks of any size: the same numbers per member, no collectives."""
-    report, out = finished(start("devices", num_devices=8))
+    report, out = finished(start("ensemble_programs.py", "devices", num_devices=8))
     equal("devices", report["devices"], 8)
     for name, gap in report["gaps"].items():
         at_most(f"{name}: difference from the members one by one", gap, 1e-12)
@@ -66,19 +35,10 @@ def test_devices_and_chunks_change_nothing():
 
 def test_two_processes():
     """Four devices of two processes give the numbers of one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    both = [start("process", i, port, num_devices=2) for i in range(2)]
-    try:
-        for process in both:
-            report, _ = finished(process, timeout=120)
-            equal("devices", report["devices"], 4)
-            for name, gap in report["gaps"].items():
-                at_most(f"{name}: difference from the members one by one", gap, 1e-12)
-    finally:
-        for process in both:
-            process.kill()
+    for report in two_reports("ensemble_programs.py"):
+        equal("devices", report["devices"], 4)
+        for name, gap in report["gaps"].items():
+            at_most(f"{name}: difference from the members one by one", gap, 1e-12)
 
 
 # --- one device ----------------------------------------------------------------------------

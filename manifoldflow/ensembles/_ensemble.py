@@ -16,9 +16,10 @@ from jaxtyping import Array, PyTree
 
 from manifoldflow._boundary import checked, checked_but
 from manifoldflow._errors import checked_count, shapes_of
+from manifoldflow._mesh import placed
 from manifoldflow._run import meter_of
 from manifoldflow._types import Key
-from manifoldflow.ensembles._placement import mesh_of, placed
+from manifoldflow.ensembles._placement import mesh_of
 
 Progress = bool | dfx.AbstractProgressMeter | Callable[[dict[str, int]], None]
 

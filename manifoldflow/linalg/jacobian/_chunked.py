@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _mesh, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
@@ -49,23 +49,50 @@ class ChunkedJacobian(AbstractJacobian):
     def _example(self, index: int) -> Example:
         return jax.tree.map(lambda leaf: leaf[index], self.data)
 
+    @property
+    def _shares(self) -> tuple[int, int, int]:
+        """How many devices share the examples; of each share, how many chunks, of what size."""
+        num_shares = _mesh.num_shares(self._num_examples)
+        size = max(1, self.chunk_size // num_shares)
+        return num_shares, self._num_examples // num_shares // size, size
+
+    @property
+    def _has_tail(self) -> bool:
+        num_shares, full, size = self._shares
+        return num_shares * full * size < self._num_examples
+
     def _chunks(self, *others: Array) -> tuple[PyTree[Array], PyTree[Array]]:
-        """All full chunks, stacked, and the examples that are left."""
-        full = self._num_examples // self.chunk_size
-        cut = full * self.chunk_size
-        stack = lambda x: x[:cut].reshape(full, self.chunk_size, *x.shape[1:])
+        """All full chunks, stacked, and the examples that are left: the same of every share.
+
+        A chunk that crossed the borders of shares would be sent from device to device.
+        """
+        num_shares, full, size = self._shares
+
+        def stacked(x: Array) -> Array:
+            shares = x.reshape(num_shares, -1, *x.shape[1:])[:, : full * size]
+            chunks = shares.reshape(num_shares, full, size, *x.shape[1:]).swapaxes(0, 1)
+            return chunks.reshape(full, -1, *x.shape[1:])
+
+        def left(x: Array) -> Array:
+            shares = x.reshape(num_shares, -1, *x.shape[1:])[:, full * size :]
+            return shares.reshape(-1, *x.shape[1:])
+
         every = (self.data, *others)
-        return jax.tree.map(stack, every), jax.tree.map(lambda x: x[cut:], every)
+        return jax.tree.map(stacked, every), jax.tree.map(left, every)
 
     def _over_rows(self, fn: Callable[[Any], Array]) -> Float[Array, "n ..."]:
         """`fn` of every chunk of data, one result for each of its rows."""
         (head,), (tail,) = self._chunks()
+        num_shares = self._shares[0]
         # Without the checkpoint, reverse mode would keep all chunks after all.
         parts = jax.lax.map(jax.checkpoint(fn), head)
-        parts = parts.reshape(-1, *parts.shape[2:])
-        if self._num_examples % self.chunk_size == 0:
-            return parts
-        return jnp.concatenate([parts, fn(tail)])
+        shape = parts.shape[2:]
+        parts = parts.reshape(len(parts), num_shares, -1, *shape).swapaxes(0, 1)
+        parts = parts.reshape(num_shares, -1, *shape)
+        if self._has_tail:
+            rest = fn(tail).reshape(num_shares, -1, *shape)
+            parts = jnp.concatenate([parts, rest], axis=1)
+        return parts.reshape(-1, *shape)
 
     def mv(self, vector: Tangent) -> Float[Array, " n"]:
         return self._over_rows(lambda chunk: self._jacobian(chunk).mv(vector))
@@ -82,7 +109,7 @@ class ChunkedJacobian(AbstractJacobian):
 
         zeros = jax.tree.map(jnp.zeros_like, self.coordinates)
         total, _ = jax.lax.scan(add, zeros, head)
-        return total if self._num_examples % self.chunk_size == 0 else add(total, tail)[0]
+        return add(total, tail)[0] if self._has_tail else total
 
     def cross_gram(self, other: "ChunkedJacobian") -> Float[Array, "n m"]:
         def strip(chunk: Any) -> Float[Array, "rows m"]:

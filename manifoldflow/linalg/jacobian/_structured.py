@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _precision
+from manifoldflow import _mesh, _precision
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers
 from manifoldflow.linalg.jacobian import _taps
@@ -81,27 +81,46 @@ class StructuredJacobian(AbstractJacobian):
         total = jnp.zeros((self.num_examples, self.num_outputs), self._dtype)
         for blocks, leaf in zip(self.blocks, self._leaves_of(vector), strict=True):
             total = sum((block.mv(leaf) for block in blocks), total)
-        return total.reshape(-1)
+        return _mesh.whole(total.reshape(-1)) if self._is_spread else total.reshape(-1)
 
     def transpose_mv(self, vector: Float[Array, " rows"]) -> PyTree[Float[Array, "..."]]:
         """Jᵀ w, a PyTree like the parameters."""
+        # Whole first: else factorisations that the vector comes from are cut up as well.
+        vector = _mesh.whole(vector) if self._is_spread else vector
         weights = vector.reshape(self.num_examples, self.num_outputs)
-        return self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
+        weights = _mesh.cut(weights) if self._is_spread else weights
+        sums = self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
+        return _mesh.whole(sums) if self._is_spread else sums
 
     def cross_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         """J J'ᵀ with the Jacobian of the same model at another point or on other data."""
         self._check_comparable(other)
+        if self._is_spread:
+            return self._spread_gram(other)
+        return self._products(other)
+
+    def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
         for blocks, partners in zip(self.blocks, other.blocks, strict=True):
             for block, partner in zip(blocks, partners, strict=True):
                 total = total + block.cross_gram(partner).reshape(total.shape)
         return total
 
+    @property
+    def _is_spread(self) -> bool:
+        return _mesh.num_shares(self.num_examples) > 1
+
+    def _spread_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
+        """Each device has its own rows, and gets the factors of all others."""
+        mine = dataclasses.replace(self, blocks=_mesh.cut(self.blocks))
+        theirs = dataclasses.replace(other, blocks=_mesh.gathered(other.blocks))
+        return _mesh.whole(_mesh.cut(mine._products(theirs)))
+
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
         num_rows, strips = self._num_rows, []
         cuts = _strips(self.num_examples, num_rows)
-        if len(cuts) == 1:
+        if len(cuts) == 1 or self._is_spread:
             return self.cross_gram(self)
         for start, stop in cuts:
             rest = self.examples(start, self.num_examples)

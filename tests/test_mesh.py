@@ -1,0 +1,51 @@
+"""Examples over several devices: the same numbers, in messages that are few and chosen."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import manifoldflow as mf
+from checks import at_most, equal, refused
+from processes import finished, start, two_reports
+
+# One for the factors, one for the Gram matrix, and for each product with J or its transpose.
+MOST = 40
+
+
+def test_meshes_change_nothing_but_the_messages():
+    report, _ = finished(start("mesh_programs.py", "devices", num_devices=8))
+    _, control = report.pop("control")
+    assert control["all-to-all"], "rows in chunks without a mesh are sent about, and none was seen"
+    for name, (gap, sent) in report.items():
+        at_most(f"{name}: relative difference from one device", gap, 1e-10)
+        at_most(f"{name}: messages {sent}", sum(sent.values()), MOST)
+        assert set(sent) <= {"all-gather", "all-reduce"}, f"{name}: messages {sent}"
+    equal("messages on one device", report["drift, 1 devices"][1], {})
+    equal("messages on 2 and 8", report["drift, 2 devices"][1], report["drift, 8 devices"][1])
+
+
+def test_two_processes():
+    for report in two_reports("mesh_programs.py"):
+        equal("devices", report["devices"], 4)
+        at_most("relative difference from one device", report["gap"], 1e-10)
+
+
+def test_a_mesh_without_the_axis_changes_nothing():
+    loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=lambda w, x: w @ x)
+    with jax.set_mesh(jax.make_mesh((1,), ("other",))):
+        trace = loss.trace_gauss_newton(jnp.ones(3))
+    assert trace == loss.trace_gauss_newton(jnp.ones(3))
+
+
+def test_bad_input():
+    loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=lambda w, x: w @ x)
+    with refused(ValueError, "shard_examples", "mesh", "none"):
+        mf.shard_examples(loss)
+    with refused(ValueError, "mesh: examples", str(jax.device_count()), "1000"):
+        mf.mesh(examples=1000)
+
+
+@pytest.mark.parametrize("count", [0, 1.5, "all"])
+def test_bad_counts(count):
+    with refused(ValueError, "mesh: examples"):
+        mf.mesh(examples=count)
