@@ -123,7 +123,7 @@ def deep_linear_equilibrium_of_examples(
 def _batches(
     inputs: ArrayLike,
     targets: ArrayLike,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     batch_size: int | None,
     replacement: bool,
 ) -> _Batches:
