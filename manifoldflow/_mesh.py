@@ -71,6 +71,16 @@ def num_shares(num_examples: int) -> int:
     return size if num_examples % size == 0 else 1
 
 
+def check_axis(name: str, num_examples: int) -> None:
+    """Raise unless a mesh is in force over which so many examples can be spread."""
+    here = jax.sharding.get_abstract_mesh()
+    if EXAMPLES not in here.auto_axes or num_examples % here.shape[EXAMPLES]:
+        raise ValueError(
+            f"{name} needs a mesh in force whose axis {EXAMPLES!r} divides the {num_examples} "
+            f"examples; got {dict(here.shape)}. Call it within `with manifoldflow.mesh():`."
+        )
+
+
 def cut(tree: Tree) -> Tree:
     """Every array along its leading axis of examples."""
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(EXAMPLES))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
 import numpy as np
+import optax
 import pytest
 
 import manifoldflow as mf
@@ -181,3 +182,15 @@ def test_noise_on_a_point_that_is_a_module():
     drawn = eqx.filter_eval_shape(noise.gradient, place.manifold.loss, place.point, KEY)
     assert jax.tree.structure(drawn) == jax.tree.structure(place.coordinates)
     assert isinstance(linalg.factor_operator(place.coordinates, columns), lx.PyTreeLinearOperator)
+
+
+@pytest.mark.parametrize("noise", [mf.ResampledLabels(1), mf.FlippedLabels(1)], ids=repr)
+@pytest.mark.parametrize("targets", [[-1.0, 1.0], [0.5, 5.0]])
+def test_simulate_looks_at_the_labels_before_it_runs(noise, targets):
+    """Within the loop their values are not known: −1 would be drawn as a label 0."""
+    loss = cross_entropy(jnp.array(targets))
+    options = {"learning_rate": 0.1, "num_steps": 3, "key": KEY}
+    with refused(ValueError, "probabilities", "in [0, 1]"):
+        mf.simulate(loss, noise, optax.sgd, POINT, **options)
+    fitting = mf.simulate(cross_entropy(jnp.array([0.3, 0.7])), noise, optax.sgd, POINT, **options)
+    assert np.all(np.isfinite(fitting.final))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import manifoldflow as mf
-from checks import at_most, equal, refused
+from checks import at_most, close, equal, refused
 from processes import finished, start, two_reports
 
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose.
@@ -52,6 +52,18 @@ def test_bad_input():
         mf.shard_examples(loss)
     with refused(ValueError, "mesh: examples", str(jax.device_count()), "1000"):
         mf.mesh(examples=1000)
+
+
+def test_examples_are_sharded_within_jit_as_well():
+    def trace(x, y):
+        loss = mf.LeastSquares(x, y, predict=lambda w, x: w @ x)
+        return mf.shard_examples(loss).trace_gauss_newton(jnp.ones(3))
+
+    x, y = jnp.eye(3), jnp.ones(3)
+    with mf.mesh(examples=1):
+        close("tr", jax.jit(trace)(x, y), 1.0, 1e-14)
+    with refused(ValueError, "shard_examples", "mesh in force", "examples"):
+        jax.jit(trace)(x, y)
 
 
 @pytest.mark.parametrize("count", [0, 1.5, "all"])

@@ -134,6 +134,8 @@ def test_what_cannot_end_a_run():
     ):
         with refused(ValueError, "one truth value", "(3,)", "jnp.all"):
             run(lambda point: point < 0.9)
+        with refused(ValueError, "truth value", "float", "Compare it"):
+            run(lambda point: jnp.sum(point))
 
 
 def test_no_instruction_more_without_it():

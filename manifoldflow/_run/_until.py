@@ -46,4 +46,9 @@ def stops_at(until: Until, point: Point, drift_fn: Callable[[Point], Tangent]) -
             f"`until` must return one truth value; got an array of shape {found.shape}. Join its "
             "entries by jnp.all or jnp.any."
         )
-    return found.astype(bool)
+    if found.dtype != bool:
+        raise ValueError(
+            f"`until` must return a truth value; got a number of type {found.dtype}. Compare it, "
+            "e.g. loss(point) < 1e-3."
+        )
+    return found

@@ -2,12 +2,13 @@
 
 from typing import TypeVar
 
-import equinox as eqx
 import jax
 from jax.sharding import AxisType, Mesh
+from jaxtyping import Array
 
 from manifoldflow import _mesh
 from manifoldflow._boundary import checked
+from manifoldflow._errors import is_traced
 from manifoldflow.losses._base import AbstractExampleLoss, AbstractResidualLoss
 
 Loss = TypeVar("Loss", bound=AbstractResidualLoss | AbstractExampleLoss)
@@ -30,21 +31,33 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
     Raises:
         ValueError: no mesh at all; several axes, or N is not divisible.
     """
+    leaves = jax.tree.leaves(loss.data)
+    if mesh is None and is_traced(leaves):
+        _mesh.check_axis("shard_examples", len(leaves[0]))
+        return _with_data(loss, _mesh.cut(leaves))
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
-    num_examples = jax.tree.leaves(loss.data)[0].shape[0]
     if mesh.empty:
         raise ValueError(
             "shard_examples needs a mesh; got none. Call it within `with manifoldflow.mesh():`, or "
             "hand over a jax.sharding.Mesh with one axis."
         )
-    if len(mesh.axis_names) != 1 or num_examples % mesh.size:
+    num_examples, shape = len(leaves[0]), dict(mesh.shape)
+    if len(shape) != 1:
+        raise ValueError(
+            f"shard_examples needs a mesh with one axis, for {num_examples} examples; got "
+            f"{shape}. Make one by `with manifoldflow.mesh():`."
+        )
+    if num_examples % mesh.size:
         raise ValueError(
             "shard_examples needs a mesh with one axis whose size divides the number of "
-            f"examples; got {dict(mesh.shape)} and {num_examples} examples. Drop "
+            f"examples; got {shape} and {num_examples} examples. Drop "
             f"{num_examples % mesh.size} of them, or use fewer devices."
         )
     # With Explicit axes JAX asks for the sharding of every intermediate array.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
-    leaves = jax.tree.leaves(loss.data)
-    sharded = [_mesh.placed(leaf, mesh, is_split=True) for leaf in leaves]
-    return eqx.tree_at(lambda loss: jax.tree.leaves(loss.data), loss, sharded)
+    return _with_data(loss, [_mesh.placed(leaf, mesh, is_split=True) for leaf in leaves])
+
+
+def _with_data(loss: Loss, leaves: list[Array]) -> Loss:
+    found = dict(zip(map(id, jax.tree.leaves(loss.data)), leaves))
+    return jax.tree.map(lambda leaf: found.get(id(leaf), leaf), loss)

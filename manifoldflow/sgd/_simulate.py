@@ -20,7 +20,7 @@ from manifoldflow._results import delivered_solution, Observables, RESULTS, Solu
 from manifoldflow._run import checked_observables, meter_of, row_reports, Stationary
 from manifoldflow._types import Key, Point
 from manifoldflow.losses import AbstractLoss
-from manifoldflow.noise import AbstractStochasticGradient
+from manifoldflow.noise import AbstractDataNoise, AbstractStochasticGradient
 from manifoldflow.sgd._loop import Problem, steps_of_saves, whole_run
 from manifoldflow.sgd._optimizer import checked_optimizer
 from manifoldflow.sgd._resume import resumable_run
@@ -174,6 +174,9 @@ def _check_kinds(loss: Any, noise: Any) -> None:
             f"from SAMGradient; got a {type(noise).__name__}. IsotropicNoise(0.0) gives full "
             "gradients."
         )
+    if isinstance(noise, AbstractDataNoise):
+        # The values of labels: they are not known where gradients are drawn, inside jit.
+        noise.checked(loss)
 
 
 def _checked_ends(noise: Any, num_steps: Any, end_time: Any) -> bool:
