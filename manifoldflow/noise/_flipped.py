@@ -31,8 +31,9 @@ class FlippedLabels(AbstractDataNoise):
         batch_size: B, drawn without replacement; None for all.
 
     Raises:
-        ValueError: another loss; more than two classes; labels of several probabilities, for which
-            c differs from example to example; a batch size below 1 or above N.
+        ValueError: another loss; more than two classes; a batch size below 1 or above N. On a
+            `ZeroLossManifold` outside of jit also labels of several probabilities, where c differs
+            from example to example; `simulate` takes them.
 
     References:
         [LiWangArora2022, Corollary 5.2].
