@@ -99,8 +99,8 @@ def is_gradient_flow(
         A `GradientFlowCheck`, true if all that was measured vanishes.
 
     Raises:
-        ValueError: a loop that is not closed, or too rough to be integrated; a manifold of
-            dimension 0.
+        ValueError: a loop that is not closed, or too rough to be integrated; a metric that is not
+            symmetric and positive at the point; a manifold of dimension 0.
 
     Assumes:
         The drift is differentiable in forward mode, as those of all flows here are.
@@ -128,6 +128,7 @@ def is_gradient_flow(
     tangents = np.asarray(_random_tangents(field, coordinates, key, count))
     if not is_estimate:
         tangents = np.linalg.qr(tangents.T)[0].T
+    _check_metric(field, coordinates, tangents)
     here, near = (
         np.asarray(_derivatives(field, x, jnp.asarray(tangents)))
         for x in (coordinates, jittered(coordinates))
@@ -168,8 +169,29 @@ class _Form(eqx.Module):
         along = self.project(x, self.flow.drift(point))
         if self.metric is None:
             return along
-        lowered = _tree.as_tangent(x, self.metric(point, along), "The metric's value")
-        return self.project(x, lowered)
+        return self.project(x, self.lowered(x, along))
+
+    def lowered(self, x: Coordinates, vector: Tangent) -> Tangent:
+        assert self.metric is not None
+        value = self.metric(_tree.join(x, self.remainder), vector)
+        return _tree.as_tangent(x, value, "The metric's value")
+
+
+def _check_metric(field: _Form, coordinates: Coordinates, tangents: np.ndarray) -> None:
+    """A metric that vanishes, or is of both signs, would make a gradient of any drift."""
+    if field.metric is None:
+        return
+    unravel = _tree.ravel(coordinates)[1]
+    lower = lambda vector: _tree.ravel(field.lowered(coordinates, unravel(vector)))[0]
+    products = tangents @ np.asarray(jax.lax.map(lower, jnp.asarray(tangents))).T
+    values = np.linalg.eigvalsh((products + products.T) / 2)
+    size, small = np.max(np.abs(products)), _precision.eps_of_dtype(tangents) ** 0.5
+    if not np.max(np.abs(products - products.T)) <= small * size or not values[0] > 0:
+        raise ValueError(
+            "is_gradient_flow: metric must be symmetric and positive on tangents; got one whose "
+            f"least value is {values[0]:.3g} and whose largest entry is {size:.3g}. Give "
+            "metric(point, v) = Mv."
+        )
 
 
 @eqx.filter_jit

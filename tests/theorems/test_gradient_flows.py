@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 import scipy.special
 
 import manifoldflow as mf
@@ -167,3 +168,11 @@ def test_what_cannot_be_asked():
     one = mf.LevelSet(lambda x: x[:2] - 1)
     with refused(ValueError, "dimension 1 or more"):
         diagnostics.is_gradient_flow(Along(lambda x: x, one), jnp.ones(2), key=jr.key(1))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_what_is_no_metric(factor):
+    flow = mf.RiemannianGradientFlow(mf.LevelSet(lambda x: jnp.sum(x**2) - 1), lambda x: x[0])
+    metric = lambda point, vector: factor * vector
+    with refused(ValueError, "metric", "symmetric and positive"):
+        diagnostics.is_gradient_flow(flow, jnp.array([0.0, 0.6, 0.8]), metric=metric)
