@@ -55,7 +55,7 @@ class AbstractNoise(AbstractStochasticGradient):
 
     @abc.abstractmethod
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """The factor F, from the noise space to tangents; F Fᵀ is the covariance of the gradient."""
+        """The factor F, from the noise space to tangents; F Fᵀ is the gradient's covariance."""
 
     def covariance(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         """The covariance Σ(point) = F Fᵀ, a self-adjoint lineax operator on tangents."""

@@ -137,6 +137,7 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
         return setting.hessian_multiple is not None and setting.has_residuals
 
     def preconditioner(self, second_moments: Array) -> Array:
+        # ε beside the root, as Optax has it, and not under it.
         return 1 / (jnp.sqrt(second_moments) + self.eps.astype(second_moments.dtype))
 
     @property
