@@ -84,4 +84,4 @@ def _declared(name: str) -> tuple[str, dict[str, tuple[str, str]]]:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
         if package != name and (extra is None or extra[1] in EXTRAS):
             required.setdefault(package, (bounds.strip().strip("()"), extra[1] if extra else ""))
-    return metadata.metadata(name).get("Requires-Python", ""), required
+    return metadata.metadata(name)["Requires-Python"] or "", required
