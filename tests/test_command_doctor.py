@@ -60,6 +60,7 @@ def test_it_is_listed(capsys):
     assert "`manifoldflow doctor --help` lists" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_the_exit_status_says_whether_something_is_wrong(capsys, monkeypatch):
     sections = {
         "One": lambda: [Finding("sound"), Finding("slow", "Do this")],
@@ -83,6 +84,7 @@ def test_no_names_of_users():
     equal("remedy", str(Finding("x", f"see {home}/y")), "- note: x. see ~/y")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("version", "bounds", "expected"),
     [
@@ -160,6 +162,7 @@ def test_threads(monkeypatch):
     assert not any(finding.remedy for finding in _machine.threads({}))
 
 
+@pytest.mark.quick
 def test_compiled_programs(monkeypatch, tmp_path):
     least = "jax_persistent_cache_min_compile_time_secs"
     settings = {"jax_compilation_cache_dir": None, least: 0.0}
