@@ -82,7 +82,8 @@ KINDS["nonnegative"] = KINDS["number"] | {"negative": -1.0}
 ARGUMENTS = {
     "instance": "manifold loss flow noise retraction solver adjoint method gram walk mesh jacobian"
     " operator left right multipliers tangents residual_factor hessian check mlp"
-    " loss_or_manifold symmetry symmetries until network_ objective optimizer local update use report",
+    " loss_or_manifold symmetry symmetries until network_ objective optimizer local update use"
+    " report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
     " mv operation margin_loss velocity_fn",
@@ -109,7 +110,7 @@ ARGUMENTS = {
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise features weights labels generator direction start coefficients second_moments"
     " margins gradients",
-    "word": "kind design distribution",
+    "word": "kind design distribution per",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",

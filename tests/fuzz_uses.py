@@ -51,6 +51,7 @@ USES = {
         "method": "flow", "end_time": 0.1, "max_steps": 9, "num_saves": 2, "stationarity": 0.1,
         "observe": {"first": lambda w: w[0]}, "throw": False,
     },
+    "walks.Flatness": {}, "walks.LargestEigenvalue": {}, "walks.WeightNorm": {},
     "walks.Rounding": {"bits": 4, "per": "row"},
     "linalg.eigh": {"matrix": np.diag([0.0, 1.0, 2.0])},
     "linalg.Recognised": {"use": Halved()},

@@ -81,6 +81,23 @@ def test_rounding_keeps_vectors_and_zeros():
     assert jnp.all(jnp.isfinite(slope)), slope
 
 
+def test_objectives_of_ones_own():
+    class LargestBias(walks.AbstractObjective):
+        name = property(lambda self: "largest bias")
+
+        def __call__(self, loss, point):
+            return jnp.max(jnp.abs(point))
+
+    found = mf.walk(product(), jnp.array([4.0, 0.25]), objective=LargestBias(), max_steps=2)
+    assert walks.before_after(found).values["largest bias"][1] < 4
+
+
+@pytest.mark.parametrize("objective", [walks.Flatness(), walks.LargestEigenvalue()])
+def test_one_residual_has_one_eigenvalue(objective):
+    """G = ∇f∇fᵀ: its trace and its largest eigenvalue are ‖∇f‖² = w₀² + w₁²."""
+    close("objective", objective(product(), jnp.array([2.0, 0.5])), 4.25, 1e-12)
+
+
 def zero_rows():
     return mf.LeastSquares(jnp.eye(2), jnp.ones((2, 2)), predict=lambda w, x: w @ x)
 
@@ -126,7 +143,7 @@ def test_outputs_under_a_cross_entropy_stay(objective):
     at_most(f"{name}: after / before", after / before, 0.8)
     at_most("largest change of an output", table.values["largest change of an output"][1], 1e-10)
     close("loss", table.values["loss"][1], table.values["loss"][0], 1e-10)
-    assert str(table).startswith("Stopped early after 5 steps."), str(table)
+    assert str(table).startswith("Ended after 5 steps."), str(table)
 
 
 def test_a_spent_budget_of_a_flow_keeps_what_was_reached():
@@ -139,7 +156,7 @@ def test_a_spent_budget_of_a_flow_keeps_what_was_reached():
         max_steps=3,
         stationarity=1e-9,
     )
-    equal("result", bool(found.result == mf.RESULTS.stopped_early), True)
+    equal("result", bool(found.result == mf.RESULTS.successful), True)
     assert np.isfinite(found.final).all() and np.isfinite(found.points).all(), found.points
     equal("final is the last save", found.final.tolist(), found.points[-1].tolist())
 

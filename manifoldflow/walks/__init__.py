@@ -1,4 +1,4 @@
-"""Walks that keep what a network does on its data, and lower its curvature or its rounding error."""
+"""Walks that keep what a network does on its data, and lower its curvature or rounding error."""
 
 from manifoldflow.walks._before_after import (
     before_after as before_after,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from manifoldflow._boundary import checked
-from manifoldflow._results import RESULTS, Solution
+from manifoldflow._results import Solution
 
 
 class BeforeAfter(NamedTuple):
@@ -50,17 +50,11 @@ def before_after(solution: Solution) -> BeforeAfter:
     """
     if np.ndim(solution.times) != 1:
         raise ValueError(
-            "before_after takes one solution; got a batch of shape "
-            f"{np.shape(solution.times)[:-1]}. Take one of them, jax.tree.map(lambda x: x[0], solutions)."
+            f"before_after takes one solution; got a batch, {np.shape(solution.times)[:-1]}. Take "
+            "one of them, jax.tree.map(lambda x: x[0], solutions)."
         )
     observed = {name: np.asarray(seen) for name, seen in solution.observables.items()}
     ends = {name: (seen[0], seen[-1]) for name, seen in observed.items() if seen.ndim == 1}
     values = {name: (float(first), float(last)) for name, (first, last) in ends.items()}
-    result, steps = solution.result, int(solution.stats["num_steps"])
-    if result == RESULTS.successful:
-        how = "Done"
-    elif result == RESULTS.stopped_early:
-        how = "Stopped early"
-    else:
-        how = "Failed"
-    return BeforeAfter(values, f"{how} after {steps} steps.")
+    how = "Ended" if solution.is_successful else "Failed"
+    return BeforeAfter(values, f"{how} after {int(solution.stats['num_steps'])} steps.")

@@ -70,8 +70,8 @@ def walk(
         throw: raise when the walk fails.
 
     Returns:
-        A `Solution`; `final` is the new model, `print(walks.before_after(solution))` a table. Its
-        result is `stopped_early` where the budget ended the walk.
+        A `Solution`; `final` is the new model, `print(walks.before_after(solution))` a table. A
+        budget that is used up is no failure.
 
     Raises:
         ValueError: wrong options; a loss without outputs and no manifold.
@@ -207,6 +207,7 @@ def _ended(solution: Solution) -> Solution:
     """A budget that is used up, and rounding, end a walk as well as stationarity does."""
     result = solution.result
     is_spent = (result == RESULTS.max_steps_reached) | (result == RESULTS.stalled)
+    is_fine = is_spent | (result == RESULTS.stopped_early)
     # Saves that were not reached are NaN.
     is_there = [
         jnp.isfinite(x.reshape(len(x), -1)).all(1) for x in jax.tree.leaves(solution.points)
@@ -220,7 +221,7 @@ def _ended(solution: Solution) -> Solution:
         points=_tree.where(is_spent, last(solution.points), solution.points),
         observables=_tree.where(is_spent, last(solution.observables), solution.observables),
         stats=solution.stats,
-        result=_tree.where(is_spent, RESULTS.stopped_early, result),
+        result=_tree.where(is_fine, RESULTS.successful, result),
         final_coordinates=_tree.where(is_spent, kept, solution.final_coordinates),
         remainder=eqx.combine(solution.frozen, solution.remainder.tree),
         clock=solution.clock,
