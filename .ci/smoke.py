@@ -45,10 +45,13 @@ def run(path: pathlib.Path, folder: pathlib.Path, log: pathlib.Path) -> None:
     """In the process of its own; what it says goes to a file."""
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    if path.suffix == ".py":
-        run_script(path, folder)
-    else:
-        run_notebook(path)
+    try:
+        if path.suffix == ".py":
+            run_script(path, folder)
+        else:
+            run_notebook(path)
+    finally:
+        print(f"{time.process_time():.0f} s of processor time", flush=True)
 
 
 def watched(path: pathlib.Path, folder: pathlib.Path) -> bool:
