@@ -146,6 +146,8 @@ def source_of(uri: str) -> str:
         return "README.md"
     if uri.startswith("notebooks/"):
         return uri.removesuffix(".md") + ".ipynb"
+    if uri.startswith("source/"):
+        return uri.removeprefix("source/").removesuffix(".md")
     return f"docs/{uri}"
 
 
@@ -212,14 +214,15 @@ def added_pages() -> dict[str, str | bytes]:
     pages |= {f"api/{package}.md": package_page(package) for package in packages()}
     for path in notebooks():
         pages |= notebook_pages(path)
-    written = {path.relative_to(ROOT / "docs").as_posix(): path for path in markdown_files()}
-    texts = {uri: path.read_text(encoding="utf-8") for uri, path in written.items()}
+    texts = {path.relative_to(ROOT / "docs").as_posix(): path for path in markdown_files()}
+    texts = {uri: path.read_text(encoding="utf-8") for uri, path in texts.items()}
     texts |= {uri: text for uri, text in pages.items() if isinstance(text, str)}
-    for uri, text in texts.items():
+    while texts:  # what is linked may have links itself
+        uri, text = texts.popitem()
         for link in links(text) if uri.endswith(".md") else ():
             path = target(source_of(uri), link)
             if path and not path.startswith("docs/") and uri_of(path) not in pages:
-                pages[uri_of(path)] = linked_file(path)
+                pages[uri_of(path)] = texts[uri_of(path)] = linked_file(path)
     return pages
 
 

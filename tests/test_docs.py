@@ -93,3 +93,17 @@ def test_citation_file_has_every_reference():
     listed = re.findall(r"^- \*\*[A-Za-z]+(\d{4})\*\*", TEXTS["references.md"], re.MULTILINE)
     citation = (pages.ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^    year: (\d{4})$", citation, re.MULTILINE)) == sorted(listed)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "agree"),
+    [
+        ("tr 31.2 of 1e-07", "tr 31.0 of 8e-06", True),
+        ("tr 31.2", "tr 26.0", False),
+        ("4 passed", "4 passed in 3.2s", True),
+        ("holds: True", "holds: False", False),
+        ("η = 0.1: 5", "η = 0.1", False),
+    ],
+)
+def test_shown_lines_are_compared(shown, printed, agree):
+    assert pages.agree(shown, printed) == agree
