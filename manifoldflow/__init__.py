@@ -113,6 +113,7 @@ if _typing.TYPE_CHECKING:
         models as models,
         optimize as optimize,
         theory as theory,
+        walks as walks,
     )
     from manifoldflow.diagnostics import (
         explain as explain,
@@ -142,6 +143,7 @@ def __getattr__(name: str) -> _typing.Any:
         ),
         "sgd": ("SAMGradient", "simulate"),
         "theory": (),
+        "walks": (),
     }
     for room, names in rooms.items():
         if name == room or name in names:
