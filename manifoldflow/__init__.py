@@ -1,4 +1,4 @@
-"""Where SGD goes after the loss is zero: geometry of zero-loss manifolds in JAX.
+"""Training beyond zero loss: differential geometry of zero-loss manifolds in JAX.
 
 loss ─► manifold ─┬─► flow ─► solve ─► Solution
          noise ───┘
@@ -128,6 +128,7 @@ if _typing.TYPE_CHECKING:
         RiemannianTrustRegion as RiemannianTrustRegion,
     )
     from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
+    from manifoldflow.walks import walk as walk
 
 
 def __getattr__(name: str) -> _typing.Any:
@@ -143,7 +144,7 @@ def __getattr__(name: str) -> _typing.Any:
         ),
         "sgd": ("SAMGradient", "simulate"),
         "theory": (),
-        "walks": (),
+        "walks": ("walk",),
     }
     for room, names in rooms.items():
         if name == room or name in names:
