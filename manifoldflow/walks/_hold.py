@@ -26,6 +26,17 @@ class HeldOutputs(NamedTuple):
         worst: the largest `change` of all steps so far.
         num_steps: steps so far.
         num_shortened: those of them that were shortened to keep `change` in bounds.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> import optax
+        >>> weights = jnp.array([3.0, 4.0])
+        >>> circle = mf.LevelSet(lambda w: w @ w - 25)
+        >>> optimizer = mf.walks.hold_outputs(optax.sgd(0.1), circle, weights)
+        >>> state = optimizer.init(weights)
+        >>> print(state.worst, state.num_steps)
+        0.0 0
     """
 
     inner: PyTree[Any]
