@@ -112,7 +112,7 @@ def largest_eigenvalue(loss: Any, model: Any) -> float:
 def large(is_smoke: bool, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Each stage is kept on disk, so that what is cut goes on from there."""
     width, num_examples, batch = (32, 100, 50) if is_smoke else (960, 2000, 250)
-    num_train, num_leg, most_legs = (200, 20, 3) if is_smoke else (1500, 50, 40)
+    num_train, num_leg, most_legs = (200, 20, 3) if is_smoke else (1000, 100, 20)
     images, labels = digits(num_examples)
     loss = mf.LeastSquares(images, labels)
     model = eqx.nn.MLP(64, 10, width, 2, activation=jnp.tanh, key=jr.key(0))

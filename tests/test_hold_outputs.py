@@ -45,7 +45,7 @@ def test_old_outputs_stay_while_new_ones_are_learned():
     held, state, changes = trained(mf.walks.hold_outputs(optax.adam(0.02), MANIFOLD, MODEL), 400)
     plain, _, moved = trained(optax.adam(0.02), 400)
     at_most("new loss", LOSS(held), 1e-3 * LOSS(MODEL))
-    at_most("change of old outputs", jnp.max(changes), 1e-6)
+    at_most("change of old outputs", jnp.max(changes), 1e-4)
     at_least("without", moved[-1], 0.1)
     close("the certificate, last", state.change, changes[-1], 1e-6, scale=1)
     close("the certificate, worst", state.worst, jnp.max(changes), 1e-12, scale=1)

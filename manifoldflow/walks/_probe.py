@@ -135,7 +135,7 @@ def _vanish(asked: Callable[[Array, Array], Any], outputs: Outputs) -> bool:
     f, v = rng.standard_normal((2, _NUM_OUTPUTS_TRIED, *outputs.shape[1:]))
     with jax.ensure_compile_time_eval(), _precision.full_precision():
         dtype = jnp.promote_types(outputs.dtype, jnp.float32)
-        found = jax.tree.leaves(jax.vmap(asked)(jnp.asarray(f, dtype), jnp.asarray(v, dtype)))
+        found = jax.tree.leaves(jax.jit(jax.vmap(asked))(f.astype(dtype), v.astype(dtype)))
     if is_traced(found):
         return True
     return all(
