@@ -14,6 +14,13 @@ class BeforeAfter(NamedTuple):
     Attributes:
         values: name → (before, after), of observables that are single numbers.
         summary: how the run ended and what it took, a sentence.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> print(mf.walks.BeforeAfter({"trace of G": (4.25, 2.0)}, "Ended after 9 steps."))
+        Ended after 9 steps.
+                         before       after
+        trace of G         4.25           2
     """
 
     values: dict[str, tuple[float, float]]
