@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
-from manifoldflow._errors import checked_point, described, numbers, shapes_of
+from manifoldflow._errors import checked_point, described, is_traced, numbers, shapes_of
 from manifoldflow._garbage import rare_collections
 from manifoldflow._signatures import readable
 from manifoldflow._tracebacks import shortened, with_few_frames
@@ -48,9 +48,9 @@ class _Unfit(Exception):
     """The value is not what the annotation says."""
 
 
-def checked_but(*arguments: str) -> Callable[[Function], Function]:
-    """`checked` for all arguments but these."""
-    return lambda fn: _checked_function(fn, arguments)
+def checked_but(*arguments: str, is_concrete: bool = False) -> Callable[[Function], Function]:
+    """`checked`, or `checked_concrete`, for all arguments but these."""
+    return lambda fn: _checked_function(fn, arguments, is_concrete)
 
 
 def checked(fn: Function) -> Function:
@@ -65,7 +65,19 @@ def checked(fn: Function) -> Function:
     return _checked_function(fn, ())
 
 
-def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
+def checked_concrete(fn: Function) -> Function:
+    """`checked` for functions that compute with NumPy or branch on values.
+
+    Raises:
+        ValueError: on a call with arrays that are being traced. Otherwise the first conversion to
+            NumPy, somewhere within, would end in a `TracerArrayConversionError`.
+    """
+    return _checked_function(fn, (), is_concrete=True)
+
+
+def _checked_function(
+    fn: Function, left_out: tuple[str, ...], is_concrete: bool = False
+) -> Function:
     signature = inspect.signature(fn)
     wanted = {name: p.annotation for name, p in signature.parameters.items()}
     signature = readable(signature)
@@ -80,6 +92,8 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return fn(*args, **kwargs)  # Python itself says best which argument is missing.
+        if is_concrete:
+            _refuse_tracing(name, (args, kwargs))
         sizes: dict[str, int] = {}
         try:
             for argument in plain:
@@ -100,7 +114,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 raise
             raise short from None
 
-    call.__signature__ = readable(signature)  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return typing.cast(Function, call)
 
 
@@ -120,6 +134,15 @@ _REFUSALS = {
     "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
     "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
 }
+
+
+def _refuse_tracing(name: str, arguments: Any) -> None:
+    # Inside jit JAX traces operations on constants as well: an addition tells.
+    if is_traced(arguments) or is_traced(jnp.add(0, 0)):
+        raise ValueError(
+            f"{name} needs concrete numbers; got a call within jit, vmap or grad. Call it outside, "
+            "with arrays that are not traced."
+        )
 
 
 def _of_jax(error: Exception) -> str | None:

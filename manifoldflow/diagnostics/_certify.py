@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.diagnostics._checks import counted_constraints
@@ -106,7 +106,7 @@ class TwoLayer(Protocol):
     def features(self, point: Any) -> Array: ...
 
 
-@checked
+@checked_concrete
 def certify(
     manifold: AbstractManifold,
     path: Solution | Point,

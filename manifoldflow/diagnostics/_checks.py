@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.geometry import (
@@ -66,7 +66,7 @@ class SlopeCheck(eqx.Module):
         )
 
 
-@checked
+@checked_concrete
 def check_gradient(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -93,7 +93,7 @@ def check_gradient(
     return _check("gradient", errors, 2, point, start)
 
 
-@checked
+@checked_concrete
 def check_hessian(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -124,7 +124,7 @@ def check_hessian(
     return _check("Hessian", errors, 3, point, start)
 
 
-@checked
+@checked_concrete
 def check_retraction(
     manifold: AbstractManifold,
     retraction: AbstractRetraction,
@@ -173,7 +173,7 @@ class GeodesicCheck(eqx.Module):
         return self.holds
 
 
-@checked
+@checked_concrete
 def check_geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -248,7 +248,7 @@ def counted_constraints(manifold: AbstractManifold, point: Point) -> int:
     return found[0]
 
 
-@checked
+@checked_concrete
 def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
     """Are all constraints independent at this point?
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.geometry import (
@@ -54,7 +54,7 @@ class ConvexityCheck(eqx.Module):
         )
 
 
-@checked
+@checked_concrete
 def check_geodesic_convexity(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],

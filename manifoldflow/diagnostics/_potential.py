@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.diagnostics._loops import Circulation, circulation_of, closed_curve, jittered
@@ -60,7 +60,7 @@ class GradientFlowCheck(eqx.Module):
         return f"{words}; relative tolerance {self.tolerance:.0e}"
 
 
-@checked
+@checked_concrete
 def is_gradient_flow(
     flow: AbstractFlow,
     point: Point,

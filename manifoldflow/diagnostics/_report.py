@@ -6,8 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 
-from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_count, checked_positive, is_traced
+from manifoldflow._boundary import checked_concrete
+from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._entries import LeafTrace, LeftOut, Quantity
 from manifoldflow.diagnostics._writer import Options, Writer
@@ -56,7 +56,7 @@ class Report(eqx.Module):
         return str(self)
 
 
-@checked
+@checked_concrete
 def report(
     loss: AbstractLoss,
     point: Point,
@@ -107,8 +107,6 @@ def report(
     References:
         [LiWangArora2022; MulayoffMichaeli2024].
     """
-    if is_traced((loss, point)):
-        raise ValueError("report writes a table from numbers: call it outside jit and vmap.")
     rate = learning_rate
     if rate is not None:
         rate = float(checked_positive("report: learning_rate", learning_rate))

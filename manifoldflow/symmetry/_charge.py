@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked, checked_concrete
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._check import asymmetry_of, default_tolerance, share, SymmetryCheck
@@ -95,7 +95,7 @@ def _integral(
     return charge(end)
 
 
-@checked
+@checked_concrete
 def check_charge(
     charge: Callable[[Point], Any],
     example_loss: ExampleLoss,

@@ -55,7 +55,7 @@ class SymmetryCheck(eqx.Module):
         )
 
 
-@checked_but("symmetry")
+@checked_but("symmetry", is_concrete=True)
 def check_symmetry(
     symmetry: ExponentialSymmetry | ProductSymmetry,
     example_loss: ExampleLoss,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
@@ -94,7 +94,7 @@ def search(
     return Search(points, example_loss, data, leaves_of(coordinates), shares, tolerance)
 
 
-@checked
+@checked_concrete
 def find_rescalings(
     network: Point,
     example_loss: ExampleLoss,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._types import Example, Point, Tangent
 from manifoldflow.symmetry._find import Search, search
 from manifoldflow.symmetry._gradients import (
@@ -38,7 +38,7 @@ class _Leaves:
         return tuple(leaves[number] for number in self.numbers)
 
 
-@checked
+@checked_concrete
 def find_products(
     network: Point,
     example_loss: ExampleLoss,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._types import Point
 from manifoldflow.symmetry._check import default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._find import search
@@ -34,7 +34,7 @@ class Scaling(eqx.Module):
         return f"{self.where} scaled; {self.check}"
 
 
-@checked
+@checked_concrete
 def find_scalings(
     network: Point,
     example_loss: ExampleLoss,

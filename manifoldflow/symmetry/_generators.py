@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _precision, _tree
@@ -250,7 +251,9 @@ def checked_symmetric(matrix: Any) -> Float[Array, "d d"]:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"The generator must be a square matrix; got shape {matrix.shape}.")
     if not is_traced(matrix):
-        gap, size = (float(jnp.max(jnp.abs(m))) for m in (matrix - matrix.T, matrix))
+        # By NumPy: within jit JAX traces operations on constants as well.
+        known = np.asarray(matrix)
+        gap, size = (float(np.max(np.abs(m))) for m in (known - known.T, known))
         if not gap <= 1e-5 * size:
             raise ValueError(
                 f"The generator must be symmetric; got a matrix with |A − Aᵀ| up to {gap:.2g}. An "
