@@ -108,6 +108,22 @@ def described_leaves(tree: PyTree[Any]) -> str:
     return ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))[:600]
 
 
+def name_of(path: Any) -> str:
+    """A leaf, as messages and tables call it."""
+    return jax.tree_util.keystr(path).removesuffix(".value") or "the point"
+
+
+def refuse_nonfinite(name: str, coordinates: PyTree[Any]) -> None:
+    """Refuse a model with NaN or inf in it, and name the leaves."""
+    named = jax.tree_util.tree_leaves_with_path(coordinates)
+    wrong = [name_of(path) for path, leaf in named if not np.all(np.isfinite(np.asarray(leaf)))]
+    if wrong:
+        raise ValueError(
+            f"{name} needs a model of finite numbers; got NaN or inf in {', '.join(wrong)}. "
+            "Take the last point before training went wrong."
+        )
+
+
 def checked_indices(indices: Any, length: int) -> Any:
     """Indices of examples; JAX would take the nearest one for those out of range."""
     if isinstance(indices, slice) or is_traced(indices):

@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from manifoldflow import _tree
+from manifoldflow._errors import name_of, refuse_nonfinite
 from manifoldflow._results import RESULTS
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._chunks import Chunks, GaussNewton, Gradient
@@ -21,7 +22,7 @@ from manifoldflow.diagnostics._entries import (
     mean_of,
     Quantity,
 )
-from manifoldflow.diagnostics._finite import name_of, refuse_infinite, refuse_nonfinite
+from manifoldflow.diagnostics._finite import refuse_infinite
 from manifoldflow.diagnostics._gauge import least_norm
 from manifoldflow.diagnostics._kinks import kinks_of
 from manifoldflow.diagnostics._krylov import top_eigenvalues
@@ -84,7 +85,7 @@ class Writer:
 
     def write(self) -> None:
         coordinates, _ = self.loss.split(self.point)
-        refuse_nonfinite(coordinates)
+        refuse_nonfinite("report", coordinates)
         self.add("coordinates", _tree.size(coordinates), None, "D, numbers that may move")
         if not isinstance(self.loss, AbstractExampleLoss):
             self._plain()

@@ -1,7 +1,7 @@
 """Generators of symmetries: symmetric matrices A on tangents, never D×D unless given so.
 
-All that is asked of A is Av, e^{λA}v and ‖A‖; those with known eigenvectors say them too,
-as the modes of a vector, on which A is a multiplication by rates.
+The methods are Av, e^{λA}v and ‖A‖. Generators with known eigenvectors also give the modes of a
+vector, on which A is a multiplication by rates.
 """
 
 import abc
@@ -26,11 +26,11 @@ class AbstractGenerator(eqx.Module):
 
     @abc.abstractmethod
     def mv(self, vector: Tangent) -> Tangent:
-        """Av."""
+        """The product Av."""
 
     @abc.abstractmethod
     def exp_mv(self, parameter: Scalar, vector: Tangent) -> Tangent:
-        """e^{λA}v."""
+        """The product e^{λA}v."""
 
     @abc.abstractmethod
     def norm(self, vector: Tangent) -> Scalar:
@@ -73,11 +73,11 @@ class AbstractSpectralGenerator(AbstractGenerator):
 
 
 class Elementwise(AbstractSpectralGenerator):
-    """A = diag(weights).
+    """The diagonal generator A = diag(weights).
 
     Args:
-        weights: a PyTree like the point, or a prefix of it; leaves broadcast against the
-            point's, None and what is no number count as 0.
+        weights: a PyTree like the point, or a prefix of it; leaves broadcast against the point's.
+            None and leaves that are no numbers count as 0.
     """
 
     weights: PyTree[Any]
@@ -116,7 +116,7 @@ def _broadcastable(weight: Any, leaf: Array) -> Array:
 def is_leafwise(
     generators: Sequence[AbstractGenerator], vector: Tangent
 ) -> TypeGuard[Sequence[Elementwise]]:
-    """Is each a multiplication of every leaf by one number?"""
+    """True where each generator multiplies every leaf by one number."""
     return all(
         isinstance(generator, Elementwise)
         and all(rate.size == 1 for rate in jax.tree.leaves(generator.rates(vector)))
@@ -154,7 +154,7 @@ class LowRank(AbstractSpectralGenerator):
 
 
 class Rotation(AbstractSpectralGenerator):
-    """Multiplies axes of some leaves by ±B: the generator of a double rotation.
+    """The generator of a double rotation: it multiplies axes of some leaves by ±B.
 
     B = V diag(values) Vᵀ may have several blocks, one after the other along the axis.
 
@@ -202,7 +202,7 @@ _NUM_STEPS, _DEGREE = 24, 20
 
 
 class Function(AbstractGenerator):
-    """A as a linear function v ↦ Av. Its eigenvectors stay unknown.
+    """The generator given as a linear function v ↦ Av, whose eigenvectors stay unknown.
 
     Args:
         fn: maps a PyTree like the point's coordinates to another one.
@@ -227,7 +227,7 @@ class Function(AbstractGenerator):
         return jax.lax.scan(step, vector, None, length=_NUM_STEPS)[0]
 
     def norm(self, vector: Tangent) -> Scalar:
-        """By power iteration: a lower bound, near enough to measure λ by."""
+        """A lower bound of ‖A‖ by power iteration, close enough to measure λ by."""
 
         def step(v: Tangent, _: None) -> tuple[Tangent, Scalar]:
             image = self.mv(v)
@@ -240,7 +240,7 @@ class Function(AbstractGenerator):
 
 
 def spectral_of(matrix: Float[Array, "D D"]) -> LowRank:
-    """A dense symmetric matrix by its eigenvectors."""
+    """The generator of a dense symmetric matrix, by its eigenvectors."""
     values, vectors = jnp.linalg.eigh(checked_symmetric(matrix))
     return LowRank(vectors, values)
 
@@ -263,7 +263,7 @@ def checked_symmetric(matrix: Any) -> Float[Array, "d d"]:
 
 
 def resolved(generator: Any, coordinates: Coordinates) -> AbstractGenerator:
-    """What was given as a generator, for points with these coordinates."""
+    """The generator that was given in any of its forms, for points with these coordinates."""
     if isinstance(generator, AbstractGenerator):
         return generator
     if isinstance(generator, lx.MatrixLinearOperator):

@@ -34,16 +34,28 @@ class _OfLoss(eqx.Module):
 
 @checked_but("loss")
 def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"]]:
-    """`(example_loss, data)` of a loss such as `LeastSquares`, as the functions here take them.
+    """The pair (example_loss, data) of a loss over examples, for the functions of `symmetry`.
 
-    The mean of `example_loss` over `data` is the loss, without its weight decay: that has no
-    noise and no symmetry but rotations, and is told to what needs it by its own name.
+    The mean of `example_loss` over `data` is the loss without its weight decay. The decay has no
+    noise, and no symmetry but rotations; functions that need it take it by name.
 
     Args:
-        loss: a loss over examples.
+        loss: a loss over examples, such as `LeastSquares`.
+
+    Returns:
+        (example_loss, data), where the data are the numbers of the examples, (N,).
 
     Raises:
         ValueError: the loss has no examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> from manifoldflow import symmetry
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> example_loss, data = symmetry.examples_of(loss)
+        >>> print(data, example_loss(jnp.array([3.0, 1.0]), data[0]), loss(jnp.array([3.0, 1.0])))
+        [0 1] 2.0 1.0
     """
     if not isinstance(loss, AbstractExampleLoss):
         raise ValueError(
@@ -86,13 +98,13 @@ def example_value(
 
 
 def over_chunks(fn: Callable[[PyTree[Array]], Any], data: PyTree[Array], size: int) -> Any:
-    """fn of every example, stacked, with the memory of as many as hold `size` numbers each."""
+    """The values of fn for every example, stacked, in chunks of bounded memory."""
     count = num_examples(data)
     return jax.lax.map(fn, data, batch_size=min(count, max(1, _TOGETHER // max(size, 1))))
 
 
 class LeafSquares(eqx.Module):
-    """v ↦ |v|², leaf by leaf: for networks its moments need no gradient of an example."""
+    """The function v ↦ |v|², leaf by leaf; its moments need no gradient of an example."""
 
     def __call__(self, vector: Tangent) -> PyTree[Array]:
         return jax.tree.map(lambda leaf: _tree.inner(leaf, leaf), vector)
@@ -101,7 +113,7 @@ class LeafSquares(eqx.Module):
 def _by_gradients(
     value: Callable[[Coordinates, Example], Scalar], at: Coordinates, quadratic: Any
 ) -> Callable[..., tuple]:
-    """Chunk → its mean gradient, and the sum of q over the gradients less that."""
+    """The function chunk → (its mean gradient, the sum of q over the gradients less that mean)."""
 
     def of_chunk(examples: PyTree[Array]) -> tuple[Tangent, PyTree[Array]]:
         with _precision.full_precision():  # the model's own products as well
@@ -141,10 +153,10 @@ def gradient_moments(
     data: PyTree[Array],
     quadratic: Callable[[Tangent], PyTree[Array]],
 ) -> tuple[Tangent, PyTree[Array]]:
-    """∇L = E g and E q(g − ∇L) for a quadratic q: no covariance is formed, nothing cancels.
+    """The mean gradient ∇L = E g and E q(g − ∇L) for a quadratic q, without a covariance.
 
-    Chunks of examples are joined by their means (Chan, Golub and LeVeque): sums of squares
-    about the mean of each, and q of the difference of the means.
+    Chunks of examples are joined by their means (Chan, Golub and LeVeque): sums of squares about
+    the mean of each, and q of the difference of the means.
 
     Args:
         example_loss: ℓ.

@@ -1,7 +1,7 @@
-"""The positive definite P at which tr(PR) + tr(P⁻¹T) is least: P = R⁻¹ # T, a geometric mean.
+"""The positive definite P at which tr(PR) + tr(P⁻¹T) is least: the geometric mean P = R⁻¹ # T.
 
-At that P both terms have one matrix, PRP = T. On the orbit of a product UW they are what noise
-and decay do on its two sides.
+At that P both terms have one matrix, PRP = T. On the orbit of a product UW they are the effects of
+noise and decay on its two sides.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Turn(NamedTuple):
 
 
 def balancing(right: Matrix, left: Matrix) -> Turn:
-    """Q with QRQ = Q⁻¹TQ⁻¹, symmetric and positive definite.
+    """The symmetric positive definite Q with QRQ = Q⁻¹TQ⁻¹, and its inverse.
 
     With R = FFᵀ, T = EEᵀ and the singular values EᵀF = VSWᵀ it is P = EVS⁻¹VᵀEᵀ. Directions in
     which R or T vanish have no such Q: there they are given eps^¾ of their mean, so that Q goes
@@ -54,7 +54,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
 
 
 def rotation_to_symmetric(matrix: Matrix) -> Matrix:
-    """The orthogonal O for which O·matrix is symmetric and positive semidefinite."""
+    """The orthogonal O that makes O·matrix symmetric and positive semidefinite."""
     u, _, v = _svd(matrix)
     return _precision.matmul(v.T, u.T)
 
