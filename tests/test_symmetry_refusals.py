@@ -65,15 +65,14 @@ def test_large_products_in_single_precision():
     close("UᵀU", balanced["U"].T @ balanced["U"], exact["U"].T @ exact["U"], 1e-4)
 
 
-@pytest.mark.parametrize("axes", [(5, 0), (1, 2), (-3, 0), (1.0, 0), (True, "0")])
+@pytest.mark.parametrize("axes", [(5, 0), (1, 2), (-3, 0)])
 def test_axes_that_a_leaf_lacks_are_refused(axes):
     """Counted modulo the number of axes, 5 would be 1."""
     point = {"U": jnp.ones((2, 3)), "W": jnp.ones((3, 4))}
     pick = lambda name: lambda p: p[name]
     with refused(ValueError, "axes: got", "of 2 axes, expected an integer from -2 to 1"):
         symmetry.product_symmetry(point, pick("U"), pick("W"), axes=axes)
-    if all(type(axis) is int for axis in axes):
-        with refused(ValueError, "axes: got", "of 2 axes, expected an integer from -2 to 1"):
-            symmetry.double_rotation(point, pick("U"), pick("W"), jnp.eye(3), axes=axes)
+    with refused(ValueError, "axes: got", "of 2 axes, expected an integer from -2 to 1"):
+        symmetry.double_rotation(point, pick("U"), pick("W"), jnp.eye(3), axes=axes)
     backwards = symmetry.product_symmetry(point, pick("U"), pick("W"), axes=(-1, -2))
     assert backwards.size(point) == 3

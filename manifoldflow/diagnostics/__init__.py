@@ -1,4 +1,4 @@
-"""What a computation will cost, and whether its assumptions hold."""
+"""Checks of assumptions, of derivatives and of learning rates, and the cost of a computation."""
 
 from manifoldflow.diagnostics._certify import (
     Certificate as Certificate,

@@ -18,7 +18,7 @@ _MOST, _FEWEST, _WHOLE = 64, 32, 128
 
 
 class Gradient(NamedTuple):
-    """Of all examples.
+    """The loss and its gradient, over all examples.
 
     Attributes:
         loss: L.
@@ -52,7 +52,7 @@ class Chunks:
         return self.loss.select(self._order[index * self.size : (index + 1) * self.size])
 
     def words_for(self, number: int) -> str:
-        """On how many examples some parts are; nothing if on all."""
+        """The words " on … of … examples" for some parts; "" for all."""
         some, count = number * self.size, len(self._order)
         return "" if some == count else f" on {some} of {count} examples"
 

@@ -107,7 +107,7 @@ class Writer:
         self._section("kinks", lambda: self._kinks(loss))
 
     def _section(self, name: str, write: Callable[[], None]) -> None:
-        """What one part of the library refuses ends no report."""
+        """Runs one part of the report; a refusal by the library ends that part, not the report."""
         try:
             write()
         except (ValueError, eqx.EquinoxRuntimeError) as error:
@@ -187,7 +187,7 @@ class Writer:
     def _sampled(
         self, draw: Callable[[Any], Any], what: str, share: float
     ) -> tuple[list[Any], str]:
-        """Until there are enough samples or the time is over; the first one, compiled, is free.
+        """Samples until there are enough or the time is over; the first one, compiled, is free.
 
         From one part of the examples after the other. With words on how many these are.
         """
