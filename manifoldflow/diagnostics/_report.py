@@ -148,6 +148,6 @@ def report(
 
 
 def _wrapped(line: str) -> str:
-    """What does not fit goes on below the place where a line says how it was found."""
+    """The line in pieces that fit, the later ones below its last column."""
     indent = 6 if line.startswith("Note") else _INDENT
     return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent)
