@@ -1,8 +1,8 @@
-"""Which ways derivatives are taken, for what lets them through one way only.
+"""Marks on arrays that let derivatives through in one mode only.
 
-A derivative goes through a marked array as it is the way that is allowed, and costs nothing. The
-other way raises a sentence where JAX would speak of its loops, sometimes as late as when the
-program of the caller is compiled, out of reach of our own functions.
+A derivative in the allowed mode goes through a marked array unchanged, and costs nothing. The other
+mode raises a sentence. JAX would speak of its loops instead, sometimes as late as when the program
+of the caller is compiled, out of reach of our own functions.
 """
 
 from collections.abc import Callable

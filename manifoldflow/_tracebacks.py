@@ -1,7 +1,7 @@
-"""Tracebacks that end with what the user did, and a sentence.
+"""Tracebacks that end with the user's own line, and a sentence.
 
 Between a call and what was wrong with it lie a hundred lines of frames of this package, of Equinox
-and of Diffrax, of which none is the user's to mend. JAX hides its own, and says so below the
+and of Diffrax. None of them is the user's to mend. JAX hides its own, and says so below the
 sentence. `JAX_TRACEBACK_FILTERING=off` shows all.
 """
 

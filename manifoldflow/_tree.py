@@ -179,7 +179,7 @@ def eps_of(tree: PyTree[Any]) -> float:
 
 
 def relative_rank_cutoff(dtype: Any) -> float:
-    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
+    """The part of λ_max below which a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
     return _precision.eps_of_dtype(dtype) ** (1 / 3)
 
 

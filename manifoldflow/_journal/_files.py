@@ -86,7 +86,7 @@ def make_place(path: str) -> None:
 
 
 def check_space(path: str, num_bytes: int) -> None:
-    """See to it that a file can be written here, before any time is spent.
+    """Makes sure that a file can be written here, before any time is spent.
 
     Args:
         path: of the file.
@@ -113,14 +113,14 @@ def check_space(path: str, num_bytes: int) -> None:
 
 
 def remove_leftovers(path: str) -> None:
-    """What killed runs were just writing; to be called by who holds the lock."""
+    """Removes what killed runs were just writing; for the holder of the lock."""
     for name in glob.glob(glob.escape(path) + ".*.partial"):
         with contextlib.suppress(OSError):
             os.remove(name)
 
 
 def because(error: OSError) -> str:
-    """What an error of the operating system says, in a few words."""
+    """The words of an error of the operating system, in short."""
     return error.strerror or str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -140,7 +140,7 @@ def _write(path: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _aside(path: str) -> Iterator[str]:
-    """A name in the same folder that nobody else uses, and nothing left under it."""
+    """A name in the same folder that nobody else uses, with nothing left under it."""
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         yield partial
@@ -165,7 +165,7 @@ def _folder(path: str) -> str:
 
 
 def _what_else(content: bytes, kind: str) -> str:
-    """What a file is that does not end as ours do."""
+    """The kind of a file that does not end as ours do."""
     if not content:
         return f"is empty, not a checkpoint of {kind}."
     names: set[Any] = set()

@@ -26,10 +26,10 @@ def over_legs(
     state: State,
     ends: PyTree[Array],
 ) -> tuple[State, PyTree[Array]]:
-    """`state, saved = save(leg(state, end))` for each of `ends`; the last state, and all saved.
+    """The last state, and all saved, of `state, saved = save(leg(state, end))` for each end.
 
-    In reverse mode one leg after the other is run again, so that only the states between them
-    are kept. A single leg is not: it keeps what Diffrax keeps.
+    In reverse mode one leg after the other is run again, so that only the states between them are
+    kept. A single leg is not: it keeps what Diffrax keeps.
     """
     is_single = len(jax.tree.leaves(ends)[0]) == 1
     follow = leg if is_single else eqx.filter_checkpoint(leg, prevent_cse=False)
@@ -44,7 +44,7 @@ def over_legs(
 
 
 def _next_end(begin: Any, size: Any, end: Any) -> Array:
-    """Where the step from `begin` ends: one of equal ones to the end of the leg.
+    """The end of the step from `begin`: one of equal ones to the end of the leg.
 
     As few as are no longer than asked for, so that none is left over that is much shorter.
     """

@@ -170,6 +170,7 @@ def certify(
             "solution.result says how; project with throw=True."
         )
     seen = _measured(manifold, noise, coordinates, remainder, jr.key(0) if key is None else key)
+    # Distances on a path are those of its solver, far above rounding.
     tol = _tree.eps_of(coordinates) ** (1 / 3)
     codimension = counted_constraints(manifold, _tree.join(_at(coordinates, 0), remainder))
     found = [*_of_manifold(seen, codimension, tol)]
@@ -201,6 +202,7 @@ def _measured(
     def at(x: Coordinates) -> dict[str, Any]:
         point = _tree.join(x, remainder)
         space = manifold.normal_space(point)
+        # The range only: the rest of a Hessian's spectrum is zero by design.
         values = space.eigenvalues()[-manifold.codimension(point) :]
         size = _tree.norm(x)
         seen = {
@@ -220,6 +222,7 @@ def _measured(
             seen |= _compared(manifold, noise, point, x, key)
         return seen
 
+    # One save after the other: a spectrum of each at once would take the memory of all.
     return jax.lax.map(at, coordinates)
 
 

@@ -282,6 +282,7 @@ def check_geodesic(
     velocity = manifold.tangent_projection(point, velocity)
     if path is None:
         walk = Walk(adjoint=dfx.ForwardMode())
+        # Forward mode, since the check differentiates the curve by time, through the solver.
         path = lambda t: exponential_map(manifold, point, _tree.scale(t, velocity), walk=walk)
     of_time = path
     speed = float(_tree.norm(velocity))
@@ -376,6 +377,7 @@ def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent
 def _sizes(point: Point) -> np.ndarray:
     """Steps from 1 down to where differences of second order drown in rounding."""
     eps = _tree.eps_of(_tree.split(point, None)[0])
+    # An error of order t² drowns in rounding at t = √eps; one of order t³ before that.
     return np.logspace(0, np.log10(eps) / 2, _NUM_SIZES)
 
 
@@ -400,6 +402,7 @@ def _check(
 ) -> SlopeCheck:
     """The slope in log-log scale over the window where it is steadiest, above rounding."""
     sizes, errors = _sizes(point), np.abs(errors)
+    # Errors are differences of numbers of size `scale`, wrong by some eps of it.
     floor = 50 * _tree.eps_of(_tree.split(point, None)[0]) * max(1.0, abs(scale))
     usable = np.isfinite(errors) & (errors > floor)
     best: tuple[float, float, tuple[float, float]] = (np.inf, np.nan, (np.nan, np.nan))

@@ -44,6 +44,7 @@ class Chunks:
         without_rest = (size for size in range(_MOST, _FEWEST - 1, -1) if count % size == 0)
         self.size = count if count <= _WHOLE else next(without_rest, _MOST)
         self.number = count // self.size
+        # Files are often sorted by class: a part in their order would be no sample of them.
         self._order = random.permutation(count)
 
     def __getitem__(self, index: int) -> AbstractExampleLoss:

@@ -66,6 +66,7 @@ class _Pair:
             up, down = np.full(len(up), up.sum()), np.full(len(down), down.sum())
         is_finite = (up > 0) & (down > 0)
         ratio = np.where(is_finite, self.degree * down / np.where(is_finite, up, 1), 1)
+        # e^{2λ}S = p·e^{−2pλ}T has λ = ln(pT/S)/(2 + 2p).
         logs = np.log(ratio) / (2 * (1 + self.degree))
         weight *= np.exp(logs)[:, None]
         if bias is not None:

@@ -73,6 +73,7 @@ class _Look:
     def at(self, program: Any, arguments: list[Any], moves: list[bool]) -> tuple[list, list]:
         """The outputs, and which of them the coordinates move."""
         body, constants = program.jaxpr, program.consts
+        # A choice that no output depends on with a derivative, as of an argmax, is no kink.
         smooth = _with_derivative(body)
         env: dict[Any, tuple[Any, bool]] = {}
         env.update(zip(body.constvars, ((c, False) for c in constants), strict=True))

@@ -44,6 +44,7 @@ def _rates(field: Field, x: Coordinates, moving: Tangent) -> Float[Array, " 3"]:
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), x, jittered(x))
     drifts = jax.lax.map(field, both)  # one copy of the drift in the program
     b, near = (jax.tree.map(lambda leaf, k=k: leaf[k], drifts) for k in (0, 1))
+    # A drift that vanishes is rounding: its circulation must be seen against that.
     speed, gap = _tree.norm(moving), _tree.norm(_tree.subtract(b, near))
     return jnp.stack([_tree.inner(b, moving), _tree.norm(b) * speed, gap * speed])
 

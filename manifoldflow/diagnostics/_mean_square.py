@@ -63,6 +63,7 @@ class Moments(eqx.Module):
     def sums(self) -> Matrix:
         """λᵢ + λⱼ, 1 where that is zero."""
         sums = self.values[:, None] + self.values[None, :]
+        # In the null space of K nothing moves: √F is zero there, whatever it is divided by.
         return jnp.where(sums > 0, sums, 1)
 
     @property
@@ -208,6 +209,7 @@ def solve(moments: Moments, rate: Scalar, right: Matrix) -> Matrix:
         is_found = dots(left, left) <= (10 * bound) ** 2 * dots(right, right)
         return jnp.where(is_found, z, jnp.nan)
 
+    # Derivatives by the equation: a while_loop has no reverse mode.
     return jax.lax.custom_linear_solve(mv, right, found, symmetric=True)
 
 

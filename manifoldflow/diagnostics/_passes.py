@@ -62,6 +62,7 @@ def outputs_at(loss: AbstractExampleLoss, point: Point) -> Outputs:
     if isinstance(loss, LeastSquares):
         roots = jnp.sqrt(loss.scale.astype(outputs.dtype))
     elif math.prod(outputs.shape[1:]) <= _MOST_OUTPUTS:
+        # One small matrix an example, in one batch: no other factorisation runs beside it.
         values, vectors = jnp.linalg.eigh(_plain(loss).output_hessian(outputs, loss.targets))
         scaled = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
         roots = _precision.einsum("nij,nkj->nik", scaled, vectors)
@@ -120,6 +121,7 @@ def trace_sample(
     for roots of W, tr G comes from signs v for all coordinates, E v∘Gv = diag G.
     """
     slopes = outputs.slopes
+    # One sign an example: cross terms of different examples vanish in the mean.
     per_example = _signs(signs, (len(slopes),) + (1,) * (slopes.ndim - 1), slopes.dtype)
     spread = pulled(loss, point, slopes * per_example)
     if outputs.roots is not None:

@@ -270,12 +270,14 @@ def _norms(
 
     For independent normal u and w, E⟨u, Aw⟩² = ‖A‖².
     """
+    # ⟨v, Db[w]⟩ of tangents is that of the covariant derivative: P drops out.
     table = tangents @ derivatives.T
     squares = ((table - table.T) / 2) ** 2, ((table + table.T) / 2) ** 2, derivatives**2
     if not is_estimate:
         anti, symmetric, size = (float(np.sqrt(np.sum(x))) for x in squares)
         return anti, symmetric, size
     count = len(tangents)
+    # Not ⟨u, Au⟩, whose mean square has tr A and twice the symmetric part in it.
     pairs = ~np.eye(count, dtype=bool)
     anti, symmetric = (float(np.sqrt(np.mean(x[pairs]))) for x in squares[:2])
     return anti, symmetric, float(np.sqrt(np.sum(squares[2]) / count))

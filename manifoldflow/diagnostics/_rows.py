@@ -46,6 +46,7 @@ def rows_of(loss: AbstractExampleLoss, point: Point) -> Rows:
     # Rows carry the rounding of the coarsest leaf, whatever their own precision.
     eps = _tree.eps_of(coordinates)
     kept = values > len(values) * eps * jnp.maximum(values[-1], 0)
+    # n rows of D < n numbers have rank D at most.
     kept &= jnp.arange(len(values)) >= len(values) - _tree.size(coordinates)
     distance = beyond = jnp.asarray(jnp.nan, values.dtype)
     if isinstance(loss, AbstractResidualLoss):

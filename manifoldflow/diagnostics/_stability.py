@@ -122,6 +122,7 @@ def threshold_of(
     gram: Float[Array, "n n"], num_examples: int, batch_size: int, replacement: bool = False
 ) -> tuple[Scalar, RESULTS]:
     """The largest stable learning rate from K, and the `RESULTS` of the search for it."""
+    # Lanczos is not differentiated: `following` has the derivative of the eigenvalue in K.
     moments = _moments(num_examples, jax.lax.stop_gradient(gram), batch_size, replacement)
     top = largest_eigenvalue(moments)
     return _learning_rate(following(top.value, gram, moments), top)
@@ -261,6 +262,7 @@ def _stationary(
     root = loss.gauss_newton_root(point)
     gram = root.gram()
     rate = learning_rate.astype(gram.dtype)
+    # Noises without batches, as IsotropicNoise, add to gradients of the whole loss.
     size = getattr(noise, "batch_size", None) or loss.num_examples
     replacement = isinstance(noise, MinibatchNoise) and noise.replacement
     moments = _moments(loss.num_examples, gram, size, replacement)
@@ -269,6 +271,7 @@ def _stationary(
     is_stable = ~(rate >= largest)
     result = _tree.where((result == RESULTS.successful) & ~is_stable, RESULTS.unstable, result)
     is_fine = result == RESULTS.successful
+    # NaN rather than a solve that cannot converge; the solve itself gets 0.
     rate = jnp.where(is_fine, rate, jnp.nan)
     # (1 − ηS)Z = C/(D√F) for Q = √F ∘ Z, with what is added in a step over what is taken away.
     # Squared in the eigenbasis, C is as small as need be where K is.

@@ -208,6 +208,8 @@ def balance_with_info(
     found = Balance(parameters, names, info)
     if throw and not is_traced(parameters):
         _refuse_infinite(found)
+    # Not along those without a balance: e^{∞·0} would be NaN in every leaf. `info` says that it
+    # failed.
     there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, data)
     return delivered(there, info.result, throw), found
 

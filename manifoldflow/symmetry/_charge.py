@@ -89,11 +89,14 @@ def _integral(
     """∫ K·dθ along the straight line, with K·v as its derivative."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
 
+    # ∇C is K itself. Through the quadrature it would be an average of K along the line, right only
+    # to the rule's error.
     @jax.custom_jvp
     def charge(x: Coordinates) -> Scalar:
         way = _tree.subtract(x, start)
         at = lambda s: _tree.inner(velocity(_tree.add(start, _tree.scale(s, way))), way)
         dtype = _tree.dtype_of(x)
+        # By a loop: one copy of K in the program, not one for each node.
         values = jax.lax.map(at, jnp.asarray((nodes + 1) / 2, dtype))
         return jnp.sum(values * jnp.asarray(weights / 2, dtype))
 

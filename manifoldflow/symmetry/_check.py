@@ -123,6 +123,7 @@ def _member(product: ProductSymmetry, point: Point) -> ExponentialSymmetry:
 
 
 def default_tolerance(point: Point) -> float:
+    # Between the rounding of a sum, some eps, and a broken symmetry, of order 1.
     return _tree.eps_of(_tree.split(point)[0]) ** (2 / 3)
 
 
@@ -139,6 +140,7 @@ def _measured(
     generator = symmetry.at(point)
     velocity = generator.mv(coordinates)
     size = generator.norm(coordinates)
+    # Far enough that e^{λA} is no rounding, near enough that no activation saturates.
     parameter = 0.1 / jnp.where(size > 0, size, 1)
     moved = [generator.exp_mv(sign * parameter, coordinates) for sign in (1, -1)]
     loss = example_value(example_loss, remainder)
@@ -155,12 +157,14 @@ def _measured(
         change = jnp.max(jnp.abs(there - here))
         return jnp.asarray(left), jnp.asarray(terms), largest, change
 
+    # The model's own products as well: TF32 would break every symmetry at 1e-3.
     with _precision.full_precision():
         found = over_chunks(of_example, data, _tree.size(coordinates))
     return *found, asymmetry_of(generator, coordinates)
 
 
 def asymmetry_of(generator: AbstractGenerator, like: Tangent) -> Scalar:
+    # One pair of random vectors: a matrix that differs from Aᵀ passes with probability 0.
     u, v = (_tree.random_normal_like(jax.random.key(seed), like) for seed in (0, 1))
     image = generator.mv(u)
     gap = jnp.abs(_tree.inner(u, generator.mv(v)) - _tree.inner(image, v))

@@ -292,6 +292,7 @@ def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialS
             f"{shapes_of(directions)}."
         )
     columns = jax.vmap(lambda v: _tree.ravel(v)[0], in_axes=-1, out_axes=-1)(directions)
+    # A = QR·diag(c)·RᵀQᵀ: the eigenproblem is r×r, whatever D is.
     basis, triangle = jnp.linalg.qr(columns)
     eigenvalues, vectors = jnp.linalg.eigh((triangle * values) @ triangle.T)
     return ExponentialSymmetry(LowRank(basis @ vectors, eigenvalues))
@@ -299,12 +300,14 @@ def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialS
 
 def _zeros(point: Point) -> Coordinates:
     coordinates, _ = _tree.split(point)
+    # One number for each leaf, to be broadcast: such symmetries need no gradient of an example.
     return jax.tree.map(lambda leaf: jnp.zeros((1,) * leaf.ndim, leaf.dtype), coordinates)
 
 
 def _weighted(weights: PyTree[Any], where: Where, weight: Callable[[Any], Any]) -> PyTree[Any]:
     """The weights, with those of some leaves (or of all below a node) set."""
     of_leaf = lambda leaf: jnp.asarray(weight(leaf), leaf.dtype)
+    # `where` may pick a node: all leaves below it are set.
     return eqx.tree_at(where, weights, replace_fn=lambda node: jax.tree.map(of_leaf, node))
 
 

@@ -186,6 +186,7 @@ def orbit_velocity(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Tange
     """
     rates = drift(symmetry, noise, point)
     along = [one.velocity(point) for one in symmetries_of(symmetry)]
+    # ∇Cᵢ = Aᵢθ, so that dCᵢ/dt = Σⱼ⟨Aᵢθ, Aⱼθ⟩·speedⱼ.
     gram = jnp.stack([jnp.stack([_tree.inner(u, v) for v in along]) for u in along])
     speeds = semidefinite_solve(gram, rates, jnp.ones(rates.shape, bool))
     total = _tree.zeros_like(along[0])
@@ -200,6 +201,7 @@ def noise_traces(
     """∇L, and tr(ΣA) of every symmetry."""
     coordinates, _ = _tree.split(point)
     generators = [one.at(point) for one in symmetries_of(symmetry)]
+    # Only squared norms of whole leaves are known without the gradient of an example.
     if not is_leafwise(generators, coordinates):
         return gradient_moments(example_loss, point, data, quadratic_forms(symmetry, point))
     mean, squares = gradient_moments(example_loss, point, data, LeafSquares())

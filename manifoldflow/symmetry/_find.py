@@ -97,6 +97,7 @@ def search(
     if tolerance is None:
         tolerance = default_tolerance(network)
     tolerance = float(checked_positive(f"{name}: tolerance", tolerance))
+    # With few examples relations hold by chance; other weights make more equations.
     num_others = 1 if num_examples(data) >= 16 else 3
     others = [_tree.join(_shaken(coordinates, seed), remainder) for seed in range(num_others)]
     shares = shares_of(example_loss, [network, *others], data, plain_slices(coordinates))

@@ -112,6 +112,7 @@ def _in_blocks(
     """The product in the largest blocks of more than one neuron that are symmetries."""
     for blocks in range(1, len(is_zero) // 2 + 1):
         size, rest = divmod(len(is_zero), blocks)
+        # From one block on: fewer blocks are the larger group.
         if not rest and _diagonal_blocks(is_zero, size).all():
             product = dataclasses.replace(whole, num_blocks=blocks)
             if found.verified(product):

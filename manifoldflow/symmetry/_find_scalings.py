@@ -99,6 +99,7 @@ def find_scalings(
         for parent in leaf.parents:
             parts.setdefault(parent, set()).add(number)
     scalings, known = [], set()
+    # The smallest first, so that what only follows from smaller ones is left out.
     for where, numbers in sorted(parts.items(), key=lambda part: len(part[1])):
         rest = sorted((numbers & live) - known)
         if not rest:

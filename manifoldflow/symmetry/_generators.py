@@ -90,6 +90,7 @@ class Elementwise(AbstractSpectralGenerator):
 
     def rates(self, vector: Tangent) -> PyTree[Array]:
         def spread(weight: Any, part: Tangent) -> Tangent:
+            # A whole module may be given as weights: its strings and functions count as 0.
             weight = weight if _is_number(weight) else 0
             return jax.tree.map(lambda leaf: _broadcastable(weight, leaf), part)
 
@@ -145,6 +146,7 @@ class LowRank(AbstractSpectralGenerator):
         return _precision.matmul(flat, self.basis.astype(flat.dtype))
 
     def with_modes(self, modes: Float[Array, " r"], vector: Tangent) -> Tangent:
+        # Only the change along E is added: what is orthogonal to E stays bit by bit.
         change = modes - self.modes(vector)
         moved = _precision.matmul(self.basis.astype(change.dtype), change)
         return _tree.add(vector, _tree.ravel(vector)[1](moved))
@@ -219,6 +221,7 @@ class Function(AbstractGenerator):
             power = _tree.scale(parameter / (_NUM_STEPS * order), self.mv(power))
             return (_tree.add(total, power), power), None
 
+        # Without it reverse mode would keep every term of every series.
         @jax.checkpoint
         def step(v: Tangent, _: None) -> tuple[Tangent, None]:
             orders = jnp.arange(1, _DEGREE + 1, dtype=_tree.dtype_of(v))
@@ -273,6 +276,7 @@ def resolved(generator: Any, coordinates: Coordinates) -> AbstractGenerator:
     # A module of weights can be called as well.
     if callable(generator) and type(generator) is not type(coordinates):
         return Function(generator)
+    # A (D, D) array is a matrix, unless the point itself has that shape: then it is weights.
     shape = (_tree.size(coordinates),) * 2
     if isinstance(generator, jax.Array) and generator.shape == shape:
         if jax.tree.map(jnp.shape, coordinates) != shape:

@@ -62,6 +62,7 @@ def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"
             f"Only a loss over examples has some, as LeastSquares; got {type(loss).__name__}."
         )
     if loss.weight_decay is not None:
+        # Decay is told to the drifts as γ: inside ℓ it would break the symmetry.
         loss = eqx.tree_at(lambda loss: loss.weight_decay, loss, None)
     return _OfLoss(loss), jnp.arange(loss.num_examples)
 
@@ -85,6 +86,7 @@ def example_value(
     """ℓ of coordinates and one example, in the precision of the coordinates."""
 
     def value(x: Coordinates, example: Example) -> Scalar:
+        # Data in float64 would promote a float32 model, and its gradients.
         example = _tree.cast_floats(example, _tree.dtype_of(x))
         loss = jnp.asarray(example_loss(_tree.join(x, remainder), example))
         if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
@@ -183,6 +185,8 @@ def gradient_moments(
 
     def joined(total: tuple, part: tuple, seen: Any, new: int) -> tuple:
         gap = _tree.subtract(part[0], total[0])
+        # Chan, Golub and LeVeque: E g² − (E g)² would cancel where noise is small against the
+        # gradient.
         share = new / (seen + new)
         mean = _tree.add(total[0], _tree.scale(share, gap))
         between = jax.tree.map(lambda q: seen * share * q, quadratic(gap))

@@ -36,6 +36,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
     Returns:
         Q and Q⁻¹, inverses to rounding. Where R = T = 0 both are I.
     """
+    # Above rounding of the moments, eps, and so small that what has noise does not feel it.
     ridge = _precision.eps_of_dtype(right) ** 0.75
     means = jnp.trace(right) / len(right), jnp.trace(left) / len(left)
     total = means[0] + means[1]
@@ -46,6 +47,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
         _cholesky(matrix + one * jnp.eye(len(matrix), dtype=matrix.dtype))
         for matrix, one in zip((right, left), floor)
     )
+    # By factors and one SVD: R⁻¹ # T from square roots of R would square its condition.
     v, s, _ = _svd(_precision.matmul(e.T, f))
     rows = _precision.matmul((v * jax.lax.rsqrt(s)).T, e.T)
     _, stretch, axes = _svd(rows)

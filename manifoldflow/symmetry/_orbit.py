@@ -78,6 +78,8 @@ def spectral_orbit(
     several elementwise ones.
     """
     coordinates, _ = _tree.split(point)
+    # e^{λA} takes a mode to e^{λμ} times itself and its gradient to e^{−λμ}: variances at θ are
+    # enough.
     leafwise = is_leafwise(generators, coordinates)
     by_mode = lambda v: jax.tree.map(jnp.square, generators[0].modes(v))
     square = LeafSquares() if leafwise else by_mode
@@ -120,6 +122,7 @@ def semidefinite_solve(
     """matrix⁻¹·right on the coordinates that are free; 0 where the matrix vanishes."""
     diagonal = jnp.diag(matrix)
     moves = is_free & (diagonal > 0)
+    # With ones on the diagonal: symmetries differ in scale by many decades.
     scale = jnp.where(moves, jax.lax.rsqrt(jnp.where(moves, diagonal, 1)), 0)
     # The ridge is for symmetries that depend on each other.
     ridge = jnp.where(moves, 8 * _precision.eps_of_dtype(matrix), 1)

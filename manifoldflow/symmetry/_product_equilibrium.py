@@ -159,6 +159,7 @@ def balanced_products(
                 x = products[index].turned(x, q.matrix, q.inverse)
                 matrices[index] = _precision.matmul(q.matrix, matrices[index])
         way = _sizes(products, _tree.subtract(x, state.coordinates)) / _sizes(products, x)
+        # A product of zeros stays where it is; 0/0 would end nothing.
         way = jnp.max(jnp.where(_sizes(products, x) == 0, 0, way))
         x, parameters, last, result = _along(others, noise, x, remainder)
         # Directions that only one side reaches go to zero, and need not be followed there.
@@ -177,6 +178,7 @@ def balanced_products(
         jnp.asarray(0),
     )
     end = jax.lax.while_loop(going, turn, first)
+    # Q is known up to a rotation on its left.
     x, matrices = _straightened(products, end.coordinates, end.matrices)
     result = _tree.where(end.is_done, end.result, RESULTS.out_of_steps)
     result = _tree.where(is_endless(x), RESULTS.no_equilibrium, result)

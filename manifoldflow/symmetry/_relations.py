@@ -89,6 +89,7 @@ def _dependences(
             continue
         scales = np.linalg.norm(columns[kept], axis=1)
         weights = np.linalg.lstsq((columns[kept].T / scales), column / size, rcond=None)[0]
+        # Weights of rounding would add slices that have nothing to do with the relation.
         small = 10 * tolerance * np.max(np.abs(weights), initial=0)
         vector = {i: w * size / s for i, w, s in zip(kept, weights, scales) if abs(w) > small}
         found.append({**vector, index: -1.0})

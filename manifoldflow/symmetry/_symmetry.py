@@ -84,12 +84,14 @@ class ExponentialSymmetry(eqx.Module):
             A point like θ.
         """
         coordinates, remainder = _tree.split(point)
+        # In the point's precision: a float64 λ would promote every leaf that it multiplies.
         parameter = jnp.asarray(parameter, _tree.dtype_of(coordinates))
         moved = resolved(self.generator, coordinates).exp_mv(parameter, coordinates)
         return _tree.join(moved, remainder)
 
 
 def _as_array(leaf: Any) -> Any:
+    # True is an int for Python, and no weight.
     is_number = isinstance(leaf, np.ndarray | int | float) and not isinstance(leaf, bool)
     return jnp.asarray(real_numbers("The generator", leaf), float) if is_number else leaf
 
@@ -177,6 +179,7 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
             f"act_together: parameters must be one number for each of the {len(symmetries)} "
             f"symmetries; got shape {values.shape}."
         )
+    # One after the other, which is e^{ΣλA} only for symmetries that commute.
     for symmetry, parameter in zip(symmetries, values):
         point = symmetry.act(point, parameter)
     return point
