@@ -14,7 +14,7 @@ from manifoldflow import _precision, _tree
 from manifoldflow._boundary import checked_concrete
 from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
-from manifoldflow.diagnostics._checks import counted_constraints
+from manifoldflow.diagnostics._dimension import counted_constraints
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss, LeastSquares
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.noise import AbstractNoise
