@@ -54,6 +54,7 @@ def contract_hessians(
         >>> print(linalg.contract_hessians(of, jnp.array([1.0, 3.0]), jnp.eye(2)))
         [ 4. 12.]
     """
+    # J₀ is held fixed by not being differentiated: the gradient goes through J(θ) alone.
     frozen = jacobian_fn(coordinates)
 
     def weighted(x: Coordinates) -> Array:
@@ -188,6 +189,7 @@ def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree
     flat, unravel = ravel_pytree(zeros)
     if not is_traced(index) and not -flat.size <= int(index) < flat.size:
         raise ValueError(f"column: index must be one of {flat.size} columns; got {int(index)}.")
+    # The operator may be a user's: products of float32 are cut to TF32 on GPUs by default.
     with _precision.full_precision():
         return operator.mv(unravel(flat.at[index].set(1)))
 

@@ -155,6 +155,7 @@ def _largest(
     def product(vector: Float[Array, " D"]) -> Float[Array, " D"]:
         return _tree.ravel(operator.mv(unravel(vector)))[0]
 
+    # Vectors are found without derivatives: those of λ are ⟨v, dA v⟩ at fixed v, to first order.
     fixed = lambda fn: lambda vector: jax.lax.stop_gradient(fn(vector))
     if flat.size <= _DENSE:
         vectors, scale, num_steps = _dense(fixed(product), fixed(project), flat, num)

@@ -58,6 +58,7 @@ def estimate(term: Callable[[Key], PyTree[Any]], key: Key, num_samples: int) -> 
     num_samples = checked_count("num_samples", num_samples)
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2 for a standard error; got {num_samples}.")
+    # One after the other: each sample may be a pass through a whole model.
     samples = jax.lax.map(term, jr.split(key, num_samples))
     error = lambda x: jnp.std(x, axis=0, ddof=1) / num_samples**0.5
     return Estimate(

@@ -79,6 +79,7 @@ def _difference_quotients(
     values: Array, inside: Bool[Array, " n"], applied: Array, both: Array
 ) -> Array:
     """The quotients (g(λⱼ) − g(λₖ))/(λⱼ − λₖ), where g vanishes outside the range."""
+    # Only gaps between range and null space are divided by: repeated eigenvalues make no NaN.
     across = inside[:, None] ^ inside[None, :]
     gap = _tree.where(across, values[:, None] - values[None, :], 1)
     between = (applied[:, None] - applied[None, :]) / gap

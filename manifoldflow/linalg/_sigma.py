@@ -139,6 +139,7 @@ def as_sigma(
         )
     if is_factor or not acts_on_tangents:
         return Factor(_cast(given, given.in_structure(), tangents))
+    # Second derivatives see the symmetric part only; products with Σ must agree with them.
     symmetric = given if lx.is_symmetric(given) else (given + given.T) / 2
     return Covariance(_cast(symmetric, tangents, tangents))
 

@@ -198,6 +198,7 @@ def _top(jacobian: AbstractJacobian) -> tuple[Float[Array, " n"], Eigenvalues]:
     image = mv(vector)
     value = _precision.vdot(vector, image)
     found = judged(value[None], (image - value * vector)[None], scale, num_steps + 1, eps)
+    # By a product, so that derivatives are NaN as well.
     return vector * jnp.where(found.is_successful, 1, jnp.nan).astype(vector.dtype), found
 
 

@@ -74,6 +74,7 @@ def tangent_solve(
         widened, _tree.structure_of(wide), lx.positive_semidefinite_tag
     )
     solver = lx.CG(rtol=rtol, atol=0.0, max_steps=max_steps)
+    # Without `throw`, since an error in the program would keep it out of the cache on disk.
     return _tree.cast_like(lx.linear_solve(operator, wide, solver, throw=False).value, right)
 
 
