@@ -52,7 +52,7 @@ def estimate(term: Callable[[Key], PyTree[Any]], key: Key, num_samples: int) -> 
         >>> import jax.random as jr
         >>> from manifoldflow import linalg
         >>> found = linalg.estimate(jr.normal, jr.key(0), 400)
-        >>> print(bool(abs(found.value) < 0.25), found.standard_error.round(2))
+        >>> print(bool(abs(found.value) < 0.25), f"{found.standard_error:.2f}")
         True 0.05
     """
     num_samples = checked_count("num_samples", num_samples)
