@@ -26,6 +26,7 @@ def _linear(name: str) -> Any:
     def batched(arrays: Any, axes: Any, **params: Any) -> Any:
         return primitive.bind(*arrays, **params), axes[0]
 
+    # `vmap` passes through: the mark is the identity on every member.
     batching.primitive_batchers[primitive] = batched
     return primitive
 
@@ -39,8 +40,10 @@ def _refusing(*arrays: Any, forwards: str, **_: Any) -> Any:
     raise ValueError(forwards)
 
 
+# A tangent that is ever evaluated was wanted forwards. Reverse mode transposes it away before.
 _BACKWARDS.def_impl(_refusing)
 mlir.register_lowering(_BACKWARDS, lambda context, *_, **params: _refusing(**params))
+# The tangent is computed forwards as it is; only the transposition of this primitive raises.
 _FORWARDS.def_impl(lambda x, **_: x)
 mlir.register_lowering(_FORWARDS, lambda context, x, **_: [x])
 

@@ -213,6 +213,7 @@ def or_nan(value: Value, is_there: Flag, of: Any = None) -> Value:
             them: else the derivatives in reverse mode would be zero in those.
     """
     leaves = jax.tree.leaves(value)
+    # One factor for each dtype, and not one program for each leaf.
     factors = {
         dtype: jax.lax.select(is_there, jnp.ones((), dtype), jnp.asarray(_missing(dtype), dtype))
         for dtype in {leaf.dtype for leaf in leaves}

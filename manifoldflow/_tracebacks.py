@@ -66,6 +66,7 @@ def _is_ours(error: Exception) -> bool:
     if not isinstance(error, ValueError | eqx.EquinoxRuntimeError):
         return False
     last = error.__traceback__
+    # An error of the user's model, raised below our frames, keeps its whole traceback.
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return last is not None and last.tb_frame.f_code.co_filename.startswith(_HERE)

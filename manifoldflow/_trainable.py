@@ -21,6 +21,7 @@ Kind = Literal["param", "variable", "nnx", "state", "mapping", "other"]
 def _kind(cls: type) -> Kind:
     if issubclass(cls, eqx.nn.State | eqx.nn.StateIndex):
         return "state"
+    # By name, so that Flax is neither needed nor imported.
     names = {base.__name__ for base in cls.__mro__ if base.__module__.startswith("flax.nnx")}
     if "Variable" in names:
         return "param" if "Param" in names else "variable"

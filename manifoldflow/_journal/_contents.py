@@ -37,6 +37,7 @@ def unpacked(
         version, told = about["format"], about["arrays"]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a checkpoint of {kind}. Give another file.") from error
+    # Told apart before the checksums, so that the refusal names the version and not a damage.
     if version != FORMAT:
         age = "an older" if version < FORMAT else "a newer"
         raise ValueError(
@@ -53,6 +54,7 @@ def unpacked(
 
 
 def _told(array: np.ndarray) -> list[Any]:
+    # Over the bytes: −0.0 and other bit patterns of NaN count as different numbers.
     sum_ = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     return [str(array.dtype), list(array.shape), sum_]
 

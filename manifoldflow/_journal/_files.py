@@ -40,6 +40,7 @@ def write_whole(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     content = buffer.getvalue()[:-2] + _NUM_END.to_bytes(2, "little")
     with _aside(path) as partial:
         _write(partial, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+        # Atomic within a folder: readers see the old file or the new one, nothing between.
         os.replace(partial, path)
     _settle(_folder(path))
 
@@ -103,6 +104,7 @@ def check_space(path: str, num_bytes: int) -> None:
         there = os.path.getsize(path) if os.path.exists(path) else 0
     except OSError as error:
         raise cannot_write(path, error) from error
+    # The old file, if there is one, is replaced and gives its space back.
     needed = 2 * num_bytes - there
     if free < needed:
         raise OSError(
@@ -134,6 +136,8 @@ def _write(path: str, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
         file.write(content)
+        # Before the file is moved its bytes must be on the disk: after a power cut a file of zeros
+        # would have the right name.
         file.flush()
         os.fsync(file.fileno())
 

@@ -53,8 +53,6 @@ def versions() -> dict[str, str]:
     """The versions of the libraries that make the steps.
 
     Another version may round otherwise, or print its programs in another way.
-
-    Another version may round otherwise, or print its programs in another way.
     """
     names = "jax", "equinox", "diffrax", "optax"
     found = {name: importlib.metadata.version(name) for name in names}
@@ -99,12 +97,14 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, _SIMPLE):
         yield name, repr(value)
     elif isinstance(value, dict):
+        # The order of a dict's keys is no part of what it says.
         for key in sorted(value, key=str):
             yield from _parts(f"{name}[{key!r}]", value[key])
     elif isinstance(value, tuple | list):
         for index, part in enumerate(value):
             yield from _parts(f"{name}[{index}]", part)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Two classes may have the same fields: noises differ by their class alone.
         yield name, type(value).__qualname__
         for field in dataclasses.fields(value):
             yield from _parts(f"{name}.{field.name}", getattr(value, field.name, None))

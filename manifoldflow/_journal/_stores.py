@@ -69,6 +69,7 @@ class NpzStore(AbstractStore):
     def opened(self, num_bytes: int):
         make_place(self.path)
         with locked(self.path) as is_alone:
+            # Leftovers of another run that is still writing are not ours to remove.
             if is_alone:
                 remove_leftovers(self.path)
             check_space(self.path, num_bytes)

@@ -32,6 +32,7 @@ def over_legs(
     kept. A single leg is not: it keeps what Diffrax keeps.
     """
     is_single = len(jax.tree.leaves(ends)[0]) == 1
+    # Within a scan common subexpressions are safe, and `prevent_cse` would only slow it down.
     follow = leg if is_single else eqx.filter_checkpoint(leg, prevent_cse=False)
 
     def body(state: State, end: Any) -> tuple[State, Any]:
@@ -122,4 +123,6 @@ class AdaptiveSteps(dfx.AbstractAdaptiveStepSizeController):
 def next_step(solution: dfx.Solution) -> Scalar:
     """The size that `AdaptiveSteps` would have tried after a solve with `controller_state`."""
     assert solution.controller_state is not None
+    # The size of a step is no function of the problem: its derivative would be one of the error
+    # estimate.
     return jax.lax.stop_gradient(solution.controller_state[1])

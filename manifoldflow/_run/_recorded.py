@@ -96,6 +96,7 @@ def recorded(
     """
     shown = run.meter.init()
     with journal.opened(checkpoint) as target:
+        # `resume` is read only; the run is written to `checkpoint` from there on.
         source = target if resume is None else store_of("resume", resume)
         if source is not None and (resume is not None or source.has_any()):
             state = run.again(journal, *journal.read(source))
@@ -116,6 +117,7 @@ def recorded(
 
 def _keep(run: AbstractRun[Any], journal: Journal, target: Any, save: Save) -> None:
     journal.add(save.row, save.step, save.time)
+    # Written before it is shown: a callback that raises must not cost the save.
     if target is not None:
         journal.write(target, save.state, must=save.must_write)
     if save.is_told:

@@ -47,6 +47,7 @@ def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
 def show(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
     """Report from inside a program."""
     for report in reports:
+        # Not ordered: an ordered effect would keep the program from running on several devices.
         jax.debug.callback(report, time, coordinates, seen)
 
 
@@ -62,6 +63,7 @@ def tell(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen:
 
 def share_of_decades(first: Scalar, least: Scalar, wanted: Scalar) -> Scalar:
     """The share of the decimal places that a number has to fall which it has fallen."""
+    # 0/0 where the start is good enough already.
     return jnp.nan_to_num(jnp.log(first / least) / jnp.log(first / wanted))
 
 
