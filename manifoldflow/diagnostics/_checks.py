@@ -46,13 +46,12 @@ class SlopeCheck(eqx.Module):
         holds: True where the slope is at least `expected` − 0.1, or all errors are at rounding.
 
     Examples:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import manifoldflow as mf
-        >>> circle, point = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.6, 0.8])
-        >>> check = mf.diagnostics.check_gradient(circle, lambda x: x[0], point, jax.random.key(0))
-        >>> print(isinstance(check, mf.diagnostics.SlopeCheck), round(check.slope), bool(check))
-        True 2 True
+        >>> import numpy as np
+        >>> from manifoldflow import diagnostics
+        >>> sizes = np.logspace(-3, 0, 4)
+        >>> check = diagnostics.SlopeCheck("gradient", 2.0, 2.0, (1e-3, 1.0), sizes, sizes**2, True)
+        >>> print(bool(check), check)
+        True gradient: slope 2.000 over t = 1.0e-03 … 1.0e+00, expected 2: holds
     """
 
     name: str
