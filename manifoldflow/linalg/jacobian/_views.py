@@ -164,7 +164,7 @@ def _are_apart(first: Progression, other: Progression) -> bool:
     if _is_empty(first) or _is_empty(other) or _lie_apart(first, other):
         return True
     strides = sorted({stride for _, digits in (first, other) for _, stride in digits})
-    # Below the least stride nothing can be told apart.
+    # The least stride has nothing below it that could be told apart.
     for modulus in strides[1:]:
         parts = [_split(progression, modulus) for progression in (first, other)]
         if None not in parts and any(_are_apart(*pair) for pair in zip(*parts)):
