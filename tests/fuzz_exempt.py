@@ -27,5 +27,5 @@ RESULT_CLASSES = {
 # tests of their own.
 ELSEWHERE = {
     "load_checkpoint", "plotting.plot_walk", "noise.checked_noise", "linalg.positive_solver",
-    "walks.before_after",
+    "walks.before_after", "LiveTable",
 }  # fmt: skip
