@@ -16,7 +16,7 @@ from manifoldflow.plotting import Colour
 
 pytestmark = pytest.mark.quick
 
-# What is left of linear red, green and blue: [Machado2009, severity 1].
+# What is left of linear red, green and blue, by Machado, Oliveira and Fernandes (2009), severity 1.
 EYES = {
     "all cones": np.eye(3),
     "no red cones": [
