@@ -1,7 +1,7 @@
 """Checks of arguments, and the sentences that say what is wrong with them."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -83,10 +83,21 @@ def _finite(name: str, array: Array) -> Array:
     message = f"{name} contains NaN or infinite entries. Remove or impute those examples first."
     if isinstance(array, jax.core.Tracer):
         return eqx.error_if(array, ~jnp.all(jnp.isfinite(array)), message)
-    bad = np.argwhere(~np.isfinite(np.asarray(array)))
-    if len(bad):
-        raise ValueError(f"{message} First one at index {tuple(bad[0].tolist())}.")
+    for start, values in _here(array):
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            index = tuple((bad[0] + start).tolist())
+            raise ValueError(f"{message} First one at index {index}.")
     return array
+
+
+def _here(array: Array) -> Iterator[tuple[Any, np.ndarray]]:
+    """The parts of an array that this process has, all of it as a rule, and where they begin."""
+    if getattr(array, "is_fully_addressable", True):
+        yield 0, np.asarray(array)
+        return
+    for shard in array.addressable_shards:
+        yield np.array([part.start or 0 for part in shard.index], int), np.asarray(shard.data)
 
 
 def checked_point(point: PyTree[Any]) -> PyTree[Any]:

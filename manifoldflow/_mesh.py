@@ -134,7 +134,9 @@ def _placed_leaf(leaf: Any, sharding: NamedSharding) -> Any:
     if is_traced(leaf) or sharding.is_fully_addressable:
         return leaf if is_traced(leaf) else jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return leaf  # Shared by all processes already: jit moves it where it is needed.
+        # Shared by all processes already, which is so of all that is made within a mesh.
+        is_here = leaf.sharding.device_set == sharding.device_set
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf) if is_here else leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _placed_leaf(jr.key_data(leaf), sharding)
         return jr.wrap_key_data(data, impl=jr.key_impl(leaf))

@@ -208,6 +208,7 @@ CALLS = {
     },
     "linalg.AutoGram": {"memory": 10**6, "preconditioner_rank": 2},
     "linalg.DenseGram": {},
+    "linalg.device_memory": {"num_bytes": 10**9},
     "linalg.IterativeGram": {"rtol": 1e-3, "max_steps": 5, "preconditioner_rank": 1},
     "linalg.eigh": {"matrix": MATRIX},
     "linalg.as_sigma": {"coordinates": X, "given": OPERATOR, "is_factor": False},

@@ -32,7 +32,6 @@ WHOSE = {
     },
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
-    ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
     ("ensembles/_ensemble.py", "_num_members"): {"num_members": "member_keys"},
     ("losses/_residual_form.py", "__init__"): {"weight_decay": "PerExampleLoss"},
     ("losses/_residual_form.py", "_roots_of_constant_rank"): {"minimizer_fn": "PerExampleLoss"},

@@ -42,6 +42,7 @@ from manifoldflow.linalg._lapack import (
     one_by_one as one_by_one,
     positive_solver as positive_solver,
 )
+from manifoldflow.linalg._memory import device_memory as device_memory
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,

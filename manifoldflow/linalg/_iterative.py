@@ -57,7 +57,9 @@ class IterativeGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
-        frozen = jax.lax.stop_gradient(jacobian)
+        # Of arrays only: a jaxpr among the leaves of a function has no gradient to stop.
+        arrays, static = eqx.partition(jacobian, eqx.is_array)
+        frozen = eqx.combine(jax.lax.stop_gradient(arrays), static)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
         scale = row_scale(norms_squared)
         product = partial(_equilibrated_mv, frozen, scale)
