@@ -3,8 +3,10 @@
 Measured: devices of one core each. Processes with 1, 2, 4 and 8 host devices are compiled first
 and then take turns, one drift each, so that other work on the machine meets all alike. Strong
 scaling keeps the problem; weak scaling doubles the examples with the devices, at the same number
-of parameters. Its throughput is counted in examples per second: the Gram matrix then has four
-times the products, so that the gain in operations per second is larger.
+of parameters. Throughput is counted in examples per second: the Gram matrix then has four times
+the products, so that the gain in operations per second is larger. Processor time counts what
+cores were busy with, whatever else ran on the machine; it says nothing of waiting, so that it
+is the most that could be gained.
 
 Foreseen: `plan`, compiled ahead of time for TPU slices of 1 to 256 chips (`pip install
 "jax[tpu]"`; no TPU is needed, nothing is allocated). Memory, operations, traffic and messages are
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,9 +72,10 @@ def serve(num_devices: int, width: int, num_examples: int) -> None:
         size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
         print(json.dumps({"D": size, "operations": plan.operations}), flush=True)
         for _ in sys.stdin:
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             drift()
-            print(json.dumps(time.perf_counter() - began), flush=True)
+            taken = time.perf_counter() - began, time.process_time() - busy
+            print(json.dumps(taken), flush=True)
 
 
 class Process:
@@ -86,7 +90,9 @@ class Process:
             "PJRT_NPROC": str(num_devices),
             "JAX_PLATFORMS": "cpu",
         }
-        held = ["taskset", "-c", ",".join(map(str, range(cores)))]
+        held = (
+            ["taskset", "-c", ",".join(map(str, range(cores)))] if shutil.which("taskset") else []
+        )
         call = f"import scaling; scaling.serve({num_devices}, {width}, {num_examples})"
         self._process = subprocess.Popen(
             [*held, sys.executable, "-c", call],
@@ -103,7 +109,8 @@ class Process:
             raise SystemExit(f"the process for {self.setting} ended")
         return json.loads(line)
 
-    def seconds(self) -> float:
+    def seconds(self) -> list[float]:
+        """Of the clock and of all cores together, for one drift."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self.read()
@@ -121,7 +128,7 @@ def measured(smoke: bool, repeats: int) -> list[dict[str, Any]]:
     settings += [("weak", k, k * num_examples) for k in sizes[1:]]
     processes = [Process(k, width, n) for _, k, n in settings]
     rows = [process.read() for process in processes]
-    times: list[list[float]] = [[] for _ in settings]
+    times: list[list[list[float]]] = [[] for _ in settings]
     for _ in range(repeats):
         for taken, process in zip(times, processes):
             taken.append(process.seconds())
@@ -132,18 +139,21 @@ def measured(smoke: bool, repeats: int) -> list[dict[str, Any]]:
     one = rows[0]["operations"]
     for (kind, k, n), row, taken in zip(settings, rows, times):
         # Turn by turn, so that what slows the machine for a while slows both.
-        ratios = [a / b * n / num_examples for a, b in zip(base, taken)]
+        cores = min(k, os.cpu_count() or 1)
+        ratios = [a[0] / b[0] * n / num_examples for a, b in zip(base, taken)]
+        busy = [a[1] / b[1] * n / num_examples * cores for a, b in zip(base, taken)]
         low, middle, high = quartiles(ratios)
         found.append(
             {
                 "scaling": kind,
                 "devices": k,
-                "cores": min(k, os.cpu_count() or 1),
+                "cores": cores,
                 "D": row["D"],
                 "n": n,
-                "drift s": statistics.median(taken),
+                "drift s": statistics.median(clock for clock, _ in taken),
                 "examples/s ÷ one device": middle,
                 "quartiles": f"{low:.2f}-{high:.2f}",
+                "by processor time": statistics.median(busy),
                 "operations a device ÷ one": row["operations"] / one,
             }
         )
