@@ -1,4 +1,4 @@
-"""How a model's Jacobian is kept, leaf by leaf."""
+"""The form in which a Jacobian is kept, leaf by leaf."""
 
 from typing import Any, NamedTuple
 

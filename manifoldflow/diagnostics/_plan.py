@@ -37,6 +37,12 @@ class Plan(NamedTuple):
         traffic: bytes that a device reads from its memory and writes to it, counted likewise.
         chunk_size: the examples whose rows are formed at a time; None where all are at once.
         num_examples: the examples of the loss; 0 where it has none.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> needed = diagnostics.Plan(arguments=800, drift=4000, result=400, dense_jacobian=1600)
+        >>> print(needed.total)
+        5200
     """
 
     arguments: int

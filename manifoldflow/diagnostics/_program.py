@@ -28,12 +28,17 @@ _FREE = frozenset(
 
 
 class Message(NamedTuple):
-    """What a device receives of one kind of collective in one run of a program.
+    """The messages of one kind that a device receives in one run of a program.
 
     Attributes:
         kind: the collective, such as "all-gather".
         count: how many of them.
         bytes: of their results on one device, all together.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> print(diagnostics.Message("all-gather", count=3, bytes=1536).bytes)
+        1536
     """
 
     kind: str
