@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from manifoldflow import _precision, _tree
+from manifoldflow import _mesh, _precision, _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Scalar
+from manifoldflow._types import Key, Scalar
+from manifoldflow.linalg._distributed import distributes, num_devices
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
-from manifoldflow.linalg._memory import memory_budget
+from manifoldflow.linalg._memory import dense_fits, memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
 
 
@@ -33,12 +34,14 @@ class IterativeGram(AbstractGram):
         inverse: an explicit (n, n) inverse of K at a point nearby, to precondition with
             instead: `inverse_gram(jacobian)`. Good as long as the point has moved by
             some per cent.
+        key: of the sketch; by default the same for all.
     """
 
     rtol: float | None = eqx.field(static=True, default=None)
     max_steps: int = eqx.field(static=True, default=500)
     preconditioner_rank: int = eqx.field(static=True, default=0)
     inverse: Float[Array, "n n"] | None = None
+    key: Key | None = None
 
     def __check_init__(self):
         checked_fields(self)
@@ -49,12 +52,15 @@ class IterativeGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
-        frozen = jax.lax.stop_gradient(jacobian)
+        # Of arrays only: a jaxpr among the leaves of a function has no gradient to stop.
+        arrays, static = eqx.partition(jacobian, eqx.is_array)
+        frozen = eqx.combine(jax.lax.stop_gradient(arrays), static)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
         scale = row_scale(norms_squared)
         product = partial(_equilibrated_mv, frozen, scale)
         structure, rank = jacobian.out_structure(), self.preconditioner_rank
-        sketch = nystroem_sketch(product, structure, rank) if wants_sketch else None
+        key = jr.key(0) if self.key is None else self.key
+        sketch = nystroem_sketch(product, structure, rank, key) if wants_sketch else None
         damping = jnp.zeros((), norms_squared.dtype)
         return IterativeGramSolve(
             jacobian=jacobian,
@@ -94,11 +100,11 @@ class Sketch(eqx.Module):
 
 
 def nystroem_sketch(
-    product: Callable[[Array], Array], structure: jax.ShapeDtypeStruct, rank: int
+    product: Callable[[Array], Array], structure: jax.ShapeDtypeStruct, rank: int, key: Key
 ) -> Sketch:
     """The randomised Nyström approximation of a matrix from `rank` products with it."""
     rank = min(rank, structure.shape[0])
-    probes = jr.normal(jr.key(0), (structure.shape[0], rank), structure.dtype)
+    probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
     probes, _ = jnp.linalg.qr(probes)
     images = jax.lax.map(product, probes.T).T
     shift = _precision.eps_of_dtype(structure) * jnp.linalg.norm(images)
@@ -136,32 +142,44 @@ class IterativeGramSolve(AbstractGramSolve):
         return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        eps, scale = _precision.eps_of_dtype(vector), self.row_scale
-        shift = self.damping + 5 * eps * len(vector)
+        return self.solve_with_info(vector)[0]
+
+    def solve_with_info(
+        self, vector: Float[Array, " n"]
+    ) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+        """The solution and the number of iterations."""
+        scale = self.row_scale
 
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
-            return _equilibrated_mv(self.jacobian, scale, w) + shift * w
+            return _equilibrated_mv(self.jacobian, scale, w) + self._shift * w
 
         structure = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
-        operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-        rtol = eps**0.5 if self.rtol is None else self.rtol
+        positive = partial(
+            lx.FunctionLinearOperator, input_structure=structure, tags=lx.positive_semidefinite_tag
+        )
+        rtol = _precision.eps_of_dtype(vector) ** 0.5 if self.rtol is None else self.rtol
         solver = lx.CG(rtol=rtol, atol=0.0, max_steps=self.max_steps)
-        options = {}
-        if self.sketch is not None or self.inverse is not None:
-            options["preconditioner"] = lx.FunctionLinearOperator(
-                lambda w: self._precondition(w, scale, shift),
-                structure,
-                lx.positive_semidefinite_tag,
-            )
-        found = lx.linear_solve(operator, scale * vector, solver, options=options, throw=False)
-        return scale * found.value
+        options = {"preconditioner": positive(self._equilibrated_precondition)}
+        # In units of the right side: in float32 the squares of small ones are zero.
+        size = jax.lax.stop_gradient(_tree.size_of(scale * vector))
+        right = scale * vector / size
+        right = _mesh.whole(right) if num_devices() > 1 else right
+        found = lx.linear_solve(positive(mv), right, solver, options=options, throw=False)
+        return scale * found.value * size, found.stats["num_steps"]
 
-    def _precondition(self, vector: Array, scale: Array, shift: Scalar) -> Array:
+    @property
+    def _shift(self) -> Scalar:
+        return self.damping + 5 * _precision.eps_of_dtype(self.row_scale) * len(self.row_scale)
+
+    def precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        """What the iteration takes for K⁻¹w, up to a factor: by the sketch or the inverse."""
+        return self.row_scale * self._equilibrated_precondition(self.row_scale * vector)
+
+    def _equilibrated_precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         if self.inverse is not None:
-            norms = 1 / jnp.where(scale > 0, scale, 1)
+            norms = 1 / jnp.where(self.row_scale > 0, self.row_scale, 1)
             return norms * _precision.matmul(self.inverse, norms * vector)
-        assert self.sketch is not None
-        return self.sketch.precondition(vector, shift)
+        return vector if self.sketch is None else self.sketch.precondition(vector, self._shift)
 
     def eigenvalues(self) -> Float[Array, " n"]:
         """Of the n×n matrix, built for the purpose: for tests and diagnosis."""
@@ -173,11 +191,13 @@ class AutoGram(AbstractGram):
 
     Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory`
     and n ≤ 60·√D: the n³/3 operations of a factorisation then are no more than those of
-    300 products with J and Jᵀ at 4nD each. Iterative beyond, with a Nyström sketch.
+    300 products with J and Jᵀ at 4nD each. Within `with manifoldflow.mesh(…)` the memory of all
+    its devices counts: what does not fit on one is cut over all. Iterative beyond, with a Nyström
+    sketch.
 
     Args:
-        memory: bytes; by default an eighth of the device's memory, or 2 GiB where the
-            device does not tell.
+        memory: bytes on each device; by default an eighth of its memory, or 2 GiB where it does
+            not tell.
         preconditioner_rank: of the sketch.
     """
 
@@ -194,7 +214,10 @@ class AutoGram(AbstractGram):
         rows = jacobian.out_structure()
         num_rows, num_coordinates = rows.size, _tree.size(jacobian.in_structure())
         memory = memory_budget() if self.memory is None else self.memory
-        fits = 3 * num_rows**2 * rows.dtype.itemsize <= memory
-        if fits and num_rows**2 <= 3600 * num_coordinates:
-            return DenseGram()(jacobian)
+        if num_rows**2 <= 3600 * num_coordinates:
+            if dense_fits(num_rows, rows.dtype.itemsize, memory):
+                return DenseGram(is_distributed=False)(jacobian)
+            share = memory * num_devices()
+            if dense_fits(num_rows, rows.dtype.itemsize, share) and distributes(num_rows):
+                return DenseGram(is_distributed=True)(jacobian)
         return IterativeGram(preconditioner_rank=self.preconditioner_rank)(jacobian)
