@@ -1,4 +1,4 @@
-"""Cholesky factors in blocks, of matrices that no device holds: rows over all devices of the mesh in force.
+"""Cholesky factors in blocks, of matrices whose rows are cut over all devices of a mesh.
 
 The unknowns are eliminated in blocks, one of each device in turn, which relabels them and moves
 nothing: all devices stay busy to the end. A block column of the factor is what is left of the
@@ -53,7 +53,7 @@ def over_all(array: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """n numbers as blocks: of every device `num_own`, of `block` numbers, some of them filled in."""
+    """n numbers in blocks, `num_own` for every device, filled up with some more."""
 
     axes: tuple[str, ...]
     num_shares: int

@@ -86,7 +86,7 @@ class DenseGram(AbstractGram):
     def __call__(self, jacobian: AbstractJacobian) -> "DenseGramSolve | DistributedGramSolve":
         rows = jacobian.out_structure()
         if self._distributes(rows.size, rows.dtype.itemsize):
-            matrix = over_all(jacobian.gram())
+            matrix = over_all(jacobian.cross_gram(jacobian))
             norms_squared = _mesh.whole(_diagonal_by_rows(matrix))
             return DistributedGramSolve.of(matrix, norms_squared, jnp.zeros((), matrix.dtype))
         triangle = jacobian.gram_triangle()

@@ -2,23 +2,25 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 from jaxtyping import Array, Float, Int
 
 from manifoldflow import _mesh, _precision, _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Key, Scalar
+from manifoldflow._types import Flag, Key, Scalar
 from manifoldflow.linalg._distributed import distributes, num_devices
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import dense_fits, memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
+
+Module = TypeVar("Module", bound=eqx.Module)
 
 
 class IterativeGram(AbstractGram):
@@ -52,12 +54,10 @@ class IterativeGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
-        # Of arrays only: a jaxpr among the leaves of a function has no gradient to stop.
-        arrays, static = eqx.partition(jacobian, eqx.is_array)
-        frozen = eqx.combine(jax.lax.stop_gradient(arrays), static)
+        still = frozen(jacobian)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
         scale = row_scale(norms_squared)
-        product = partial(_equilibrated_mv, frozen, scale)
+        product = partial(_equilibrated_mv, still, scale)
         structure, rank = jacobian.out_structure(), self.preconditioner_rank
         key = jr.key(0) if self.key is None else self.key
         sketch = nystroem_sketch(product, structure, rank, key) if wants_sketch else None
@@ -72,6 +72,12 @@ class IterativeGram(AbstractGram):
             rtol=self.rtol,
             max_steps=self.max_steps,
         )
+
+
+def frozen(module: Module) -> Module:
+    """The same without derivatives; of arrays only, as a function may have a jaxpr for a leaf."""
+    arrays, static = eqx.partition(module, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), static)
 
 
 def _equilibrated_mv(
@@ -116,6 +122,56 @@ def nystroem_sketch(
     return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
 
 
+def conjugate_gradients(
+    mv: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    right: Float[Array, " n"],
+    rtol: float,
+    max_steps: int,
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """The x with A x = b until ‖b − A x‖ ≤ rtol·‖b‖, and the number of steps.
+
+    Where nothing is left to do, it ends: an exact solution has no next direction.
+    """
+    target = rtol * _tree.norm(right)
+
+    def is_going(state: _State) -> Flag:
+        has_more = (_tree.norm(state.left) > target) & (state.size > 0)
+        return has_more & (state.num_steps < max_steps)
+
+    def step(state: _State) -> _State:
+        change = mv(state.direction)
+        curvature = _precision.vdot(state.direction, change)
+        # Of a positive matrix: else rounding has the word, and the iteration ends.
+        is_seen = curvature > 0
+        length = _tree.where(is_seen, state.size / _tree.where(is_seen, curvature, 1), 0)
+        solution = state.solution + length * state.direction
+        # Now and then from the solution itself, before rounding piles up.
+        left = jax.lax.cond(
+            state.num_steps % 10 == 9,
+            lambda: right - mv(solution),
+            lambda: state.left - length * change,
+        )
+        preconditioned = precondition(left)
+        size = _tree.where(is_seen, _precision.vdot(left, preconditioned), 0)
+        direction = preconditioned + size / state.size * state.direction
+        return _State(solution, left, direction, size, state.num_steps + 1)
+
+    first = precondition(right)
+    size = _precision.vdot(right, first)
+    start = _State(jnp.zeros_like(right), right, first, size, jnp.asarray(0))
+    found = jax.lax.while_loop(is_going, step, start)
+    return found.solution, found.num_steps
+
+
+class _State(eqx.Module):
+    solution: Float[Array, " n"]
+    left: Float[Array, " n"]
+    direction: Float[Array, " n"]
+    size: Scalar
+    num_steps: Int[Array, ""]
+
+
 @checked
 @jit_part
 def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
@@ -142,7 +198,14 @@ class IterativeGramSolve(AbstractGramSolve):
         return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        return self.solve_with_info(vector)[0]
+        # Derivatives are solves again: nothing differentiates through the iteration.
+        def mv(vector: Array) -> Array:
+            product = self.jacobian.mv(self.jacobian.transpose_mv(vector))
+            return product + self.damping * self.norms_squared * vector
+
+        still = frozen(self)
+        solve = lambda _, right: still.solve_with_info(right)[0]
+        return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
     def solve_with_info(
         self, vector: Float[Array, " n"]
@@ -153,19 +216,15 @@ class IterativeGramSolve(AbstractGramSolve):
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
             return _equilibrated_mv(self.jacobian, scale, w) + self._shift * w
 
-        structure = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
-        positive = partial(
-            lx.FunctionLinearOperator, input_structure=structure, tags=lx.positive_semidefinite_tag
-        )
         rtol = _precision.eps_of_dtype(vector) ** 0.5 if self.rtol is None else self.rtol
-        solver = lx.CG(rtol=rtol, atol=0.0, max_steps=self.max_steps)
-        options = {"preconditioner": positive(self._equilibrated_precondition)}
         # In units of the right side: in float32 the squares of small ones are zero.
-        size = jax.lax.stop_gradient(_tree.size_of(scale * vector))
+        size = _tree.size_of(scale * vector)
         right = scale * vector / size
         right = _mesh.whole(right) if num_devices() > 1 else right
-        found = lx.linear_solve(positive(mv), right, solver, options=options, throw=False)
-        return scale * found.value * size, found.stats["num_steps"]
+        found, num_steps = conjugate_gradients(
+            mv, self._equilibrated_precondition, right, rtol, self.max_steps
+        )
+        return scale * found * size, num_steps
 
     @property
     def _shift(self) -> Scalar:

@@ -12,8 +12,8 @@ from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_positive, described
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Point, Scalar, Tangent
-from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, row_scale
-from manifoldflow.linalg._iterative import AutoGram, IterativeGramSolve
+from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve
+from manifoldflow.linalg._iterative import AutoGram, frozen, IterativeGramSolve
 from manifoldflow.linalg.jacobian import AbstractJacobian
 
 # Without a factor, what is left does not fall steadily.
@@ -48,8 +48,7 @@ class TangentProjector(eqx.Module):
             or rounding left no more to gain, and NaN where the Jacobian is not finite.
         """
         vector = _tree.as_tangent(self.jacobian.in_structure(), vector)
-        arrays, static = eqx.partition(self, eqx.is_array)
-        projector = eqx.combine(jax.lax.stop_gradient(arrays), static)
+        projector = frozen(self)
         # P is linear and its own transpose: no derivative goes through the iterations. As a solve,
         # since that is what JAX lets one say it of: on its range P is its own inverse.
         tangent = jax.lax.custom_linear_solve(
