@@ -1,4 +1,4 @@
-"""Where SGD goes after the loss is zero: geometry of zero-loss manifolds in JAX.
+"""Training beyond zero loss: differential geometry of zero-loss manifolds in JAX.
 
 loss ─► manifold ─┬─► flow ─► solve ─► Solution
          noise ───┘
@@ -25,6 +25,7 @@ from manifoldflow._clock import (
 )
 from manifoldflow._mesh import mesh as mesh
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
+from manifoldflow._run import LiveTable as LiveTable
 from manifoldflow._tree import split as split
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.flows import (
@@ -113,6 +114,7 @@ if _typing.TYPE_CHECKING:
         models as models,
         optimize as optimize,
         theory as theory,
+        walks as walks,
     )
     from manifoldflow.diagnostics import (
         explain as explain,
@@ -127,10 +129,11 @@ if _typing.TYPE_CHECKING:
         RiemannianTrustRegion as RiemannianTrustRegion,
     )
     from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
+    from manifoldflow.walks import walk as walk
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Rooms that many programs never enter are imported when they or their names are asked for."""
+    """Imports rooms that many programs never enter when they, or their names, are asked for."""
     rooms = {
         "diagnostics": ("explain", "largest_stable_learning_rate", "plan", "report"),
         "models": (),
@@ -142,6 +145,7 @@ def __getattr__(name: str) -> _typing.Any:
         ),
         "sgd": ("SAMGradient", "simulate"),
         "theory": (),
+        "walks": ("walk",),
     }
     for room, names in rooms.items():
         if name == room or name in names:

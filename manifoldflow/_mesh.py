@@ -28,7 +28,7 @@ _ONE_MESSAGE = 2**26
 
 @checked
 def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
-    """A context in which examples are spread over devices, in messages that are few and large.
+    """A context in which examples are spread over devices, with few and large messages.
 
     It is `jax.set_mesh` for a mesh with the axis `"examples"`; any mesh with an axis of that name
     and of type Auto will do. Each device makes the rows of the Jacobian for its share of the
@@ -46,6 +46,15 @@ def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
 
     Raises:
         ValueError: more devices than there are.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> with mf.mesh(examples=1) as devices:
+        ...     value = mf.shard_examples(loss)(jnp.zeros(2))
+        >>> print(dict(devices.shape), value)
+        {'examples': 1} 0.5
     """
     devices = jax.devices()
     count = len(devices) if examples is None else checked_count("mesh: examples", examples)

@@ -11,7 +11,7 @@ RESULT_CLASSES = {
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor", "flows.IterationCheck",
+    "linalg.ResidualFactor", "linalg.TangentProjector", "flows.IterationCheck",
     "linalg.Equation", "linalg.LeafView",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
@@ -21,10 +21,11 @@ RESULT_CLASSES = {
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
     "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
-    "theory.MarginKKT",
+    "theory.MarginKKT", "walks.BeforeAfter", "walks.HeldOutputs",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.
 ELSEWHERE = {
     "load_checkpoint", "plotting.plot_walk", "noise.checked_noise", "linalg.positive_solver",
+    "walks.before_after", "LiveTable",
 }  # fmt: skip

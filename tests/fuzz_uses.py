@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from manifoldflow import linalg, symmetry
+import manifoldflow as mf
+from manifoldflow import linalg, symmetry, walks
 
 
 @jax.jit
@@ -41,10 +42,23 @@ TO_FIND = {
 }  # fmt: skip
 HEADS = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
 
+HYPERBOLA = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=lambda w, x: w[0] * w[1] * x)
+LEAST = {"loss": HYPERBOLA, "point": jnp.array([2.0, 0.5])}
+
 USES = {
+    "walk": {
+        **LEAST, "objective": walks.WeightNorm(), "manifold": mf.ZeroLossManifold(HYPERBOLA),
+        "method": "flow", "end_time": 0.1, "max_steps": 9, "num_saves": 2, "stationarity": 0.1,
+        "observe": {"first": lambda w: w[0]}, "throw": False,
+    },
+    "walks.Flatness": {}, "walks.LargestEigenvalue": {}, "walks.WeightNorm": {},
+    "walks.Rounding": {"bits": 4, "per": "row"},
     "linalg.eigh": {"matrix": np.diag([0.0, 1.0, 2.0])},
     "linalg.Recognised": {"use": Halved()},
     "linalg.register_use": {"operation": halved},
+    "linalg.tangent_projector": {
+        **LEAST, "batch_size": 1, "gram": linalg.DenseGram(), "tolerance": 1e-3, "max_steps": 5,
+    },
     "linalg.tangent_solve": {"mv": doubled, "right": jnp.ones(3), "rtol": 1e-6, "max_steps": 5},
     "symmetry.attention_products": {"point": HEADS, "where": lambda p: p, "name": "heads"},
     "symmetry.find_products": TO_FIND,

@@ -1,5 +1,4 @@
-"""How a run goes from save to save, what it shows and writes down on its way, and which integral
-it solves."""
+"""The course of a run from save to save: its legs, its reports, its journal, and its integral."""
 
 from manifoldflow._run._forms import (
     AbstractVectorField as AbstractVectorField,
@@ -30,4 +29,5 @@ from manifoldflow._run._reports import (
     show as show,
     tell as tell,
 )
+from manifoldflow._run._table import LiveTable as LiveTable
 from manifoldflow._run._until import Stationary as Stationary, stops_at as stops_at, Until as Until

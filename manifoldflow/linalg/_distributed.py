@@ -22,6 +22,7 @@ from manifoldflow._types import Flag
 from manifoldflow.linalg._lapack import cho_solve, cholesky
 
 _BLOCK = 128
+# XLA's own factorisation for TPUs is written out in full: at this size it takes 7 s to compile.
 _LARGE = 1024
 # So many tiles along a share of rows, and as many along the columns. Products are made of those
 # that the factor fills so far: a third of all, and a little more.

@@ -21,13 +21,21 @@ _NUM_IDLE = {True: 30, False: 2}
 
 
 class TangentProjector(eqx.Module):
-    """P = I − Jᵀ(JJᵀ)⁻¹J at one point; `tangent_projector` makes one.
+    """The projector P = I − Jᵀ(JJᵀ)⁻¹J at one point, made by `tangent_projector`.
 
     Attributes:
         jacobian: J.
-        gram: what the iteration is preconditioned with.
-        tolerance: at which certificate it ends.
+        gram: the preconditioner of the iteration.
+        tolerance: the certificate at which it ends.
         max_steps: the most iterations.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2)[:1], jnp.zeros(1), predict=jnp.dot)
+        >>> projector = mf.linalg.tangent_projector(loss, jnp.ones(2))
+        >>> print(projector.certificate(jnp.array([3.0, 4.0])).round(3))
+        0.6
     """
 
     jacobian: AbstractJacobian
@@ -61,7 +69,7 @@ class TangentProjector(eqx.Module):
     @checked
     @jit_part
     def certificate(self, vector: Tangent) -> Scalar:
-        """‖Ĵv‖/‖v‖ with Ĵ the Jacobian whose rows have length one; zero for exact tangents.
+        """The ratio ‖Ĵv‖/‖v‖, with Ĵ the Jacobian whose rows have length one: zero for tangents.
 
         Each entry of Ĵv/‖v‖ is the cosine of the angle between v and the gradient of one output.
         So the units of parameters, outputs and v do not count, and no cosine is larger.

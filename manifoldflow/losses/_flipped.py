@@ -1,9 +1,10 @@
-"""The loss of binary labels that are flipped with one probability, in the mean over the flips."""
+"""The mean loss of binary labels that are flipped with one probability."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._boundary import checked
@@ -22,7 +23,7 @@ def flipped_labels_loss(
     predict: Callable[[Point, Example], Array] | None = None,
     trainable: PyTree[Any] | None = None,
 ) -> PerExampleLoss:
-    """The mean loss of labels ±1 of which each is flipped with one probability p.
+    """The mean loss of labels ±1 when each of them is flipped with one probability p.
 
         L(θ) = (1/N) Σᵢ (1 − p)·φ(yᵢf(θ, xᵢ)) + p·φ(−yᵢf(θ, xᵢ))
 
@@ -45,11 +46,15 @@ def flipped_labels_loss(
     Raises:
         ValueError: labels other than ±1, a probability that is not between 0 and ½.
 
-    Example:
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
         >>> labels = jnp.array([1.0, -1.0])
-        >>> phi = lambda z: jnp.exp(-z)
-        >>> flipped_labels_loss(jnp.eye(2), labels, phi, probability=0.1, predict=jnp.dot).targets
-        Array([0.9, 0.1], dtype=float32)
+        >>> loss = mf.losses.flipped_labels_loss(
+        ...     jnp.eye(2), labels, lambda z: jnp.exp(-z), probability=0.1, predict=jnp.dot
+        ... )
+        >>> print(loss.targets)
+        [0.9 0.1]
     """
     if not callable(margin_loss):
         raise ValueError(
@@ -62,7 +67,8 @@ def flipped_labels_loss(
             f"flipped_labels_loss: probability must be below ½; got {float(chance):g}. Above it "
             "change the signs of the labels; at ½ they say nothing."
         )
-    if not is_traced(labels) and not bool(jnp.all(jnp.abs(labels) == 1)):
+    # By NumPy: within jit JAX traces operations on constants as well.
+    if not is_traced(labels) and not np.all(np.abs(np.asarray(labels)) == 1):
         raise ValueError(f"flipped_labels_loss: labels must be -1 or 1; got {labels}.")
     targets = jnp.where(labels > 0, 1 - chance, chance).astype(labels.dtype)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
+    column_norms_of_rows,
     einsum,
     inner_products,
     LeafView,
@@ -47,7 +48,7 @@ class LookUpBlock(AbstractPositionBlock):
         return math.prod(self.leaf.shape) // self.delta.shape[-1]
 
     def as_outer(self) -> OuterBlock:
-        """With explicit unit vectors, as one more use of a weight matrix."""
+        """The block with explicit unit vectors, as one more use of a weight matrix."""
         units = jax.nn.one_hot(self.index, self._num_entries, dtype=self.delta.dtype)
         return OuterBlock(units[:, None, :, None], self.delta[:, :, :, None], self.leaf)
 
@@ -69,6 +70,7 @@ class LookUpBlock(AbstractPositionBlock):
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
         delta = einsum("nk,nktd->ntd", weights, self.delta)
         table = jnp.zeros((self._num_entries, delta.shape[-1]), delta.dtype)
+        # `add`, since the same row may be taken at several positions.
         return self.leaf.pull(table.at[self.index].add(delta)[None])
 
     def rows(self) -> Float[Array, "n k ..."]:
@@ -78,6 +80,8 @@ class LookUpBlock(AbstractPositionBlock):
         if not isinstance(other, LookUpBlock) or other.leaf != self.leaf:
             return RowBlock(self.rows()).cross_gram(other)
         counts = self.index.shape[1], other.index.shape[1], 1
+        # Long texts over short tables: products with unit vectors are cheaper than all pairs of
+        # positions.
         if counts[0] * counts[1] > self._num_entries:
             flip = (("transpose", (0, 2, 1)),)
             pair = [block.as_outer().swapped(self.leaf.then(flip)) for block in (self, other)]
@@ -91,6 +95,9 @@ class LookUpBlock(AbstractPositionBlock):
             )
 
         return term((0, 0, 0)) if counts == (1, 1, 1) else over_positions(term, counts)
+
+    def column_norms(self) -> Array:
+        return column_norms_of_rows(self)
 
     def norms(self) -> Float[Array, "n k"]:
         same = self.index[:, :, None] == self.index[:, None, :]

@@ -17,6 +17,7 @@ from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
     accumulate,
+    column_norms_of_rows,
     einsum,
     inner_products,
     LeafView,
@@ -33,7 +34,7 @@ from manifoldflow.linalg.jacobian._use import (
     register_use,
 )
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._views import ints, View
+from manifoldflow.linalg.jacobian._views import ints, is_selection, View
 
 # Explicit rows are formed in pieces of at most this many numbers where they are not kept.
 PIECE = 2**20
@@ -104,12 +105,20 @@ class OuterBlock(AbstractPositionBlock):
         if self.is_rank_one:
             axes = (2, 3, 4)
             return times(jnp.sum(self.delta**2, axis=axes), jnp.sum(self.factor**2, axis=axes))
+        # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (δ_t·δ_s)(a_t·a_s): T² numbers, where a row has F·C.
         pair = lambda x: einsum("nktbf,nksbf->nkbts", x, x)
         return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
+
+    def column_norms(self) -> Array:
+        # Entries are added before they are squared: over positions, and where a view repeats some.
+        if self.factor.shape[2] > 1 or not is_selection(self.leaf.steps):
+            return column_norms_of_rows(self)
+        return self.leaf.pull(einsum("nktbf,nktbc->bfc", self.delta**2, self.factor**2))
 
 
 def _concatenate_positions(arrays: list[Array]) -> Array:
     size = max(array.shape[1] for array in arrays)
+    # A factor that is the same for all outputs has a k axis of one; beside others it is repeated.
     full = [jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:])) for x in arrays]
     return jnp.concatenate(full, axis=2)
 
@@ -126,10 +135,10 @@ def _pair_gram(x: OuterBlock, y: OuterBlock, at: Place) -> Float[Array, "n k m l
 
 
 def _prefers_pairs(x: OuterBlock, y: OuterBlock) -> bool:
-    """Whether all pairs of positions cost less than products of explicit rows.
+    """True where all pairs of positions cost less than products of explicit rows.
 
-    Where many outputs share a, (Σ_s (a_t·a_s) δ_s)·δ_t takes fewer products than either, but
-    as many small ones; on CPUs it was the slower.
+    Where many outputs share a, (Σ_s (a_t·a_s) δ_s)·δ_t takes fewer products than either, but as
+    many small ones; on CPUs it was the slower.
     """
     num_pairs = x.delta.shape[2] * y.delta.shape[2]
     outputs = max(x.delta.shape[1], x.factor.shape[1]) * max(y.delta.shape[1], y.factor.shape[1])
@@ -143,6 +152,7 @@ def _over_pieces(fn: Callable[..., Array], *blocks: OuterBlock) -> Array:
     """Σ fn(rows, ...) over pieces of the F axis, so that all rows never exist at once."""
     free = blocks[0].delta.shape[-1]
     numbers = [math.prod(_outer_shape(block)) // free for block in blocks]
+    # Equal pieces, so that one program serves for all of them.
     divisors = [size for size in range(1, free + 1) if free % size == 0]
     size = max([d for d in divisors if d * max(numbers) <= PIECE], default=1)
 
@@ -181,10 +191,10 @@ class MatrixProduct(AbstractMatrixUse):
 
 
 def _dot_dims(numbers: Any, side: int, weight: Array, other: Array) -> tuple[Any, ...]:
-    """How to bring weight, factor and output to (B, F, C), (T, B, C) and (T, B, F).
+    """The axes that bring weight, factor and output to (B, F, C), (T, B, C) and (T, B, F).
 
-    B are batch axes, C is contracted, F is free in the weight, T are the positions at which
-    the weight is applied.
+    B are batch axes, C is contracted, F is free in the weight, T are the positions at which the
+    weight is applied.
     """
     contracting, batch = numbers
     w_contract, x_contract = ints(contracting[side]), ints(contracting[1 - side])

@@ -19,6 +19,7 @@ from manifoldflow import _precision
 from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
+    column_norms_of_rows,
     einsum,
     LeafView,
     merge_positions,
@@ -32,17 +33,36 @@ from manifoldflow.linalg.jacobian._use_rows import RowBlock
 class AbstractPairUse(AbstractUse):
     """A use that gives its map and the inner product of two rows, each for one example.
 
-    Both are mapped over examples, outputs and positions with `jax.vmap`. `apply` must be linear
-    in the weight, since its transpose is taken.
+    Both are mapped over examples, outputs and positions with `jax.vmap`. `apply` must be linear in
+    the weight, since its transpose is taken. `register_use` tells the library of the class.
 
-    ```python
-    @linalg.register_use(circulant)
-    class Circulant(linalg.AbstractPairUse):
-        @classmethod
-        def recognise(cls, equation, index): ...
-        def apply(self, weight, factor): ...
-        def inner(self, delta, factor, other_delta, other_factor): ...
-    ```
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> @jax.jit
+        ... def circulant(w, a):  # the products of all rotations of w with a
+        ...     return jnp.stack([jnp.roll(w, k) @ a for k in range(w.size)])
+        >>> @linalg.register_use(circulant)
+        ... class Circulant(linalg.AbstractPairUse):
+        ...     @classmethod
+        ...     def recognise(cls, equation, index):
+        ...         return linalg.Recognised(cls(), factor=equation.operands[1 - index])
+        ...
+        ...     def apply(self, weight, factor):
+        ...         return circulant(weight, factor)
+        ...
+        ...     def inner(self, delta, factor, other_delta, other_factor):
+        ...         rows = [
+        ...             jax.vjp(lambda w: circulant(w, a), a)[1](d)[0]
+        ...             for d, a in ((delta, factor), (other_delta, other_factor))
+        ...         ]
+        ...         return rows[0] @ rows[1]
+        >>> jacobian = linalg.structured_jacobian(
+        ...     circulant, jnp.zeros(3), jnp.arange(6.0).reshape(2, 3)
+        ... )
+        >>> print(jacobian.treatments, jacobian.gram().shape)
+        {'': 'Circulant, summed'} (6, 6)
     """
 
     @abc.abstractmethod
@@ -142,6 +162,9 @@ class PairBlock(AbstractPositionBlock):
 
         counts = self._num_positions, self._num_positions, 1
         return term((0, 0, 0)) if counts == (1, 1, 1) else over_positions(term, counts)
+
+    def column_norms(self) -> Array:
+        return column_norms_of_rows(self)
 
     def _at(self, position: Array | int) -> tuple[Array, PyTree[Array]]:
         """δ and a at one position."""

@@ -30,11 +30,12 @@ def apply_view(view: View, leaf: Array) -> Array:
 def pull_view(view: View, shape: tuple[int, ...], value: Array) -> Array:
     """The transpose of `apply_view`: from the rearranged value back to the leaf."""
     leaf = jax.ShapeDtypeStruct(shape, value.dtype)
+    # By JAX's own transpose: entries that a broadcast repeats are summed.
     return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(value)[0]
 
 
 def is_selection(view: View) -> bool:
-    """Whether the view moves entries to one place at most (so that it keeps inner products)."""
+    """True where the view moves entries to one place at most, so that it keeps inner products."""
     return all(name != "broadcast" for name, *_ in view)
 
 
@@ -43,14 +44,14 @@ def ints(values: Any) -> tuple[int, ...]:
 
 
 class Entries(NamedTuple):
-    """Which entry of a leaf stands where: equal digits of all axes mean equal entries."""
+    """The entry of a leaf at every place: equal digits of all axes mean equal entries."""
 
     offset: int
     axes: Any  # a tuple of Digits, or None where digits cannot tell
     seen: Digits  # covers every entry in view, in no order
 
     def is_apart_from(self, other: "Entries") -> bool:
-        """Whether it is certain that the two share no entry."""
+        """True where it is certain that the two share no entry."""
         return _are_apart((self.offset, self.seen), (other.offset, other.seen))
 
 
@@ -104,6 +105,7 @@ def _reshaped(entries: Entries, shape: tuple[int, ...]) -> Entries:
                 return entries._replace(axes=None)
             size, stride = rest.pop()
             part = math.gcd(size, needed)
+            # A digit that neither fits into the axis nor is filled by it has no digits on its own.
             if part < size and part < needed:
                 return entries._replace(axes=None)
             if part < size:
@@ -154,7 +156,7 @@ Progression = tuple[int, Digits]
 
 
 def _are_apart(first: Progression, other: Progression) -> bool:
-    """Whether {offset + Σ digit·stride} are certainly disjoint.
+    """True where {offset + Σ digit·stride} are certainly disjoint.
 
     Below a stride that divides all longer ones both sets are products of multiples of it and
     remainders, if these do not carry over: apart if the multiples are, or the remainders.
@@ -162,6 +164,7 @@ def _are_apart(first: Progression, other: Progression) -> bool:
     if _is_empty(first) or _is_empty(other) or _lie_apart(first, other):
         return True
     strides = sorted({stride for _, digits in (first, other) for _, stride in digits})
+    # The least stride has nothing below it that could be told apart.
     for modulus in strides[1:]:
         parts = [_split(progression, modulus) for progression in (first, other)]
         if None not in parts and any(_are_apart(*pair) for pair in zip(*parts)):
