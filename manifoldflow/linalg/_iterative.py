@@ -273,8 +273,8 @@ class AutoGram(AbstractGram):
 
     Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory` and n ≤
     60·√D: the n³/3 operations of a factorisation then are no more than those of 300 products with J
-    and Jᵀ at 4nD each. Within `with manifoldflow.mesh(…)` the memory of all its devices counts: what
-    does not fit on one is cut over all. Iterative beyond, with a Nyström sketch.
+    and Jᵀ at 4nD each. Within `with manifoldflow.mesh(…)` the memory of all its devices counts:
+    what does not fit on one is cut over all. Iterative beyond, with a Nyström sketch.
 
     Args:
         memory: bytes on each device; by default an eighth of its memory, or 2 GiB where it does
