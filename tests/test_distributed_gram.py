@@ -32,7 +32,7 @@ def test_geometry_is_that_of_one_device(report):
 
 def test_the_program_does_not_grow_and_no_device_holds_the_matrix(report):
     (small, sent, _), (large, sent_by_large, largest) = report["programs"]
-    equal("lines for twice the rows", large, small)
+    at_most("lines of the program for twice the rows, in those for once", large / small, 1.02)
     equal("messages: two of the factorisation, two of the solves", sent, {"all-reduce": 4})
     equal("messages for twice the rows", sent_by_large, sent)
     at_most("largest array, in shares of n²", largest, 1 / 8 + 0.01)

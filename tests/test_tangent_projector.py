@@ -51,8 +51,15 @@ GRAMS = {
 }
 
 
-@pytest.mark.parametrize("gram", GRAMS)
-@pytest.mark.parametrize(("kind", "dtype"), [("outputs", jnp.float64), ("residuals", jnp.float32)])
+@pytest.mark.parametrize(
+    ("gram", "kind", "dtype"),
+    [
+        ("factorised", "outputs", jnp.float64),
+        ("factorised", "residuals", jnp.float32),
+        ("sketched", "residuals", jnp.float64),
+        ("plain", "outputs", jnp.float32),
+    ],
+)
 def test_what_is_left_is_tangent(gram, kind, dtype):
     loss, weights, vector = loss_of(kind, dtype), weights_of(dtype), vector_of(dtype)
     projector = linalg.tangent_projector(loss, weights, batch_size=5, gram=GRAMS[gram])
