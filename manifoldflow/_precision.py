@@ -37,7 +37,8 @@ def full_precision() -> contextlib.AbstractContextManager:
 
 def asked_for() -> str:
     """The precision of products that nobody here has set: as JAX is told, or its default."""
-    return jax.config.jax_default_matmul_precision or "default"
+    setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return setting or "default"
 
 
 def eps_of_dtype(of: Any) -> float:
