@@ -11,6 +11,8 @@ import pytest
 
 import manifoldflow as mf
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = pathlib.Path(mf.__file__).parent
 TREES = {
     path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
