@@ -59,6 +59,7 @@ def plot_spectrum(
         numbers = np.arange(1, len(largest) + 1)
         shown = np.where(largest > 0, largest, np.nan)
         axes.semilogy(numbers, shown, style, color=colour, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("eigenvalue number, largest first")
     axes.set_ylabel("eigenvalue")
     if other is not None:
