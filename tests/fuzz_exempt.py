@@ -12,7 +12,7 @@ RESULT_CLASSES = {
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor", "flows.IterationCheck",
+    "linalg.ResidualFactor", "linalg.TangentProjector", "flows.IterationCheck",
     "linalg.Equation", "linalg.LeafView",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",
@@ -30,5 +30,6 @@ ELSEWHERE = {
     "load_checkpoint", "plotting.plot_walk", "plotting.Colour", "plotting.draw_curve",
     "plotting.draw_surface", "plotting.light_png", "plotting.surface_axes",
     "noise.checked_noise", "linalg.positive_solver",
-    "walks.before_after", "LiveTable",
+    "walks.before_after", "LiveTable", "plotting.plot_before_after", "plotting.plot_convergence",
+    "plotting.plot_ensemble", "plotting.plot_spectrum",
 }  # fmt: skip

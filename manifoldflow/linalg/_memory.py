@@ -55,3 +55,8 @@ def memory_budget() -> int:
 def _own_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit", 16 * _GIB))
+
+
+def dense_fits(num_rows: int, itemsize: int, memory: int | None = None) -> bool:
+    """True where a Gram matrix, its factor and one temporary fit: 3n² numbers."""
+    return 3 * num_rows**2 * itemsize <= (memory_budget() if memory is None else memory)
