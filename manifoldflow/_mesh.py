@@ -1,14 +1,20 @@
-"""The devices over which examples are spread: JAX's own mesh, as it is in force.
+"""The devices over which examples and parameters are spread: JAX's own mesh, as it is in force.
 
 Arrays that are spread without a word of ours keep what XLA finds for them: for a Gram matrix that
-is hundreds of small messages. Here is the word: which arrays are cut along their examples, and
-which are whole on every device.
+is hundreds of small messages. Here is the word: which arrays are cut along their examples, which
+along their widths, and which are whole on every device.
+
+The axis "examples" cuts arrays along their examples. The axis "parameters" cuts them along their
+longest other axis. Parameters and tangents, which have no examples, are cut along both; where a
+layer is used, its parameters are gathered along "examples" alone, and its factors along
+"parameters" alone. So a device never holds a whole layer, nor all examples of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -21,13 +27,17 @@ from manifoldflow._errors import checked_count, is_traced
 
 Tree = TypeVar("Tree", bound=PyTree[Any])
 
-EXAMPLES = "examples"
+EXAMPLES, PARAMETERS = "examples", "parameters"
 # Below this, what counts is the number of messages; above, that products go on meanwhile.
 _ONE_MESSAGE = 2**26
+# Arrays of fewer bytes take no longer to send than to announce: they are not cut along widths.
+_SMALL = 2**16
 
 
 @checked
-def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
+def mesh(
+    *, examples: int | None = None, parameters: int | None = None
+) -> AbstractContextManager[Mesh]:
     """A context in which examples are spread over devices, in messages that are few and large.
 
     It is `jax.set_mesh` for a mesh with the axis `"examples"`; any mesh with an axis of that name
@@ -35,26 +45,39 @@ def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
     examples. It gets the factors of the others in one message, and makes its rows of the Gram
     matrix, which is then put together on all of them.
 
+    With `parameters` there is a second axis, `"parameters"`. Then no device holds all parameters,
+    tangents or factors of the Jacobian: large leaves are cut over all devices, where
+    `manifoldflow.shard_parameters` puts them, and the Gram matrix is made in blocks.
+
     ```python
-    with mf.mesh(examples=8):
+    with mf.mesh(examples=4, parameters=2):
         loss = mf.shard_examples(loss)
+        model = mf.shard_parameters(model)
         walk = mf.solve(mf.LimitDiffusion(mf.ZeroLossManifold(loss), noise), model, end_time=1.0)
     ```
 
     Args:
-        examples: how many devices share the examples; by default all, of all processes.
+        examples: how many devices share the examples; by default all, of all processes, divided
+            by `parameters`.
+        parameters: how many devices share the widths of layers; by default none do, and every
+            device holds all parameters.
 
     Raises:
         ValueError: more devices than there are.
     """
     devices = jax.devices()
-    count = len(devices) if examples is None else checked_count("mesh: examples", examples)
-    if count > len(devices):
+    names = (EXAMPLES,) if parameters is None else (EXAMPLES, PARAMETERS)
+    wide = 1 if parameters is None else checked_count("mesh: parameters", parameters)
+    many = len(devices) // wide if examples is None else checked_count("mesh: examples", examples)
+    if many * wide > len(devices) or many == 0:
+        asked = f"{many}" if parameters is None else f"examples={examples}, parameters={wide}"
+        what = "mesh: examples" if parameters is None else "mesh: examples × parameters"
         raise ValueError(
-            f"mesh: examples must be at most the number of devices, {len(devices)}; got {count}. "
+            f"{what} must be at most the number of devices, {len(devices)}; got {asked}. "
             "On CPUs, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them."
         )
-    return _in_force(Mesh(np.array(devices[:count]), (EXAMPLES,), axis_types=(AxisType.Auto,)))
+    grid = np.array(devices[: many * wide]).reshape((many, wide)[: len(names)])
+    return _in_force(Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names)))
 
 
 @contextmanager
@@ -64,11 +87,35 @@ def _in_force(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
+def _axes() -> dict[str, int]:
+    """The axes in force that are ours, with their sizes, in the order of the mesh."""
+    here = jax.sharding.get_abstract_mesh()
+    return {n: here.shape[n] for n in here.axis_names if n in _ours(here.auto_axes)}
+
+
+def _ours(names: Sequence[Any]) -> list[str]:
+    return [name for name in names if name in (EXAMPLES, PARAMETERS)]
+
+
+def num_devices() -> int:
+    """Over how many devices arrays are spread here, 1 without a mesh."""
+    return int(np.prod(list(_axes().values()), dtype=int))
+
+
 def num_shares(num_examples: int) -> int:
     """Over how many devices so many examples are spread here; 1 where they cannot be."""
-    here = jax.sharding.get_abstract_mesh()
-    size = here.shape[EXAMPLES] if EXAMPLES in here.auto_axes else 1
+    size = _axes().get(EXAMPLES, 1)
     return size if num_examples % size == 0 else 1
+
+
+def is_spread(num_examples: int) -> bool:
+    """Whether arrays of so many examples are cut here, along these or along widths."""
+    return num_examples % _axes().get(EXAMPLES, 1) == 0 and num_devices() > 1
+
+
+def has_parameters() -> bool:
+    """Whether parameters are spread here."""
+    return PARAMETERS in _axes()
 
 
 def check_axis(name: str, num_examples: int) -> None:
@@ -81,9 +128,41 @@ def check_axis(name: str, num_examples: int) -> None:
         )
 
 
+def _spec(array: Any, sizes: dict[str, int], *, rows: Sequence[str] | None) -> PartitionSpec:
+    """How an array is cut: its rows over the devices of these axes, or as a parameter is.
+
+    Each axis of the mesh goes to the axis of the array whose parts are the longest so far.
+    """
+    names: list[tuple[str, ...]] = [()] * array.ndim
+    if rows is not None:
+        names[0] = tuple(rows)
+    wanted = (PARAMETERS, EXAMPLES) if rows is None else (PARAMETERS,)
+    is_large = array.size * array.dtype.itemsize > _SMALL and PARAMETERS in sizes
+    for name in (n for n in wanted if is_large and n in sizes and n not in names[0]):
+        first = 0 if rows is None else 1
+        parts = [n // int(np.prod([sizes[m] for m in at])) for n, at in zip(array.shape, names)]
+        fits = [i for i in range(first, array.ndim) if parts[i] % sizes[name] == 0]
+        if fits:
+            longest = max(fits, key=lambda i: parts[i])
+            names[longest] += (name,)
+    return PartitionSpec(*(at or None for at in names))
+
+
+def _constrained(tree: Tree, spec_fn: Any) -> Tree:
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, spec_fn(x))
+    return jax.tree.map(constrain, tree)
+
+
 def cut(tree: Tree) -> Tree:
-    """Every array along its leading axis of examples."""
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(EXAMPLES))
+    """Every array along its leading axis of examples, and large ones along another as well."""
+    sizes = _axes()
+    rows = [EXAMPLES] if EXAMPLES in sizes else []
+    return _constrained(tree, lambda x: _spec(x, sizes, rows=rows))
+
+
+def rows_cut(tree: Tree) -> Tree:
+    """Every array along its leading axis of examples only."""
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_ours_or_none(EXAMPLES)))
 
 
 def whole(tree: Tree) -> Tree:
@@ -91,33 +170,132 @@ def whole(tree: Tree) -> Tree:
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
+def over_all(tree: Tree) -> Tree:
+    """Every array along its leading axis, over all devices."""
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(tuple(_axes())))
+
+
+def in_blocks(matrix: Array) -> Array:
+    """Rows over the axis of examples, columns over that of parameters."""
+    names = [name if name in _axes() else None for name in (EXAMPLES, PARAMETERS)]
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(*names))
+
+
+def _ours_or_none(name: str) -> str | None:
+    return name if name in _axes() else None
+
+
+def spread(tree: Tree) -> Tree:
+    """Parameters or tangents as they are kept: cut over all devices, small ones whole."""
+    sizes = _axes()
+    return _constrained(tree, lambda x: _spec(x, sizes, rows=None)) if sizes else tree
+
+
+def at_work(tree: Tree) -> Tree:
+    """Parameters or tangents as a layer uses them: whole along the axis of examples."""
+    sizes = _axes()
+    if PARAMETERS not in sizes:
+        return tree
+    alone = {name: size for name, size in sizes.items() if name != EXAMPLES}
+    # Spread before, for the sake of the transpose: what comes back is cut up at once.
+    return _constrained(spread(tree), lambda x: _spec(x, alone, rows=None))
+
+
 def gathered(tree: Tree) -> Tree:
-    """`whole` for arrays with a leading axis of examples, in one message where they are small."""
+    """Factors of the columns of a Gram matrix, in one message where they are small.
+
+    The columns are those of all examples, or those of a share of them where there is an axis of
+    parameters: along it they are cut then.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     # A weight and its bias share a factor.
     distinct = {id(leaf): leaf for leaf in leaves}
     arrays = list(distinct.values())
     is_small = sum(array.nbytes for array in arrays) <= _ONE_MESSAGE
     has_one_dtype = len({array.dtype for array in arrays}) == 1
-    together = _in_one if is_small and has_one_dtype else whole
+    together = _in_one if is_small and has_one_dtype else _columns
     found = dict(zip(distinct, together(arrays)))
     return jax.tree.unflatten(treedef, [found[id(leaf)] for leaf in leaves])
+
+
+def _columns(tree: Tree) -> Tree:
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_ours_or_none(PARAMETERS)))
 
 
 def _in_one(arrays: list[Array]) -> list[Array]:
     flat = [array.reshape(array.shape[0], -1) for array in arrays]
     ends = np.cumsum([array.shape[1] for array in flat])
-    parts = jnp.split(whole(jnp.concatenate(cut(flat), axis=1)), ends[:-1], axis=1)
+    parts = jnp.split(_columns(jnp.concatenate(rows_cut(flat), axis=1)), ends[:-1], axis=1)
     return [part.reshape(array.shape) for part, array in zip(parts, arrays)]
 
 
-def placed(tree: PyTree[Array], mesh: Mesh, *, is_split: bool) -> PyTree[Array]:
+@checked
+def shard_parameters(point: PyTree[Any], mesh: Mesh | None = None) -> PyTree[Any]:
+    """The same point with its parameters spread over the devices of a mesh.
+
+    With an axis "parameters" in the mesh, every leaf above 64 kB is cut along its longest axis
+    that the number of these devices divides, and over the devices that share the examples along
+    another, so that each holds its part and no more. Small leaves are on every device, and without
+    such an axis all are. Tangents and results are spread in the same way.
+
+    Args:
+        point: any PyTree; of arrays, or of `jax.ShapeDtypeStruct` for programs that are compiled
+            ahead of time, which then say where the arrays will be.
+        mesh: by default the one that is in force, as within `with manifoldflow.mesh(…)`.
+
+    Raises:
+        ValueError: no mesh at all.
+
+    Example:
+        >>> with mesh(examples=1, parameters=1):
+        ...     point = shard_parameters({"w": jnp.ones(3)})
+        >>> point["w"].sharding.mesh.axis_names
+        ('examples', 'parameters')
+    """
+    leaves = jax.tree.leaves(point)
+    if mesh is None and is_traced(leaves):
+        if not _axes():
+            raise ValueError(no_mesh("shard_parameters"))
+        return jax.tree.map(lambda leaf: spread(leaf) if eqx.is_array(leaf) else leaf, point)
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError(no_mesh("shard_parameters"))
+    mesh = as_auto(mesh)
+    sizes = {name: mesh.shape[name] for name in _ours(mesh.axis_names)}
+
+    def place(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not is_shape and not eqx.is_array(leaf) and not isinstance(leaf, np.ndarray):
+            return leaf
+        sharding = NamedSharding(mesh, _spec(leaf, sizes, rows=None))
+        if is_shape:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return _placed_leaf(leaf, sharding)
+
+    return jax.tree.map(place, point)
+
+
+def no_mesh(name: str) -> str:
+    return (
+        f"{name} needs a mesh; got none. Call it within `with manifoldflow.mesh():`, or hand over "
+        "a jax.sharding.Mesh."
+    )
+
+
+def as_auto(mesh: Mesh) -> Mesh:
+    """The mesh with axes of type Auto.
+
+    With Explicit axes JAX asks for the sharding of every intermediate array.
+    """
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def placed(tree: PyTree[Array], mesh: Mesh, axis: str | None) -> PyTree[Array]:
     """Concrete arrays on the devices of the mesh, split along axis 0 or copied to each.
 
     With devices of several processes, each process brings the whole array.
     """
-    spec = PartitionSpec(*mesh.axis_names) if is_split else PartitionSpec()
-    sharding = NamedSharding(mesh, spec)
+    sharding = NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec())
     return jax.tree.map(lambda leaf: _placed_leaf(leaf, sharding), tree)
 
 

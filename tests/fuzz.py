@@ -143,6 +143,7 @@ EXCEPTIONS = {
 POTENTIALS = "diagnostics.is_gradient_flow"
 EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
 EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count", ("mesh", "examples"): "count"}
+EXCEPTIONS |= {("mesh", "parameters"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"

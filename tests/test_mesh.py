@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
@@ -64,6 +65,25 @@ def test_examples_are_sharded_within_jit_as_well():
         close("tr", jax.jit(trace)(x, y), 1.0, 1e-14)
     with refused(ValueError, "shard_examples", "mesh in force", "examples"):
         jax.jit(trace)(x, y)
+
+
+def test_parameters_are_placed():
+    point = {"w": jnp.ones((256, 256)), "b": jnp.ones(3), "name": "net", "index": jnp.arange(3)}
+    shapes = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    with mf.mesh(examples=1, parameters=1):
+        placed = mf.shard_parameters(point)
+        equal("the name", placed["name"], "net")
+        equal("w is cut", placed["w"].sharding.spec, P(("parameters", "examples"), None))
+        equal("b is whole", placed["b"].sharding.spec, P(None))
+        inside = jax.jit(lambda w: mf.shard_parameters({"w": w}))(point["w"])["w"]
+        equal("within jit", inside.sharding, placed["w"].sharding)
+        equal("shapes", mf.shard_parameters(shapes)["w"].sharding, placed["w"].sharding)
+    with mf.mesh(examples=1):
+        equal("without the axis", mf.shard_parameters(point)["w"].sharding.spec, P(None, None))
+    with refused(ValueError, "shard_parameters", "mesh", "none"):
+        mf.shard_parameters(point)
+    with refused(ValueError, "mesh: examples × parameters", "1000"):
+        mf.mesh(examples=1, parameters=1000)
 
 
 @pytest.mark.parametrize("count", [0, 1.5, "all"])

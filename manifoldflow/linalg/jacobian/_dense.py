@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _precision, _tree
+from manifoldflow import _mesh, _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
@@ -47,6 +47,9 @@ class DenseJacobian(AbstractJacobian):
 
     def gram_triangle(self) -> Float[Array, "n n"]:
         return self.cross_gram(self)
+
+    def distributed_gram(self) -> Float[Array, "n n"]:
+        return _mesh.over_all(self.cross_gram(self))
 
     def row_norms_squared(self) -> Float[Array, " n"]:
         norms = [jnp.sum(rows**2, axis=1) for rows in self._matrices()]

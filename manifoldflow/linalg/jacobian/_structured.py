@@ -79,6 +79,7 @@ class StructuredJacobian(AbstractJacobian):
     def mv(self, vector: PyTree[Float[Array, "..."]]) -> Float[Array, " rows"]:
         """J v."""
         total = jnp.zeros((self.num_examples, self.num_outputs), self._dtype)
+        vector = _mesh.at_work(vector) if self._is_spread else vector
         for blocks, leaf in zip(self.blocks, self._leaves_of(vector), strict=True):
             total = sum((block.mv(leaf) for block in blocks), total)
         return _mesh.whole(total.reshape(-1)) if self._is_spread else total.reshape(-1)
@@ -88,16 +89,19 @@ class StructuredJacobian(AbstractJacobian):
         # Whole first: else factorisations that the vector comes from are cut up as well.
         vector = _mesh.whole(vector) if self._is_spread else vector
         weights = vector.reshape(self.num_examples, self.num_outputs)
-        weights = _mesh.cut(weights) if self._is_spread else weights
+        weights = _mesh.rows_cut(weights) if self._is_spread else weights
         sums = self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
-        return _mesh.whole(sums) if self._is_spread else sums
+        return _mesh.spread(sums) if self._is_spread else sums
 
     def cross_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         """J J'ᵀ with the Jacobian of the same model at another point or on other data."""
         self._check_comparable(other)
         if self._is_spread:
-            return self._spread_gram(other)
+            return _mesh.whole(self._spread_gram(other))
         return self._products(other)
+
+    def distributed_gram(self) -> Float[Array, "rows rows"]:
+        return _mesh.over_all(self._spread_gram(self) if self._is_spread else self.gram())
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
@@ -108,13 +112,13 @@ class StructuredJacobian(AbstractJacobian):
 
     @property
     def _is_spread(self) -> bool:
-        return _mesh.num_shares(self.num_examples) > 1
+        return _mesh.is_spread(self.num_examples)
 
     def _spread_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
-        """Each device has its own rows, and gets the factors of all others."""
-        mine = dataclasses.replace(self, blocks=_mesh.cut(self.blocks))
+        """Each device has its own rows, and gets the factors of its columns."""
+        mine = dataclasses.replace(self, blocks=_mesh.rows_cut(self.blocks))
         theirs = dataclasses.replace(other, blocks=_mesh.gathered(other.blocks))
-        return _mesh.whole(_mesh.cut(mine._products(theirs)))
+        return _mesh.in_blocks(mine._products(theirs))
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
@@ -200,6 +204,7 @@ def structured_jacobian(
     leaves, treedef = _checked_leaves(params)
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
     structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    leaves = _mesh.at_work(leaves)
     with _precision.full_precision():  # the model's own products as well
         model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
         try:
@@ -207,6 +212,8 @@ def structured_jacobian(
         except Exception:
             # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
             blocks, labels = _row_blocks(model, leaves, columns)
+    if _mesh.has_parameters() and _mesh.is_spread(num_examples):
+        blocks = _mesh.cut(blocks)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = tuple(zip(paths, labels, strict=True))
     return StructuredJacobian(
