@@ -10,7 +10,7 @@ layer is used, its parameters are gathered along "examples" alone, and its facto
 "parameters" alone. So a device never holds a whole layer, nor all examples of one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -113,9 +113,12 @@ def is_spread(num_examples: int) -> bool:
     return num_examples % _axes().get(EXAMPLES, 1) == 0 and num_devices() > 1
 
 
-def has_parameters() -> bool:
-    """Whether parameters are spread here."""
-    return PARAMETERS in _axes()
+def share_of(num_bytes: int) -> int:
+    """How many bytes of the factors of a Jacobian one device keeps.
+
+    Without an axis of parameters it gets those of all examples for a Gram matrix.
+    """
+    return num_bytes // num_devices() if PARAMETERS in _axes() else num_bytes
 
 
 def check_axis(name: str, num_examples: int) -> None:
@@ -128,67 +131,69 @@ def check_axis(name: str, num_examples: int) -> None:
         )
 
 
-def _spec(array: Any, sizes: dict[str, int], *, rows: Sequence[str] | None) -> PartitionSpec:
-    """How an array is cut: its rows over the devices of these axes, or as a parameter is.
+def _names(array: Any, sizes: dict[str, int], *, first: int = 0) -> list[tuple[str, ...]]:
+    """How parameters are cut: an axis of the mesh goes to the longest part that it divides.
 
-    Each axis of the mesh goes to the axis of the array whose parts are the longest so far.
+    Arrays of examples are cut along these, axis 0, in any case: `first` is the first other one.
     """
     names: list[tuple[str, ...]] = [()] * array.ndim
-    if rows is not None:
-        names[0] = tuple(rows)
-    wanted = (PARAMETERS, EXAMPLES) if rows is None else (PARAMETERS,)
+    names[:first] = [_examples(array)] * first
+    parts = [0] * first + list(array.shape[first:])
     is_large = array.size * array.dtype.itemsize > _SMALL and PARAMETERS in sizes
-    for name in (n for n in wanted if is_large and n in sizes and n not in names[0]):
-        first = 0 if rows is None else 1
-        parts = [n // int(np.prod([sizes[m] for m in at])) for n, at in zip(array.shape, names)]
-        fits = [i for i in range(first, array.ndim) if parts[i] % sizes[name] == 0]
+    for name in (n for n in (PARAMETERS, EXAMPLES) if is_large and n in sizes):
+        fits = [axis for axis, part in enumerate(parts) if part and part % sizes[name] == 0]
         if fits:
-            longest = max(fits, key=lambda i: parts[i])
+            longest = max(fits, key=lambda axis: parts[axis])
             names[longest] += (name,)
-    return PartitionSpec(*(at or None for at in names))
+            parts[longest] //= sizes[name]
+    return names
 
 
-def _constrained(tree: Tree, spec_fn: Any) -> Tree:
+def _spec(array: Any, sizes: dict[str, int], *, first: int = 0) -> PartitionSpec:
+    return PartitionSpec(*_names(array, sizes, first=first))
+
+
+def _constrained(tree: Tree, spec_fn: Callable[[Any], PartitionSpec]) -> Tree:
+    """Every array as its spec says; nothing where there is one device."""
+    if num_devices() == 1:
+        return tree
     constrain = lambda x: jax.lax.with_sharding_constraint(x, spec_fn(x))
     return jax.tree.map(constrain, tree)
 
 
-def cut(tree: Tree) -> Tree:
-    """Every array along its leading axis of examples, and large ones along another as well."""
-    sizes = _axes()
-    rows = [EXAMPLES] if EXAMPLES in sizes else []
-    return _constrained(tree, lambda x: _spec(x, sizes, rows=rows))
+def whole(tree: Tree) -> Tree:
+    """Every array on every device."""
+    return _constrained(tree, lambda x: PartitionSpec())
 
 
 def rows_cut(tree: Tree) -> Tree:
     """Every array along its leading axis of examples only."""
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_ours_or_none(EXAMPLES)))
+    return _constrained(tree, lambda x: PartitionSpec(_examples(x)))
 
 
-def whole(tree: Tree) -> Tree:
-    """Every array on every device."""
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+def rows_and_widths_cut(tree: Tree) -> Tree:
+    """Every array along its leading axis of examples, and large ones along another as well."""
+    sizes = _axes()
+    if PARAMETERS not in sizes:
+        return tree
+    alone = {PARAMETERS: sizes[PARAMETERS]}
+    return _constrained(tree, lambda x: _spec(x, alone, first=1))
 
 
 def over_all(tree: Tree) -> Tree:
     """Every array along its leading axis, over all devices."""
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(tuple(_axes())))
+    return _constrained(tree, lambda x: PartitionSpec(tuple(_axes())))
 
 
 def in_blocks(matrix: Array) -> Array:
     """Rows over the axis of examples, columns over that of parameters."""
-    names = [name if name in _axes() else None for name in (EXAMPLES, PARAMETERS)]
-    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(*names))
-
-
-def _ours_or_none(name: str) -> str | None:
-    return name if name in _axes() else None
+    return _constrained(matrix, lambda x: PartitionSpec(_examples(x), _name(PARAMETERS)))
 
 
 def spread(tree: Tree) -> Tree:
     """Parameters or tangents as they are kept: cut over all devices, small ones whole."""
     sizes = _axes()
-    return _constrained(tree, lambda x: _spec(x, sizes, rows=None)) if sizes else tree
+    return _constrained(tree, lambda x: _spec(x, sizes))
 
 
 def at_work(tree: Tree) -> Tree:
@@ -196,37 +201,93 @@ def at_work(tree: Tree) -> Tree:
     sizes = _axes()
     if PARAMETERS not in sizes:
         return tree
-    alone = {name: size for name, size in sizes.items() if name != EXAMPLES}
     # Spread before, for the sake of the transpose: what comes back is cut up at once.
-    return _constrained(spread(tree), lambda x: _spec(x, alone, rows=None))
+    return _constrained(spread(tree), lambda x: PartitionSpec(*_names_at_work(x, sizes)))
+
+
+def _names_at_work(array: Any, sizes: dict[str, int]) -> list[tuple[str, ...]]:
+    return [tuple(name for name in at if name != EXAMPLES) for at in _names(array, sizes)]
+
+
+def in_turn(before: Any, tree: Tree) -> Tree:
+    """The tree, once what comes before is there: so that layers are gathered one by one."""
+    if PARAMETERS not in _axes() or not jax.tree.leaves(before):
+        return tree
+    return _after(before, tree)
+
+
+@jax.custom_jvp
+def _after(before: Any, tree: Any) -> Any:
+    return jax.lax.optimization_barrier((before, tree))[1]
+
+
+# A barrier's own derivative is one of all tangents: weights that have none would get one, and one
+# for each example.
+_after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]), symbolic_zeros=True)
+
+
+def layer(fn: Callable[..., Any], orders: Sequence[tuple[int, ...] | None]) -> Callable[..., Any]:
+    """A function of weights that are gathered in their turn, and again for the derivative.
+
+    Args:
+        fn: of arrays.
+        orders: for each of them the axes of a parameter in their order there; None if it is none.
+    """
+    sizes = _axes()
+    is_weight = [order is not None for order in orders]
+    if PARAMETERS not in sizes or all(is_weight) or not any(is_weight):
+        return fn
+
+    def gathered(array: Array, order: tuple[int, ...] | None) -> Array:
+        if order is None:
+            return array
+        shape = [array.shape[order.index(axis)] for axis in range(array.ndim)]
+        names = _names_at_work(jax.ShapeDtypeStruct(shape, array.dtype), sizes)
+        spec = PartitionSpec(*(names[axis] for axis in order))
+        return jax.lax.with_sharding_constraint(array, spec)
+
+    @jax.checkpoint
+    def of_parts(*arrays: Array) -> Any:
+        others = [array for array, order in zip(arrays, orders) if order is None]
+        in_parts = [x if order is None else _after(others, x) for x, order in zip(arrays, orders)]
+        return fn(*map(gathered, in_parts, orders))
+
+    return of_parts
 
 
 def gathered(tree: Tree) -> Tree:
-    """Factors of the columns of a Gram matrix, in one message where they are small.
-
-    The columns are those of all examples, or those of a share of them where there is an axis of
-    parameters: along it they are cut then.
-    """
+    """`columns_cut` in one message where the arrays are small; else they are as they were."""
+    if num_devices() == 1:
+        return tree
     leaves, treedef = jax.tree.flatten(tree)
     # A weight and its bias share a factor.
     distinct = {id(leaf): leaf for leaf in leaves}
     arrays = list(distinct.values())
     is_small = sum(array.nbytes for array in arrays) <= _ONE_MESSAGE
-    has_one_dtype = len({array.dtype for array in arrays}) == 1
-    together = _in_one if is_small and has_one_dtype else _columns
-    found = dict(zip(distinct, together(arrays)))
+    if not is_small or len({array.dtype for array in arrays}) > 1:
+        return tree  # Layer by layer then.
+    found = dict(zip(distinct, _in_one(arrays)))
     return jax.tree.unflatten(treedef, [found[id(leaf)] for leaf in leaves])
 
 
-def _columns(tree: Tree) -> Tree:
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_ours_or_none(PARAMETERS)))
+def columns_cut(tree: Tree) -> Tree:
+    """Every array as the columns of a Gram matrix: whole, or along the axis of parameters."""
+    return _constrained(tree, lambda x: PartitionSpec(_name(PARAMETERS)))
 
 
 def _in_one(arrays: list[Array]) -> list[Array]:
     flat = [array.reshape(array.shape[0], -1) for array in arrays]
     ends = np.cumsum([array.shape[1] for array in flat])
-    parts = jnp.split(_columns(jnp.concatenate(rows_cut(flat), axis=1)), ends[:-1], axis=1)
+    parts = jnp.split(columns_cut(jnp.concatenate(rows_cut(flat), axis=1)), ends[:-1], axis=1)
     return [part.reshape(array.shape) for part, array in zip(parts, arrays)]
+
+
+def _name(axis: str) -> tuple[str, ...]:
+    return (axis,) if axis in _axes() else ()
+
+
+def _examples(array: Any) -> tuple[str, ...]:
+    return (EXAMPLES,) if num_shares(array.shape[0]) > 1 else ()
 
 
 @checked
@@ -264,13 +325,9 @@ def shard_parameters(point: PyTree[Any], mesh: Mesh | None = None) -> PyTree[Any
     sizes = {name: mesh.shape[name] for name in _ours(mesh.axis_names)}
 
     def place(leaf: Any) -> Any:
-        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-        if not is_shape and not eqx.is_array(leaf) and not isinstance(leaf, np.ndarray):
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             return leaf
-        sharding = NamedSharding(mesh, _spec(leaf, sizes, rows=None))
-        if is_shape:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return _placed_leaf(leaf, sharding)
+        return _placed_leaf(leaf, NamedSharding(mesh, _spec(leaf, sizes)))
 
     return jax.tree.map(place, point)
 
@@ -300,6 +357,8 @@ def placed(tree: PyTree[Array], mesh: Mesh, axis: str | None) -> PyTree[Array]:
 
 
 def _placed_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if is_traced(leaf) or sharding.is_fully_addressable:
         return leaf if is_traced(leaf) else jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

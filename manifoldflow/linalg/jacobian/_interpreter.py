@@ -8,6 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from manifoldflow import _mesh
 from manifoldflow.linalg.jacobian._views import View
 
 
@@ -122,8 +123,9 @@ class Interpreter:
         jaxpr = self.template.replace(
             constvars=[], invars=list(named), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
         )
-        outputs = jex.jaxpr_as_fun(closed(jaxpr))(*named.values())
-        return [Value(output) for output in outputs]
+        seen = {v: value.alias for v, value in zip(eqn.invars, inputs) if v in named}
+        fn = _mesh.layer(jex.jaxpr_as_fun(closed(jaxpr)), [_order(seen[v], v) for v in named])
+        return [Value(output) for output in fn(*named.values())]
 
     def give_up(self, values: Sequence[Value], reason: str | None = None) -> None:
         """These leaves are used in a way no rule knows: explicit rows for them."""
@@ -146,6 +148,16 @@ class Interpreter:
         if self.taps is None:
             return [None] * len(sites)
         return list(self.taps[start : start + len(sites)])
+
+
+def _order(alias: Alias | None, variable: Any) -> tuple[int, ...] | None:
+    """The axes of a leaf as they stand here, if they were transposed at most."""
+    if alias is None or any(step[0] != "transpose" for step in alias.view):
+        return None
+    order = tuple(range(len(variable.aval.shape)))
+    for _, permutation in alias.view:
+        order = tuple(order[axis] for axis in permutation)
+    return order
 
 
 def body_of(jaxpr: Any) -> Any:

@@ -67,58 +67,65 @@ class StructuredJacobian(AbstractJacobian):
     def _num_rows(self) -> int:
         return self.num_examples * self.num_outputs
 
-    def _each_leaf(self, fn: Callable[[AbstractBlock], Array], shape_fn: Any) -> PyTree[Array]:
+    def _each_leaf(
+        self,
+        fn: Callable[[AbstractBlock], Array],
+        shape_fn: Any,
+        place: Callable[[Array], Array] = lambda total: total,
+    ) -> PyTree[Array]:
         """Σ fn(block) for every leaf, in the leaf's dtype; zeros for a leaf without use."""
         results = []
         for leaf, blocks in zip(self.leaves, self.blocks, strict=True):
             shape = shape_fn(leaf)
+            blocks = _mesh.in_turn(results[-1:], blocks)
             parts = [fn(block).reshape(shape).astype(leaf.dtype) for block in blocks]
-            results.append(sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype))
+            total = sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype)
+            results.append(place(total))
         return self._unflatten(results)
 
     def mv(self, vector: PyTree[Float[Array, "..."]]) -> Float[Array, " rows"]:
         """J v."""
         total = jnp.zeros((self.num_examples, self.num_outputs), self._dtype)
-        vector = _mesh.at_work(vector) if self._is_spread else vector
         for blocks, leaf in zip(self.blocks, self._leaves_of(vector), strict=True):
-            total = sum((block.mv(leaf) for block in blocks), total)
-        return _mesh.whole(total.reshape(-1)) if self._is_spread else total.reshape(-1)
+            blocks, leaf = _mesh.in_turn(total, (blocks, leaf))
+            total = sum((block.mv(_mesh.at_work(leaf)) for block in blocks), total)
+        return _mesh.whole(total.reshape(-1))
 
     def transpose_mv(self, vector: Float[Array, " rows"]) -> PyTree[Float[Array, "..."]]:
         """Jᵀ w, a PyTree like the parameters."""
         # Whole first: else factorisations that the vector comes from are cut up as well.
-        vector = _mesh.whole(vector) if self._is_spread else vector
-        weights = vector.reshape(self.num_examples, self.num_outputs)
-        weights = _mesh.rows_cut(weights) if self._is_spread else weights
-        sums = self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
-        return _mesh.spread(sums) if self._is_spread else sums
+        weights = _mesh.whole(vector).reshape(self.num_examples, self.num_outputs)
+        weights = _mesh.rows_cut(weights)
+        product = lambda block: block.transpose_mv(weights)
+        return self._each_leaf(product, lambda leaf: leaf.shape, _mesh.spread)
 
     def cross_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         """J J'ᵀ with the Jacobian of the same model at another point or on other data."""
         self._check_comparable(other)
-        if self._is_spread:
-            return _mesh.whole(self._spread_gram(other))
-        return self._products(other)
+        return _mesh.whole(self._in_blocks(other))
 
     def distributed_gram(self) -> Float[Array, "rows rows"]:
-        return _mesh.over_all(self._spread_gram(self) if self._is_spread else self.gram())
+        return _mesh.over_all(self._in_blocks(self))
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
-        for blocks, partners in zip(self.blocks, other.blocks, strict=True):
-            for block, partner in zip(blocks, partners, strict=True):
+        for pairs in zip(self.blocks, other.blocks, strict=True):
+            blocks, partners = _mesh.in_turn(total, pairs)
+            for block, partner in zip(_mesh.rows_cut(blocks), _mesh.columns_cut(partners)):
                 total = total + block.cross_gram(partner).reshape(total.shape)
+            total = _mesh.in_blocks(total)
         return total
 
     @property
     def _is_spread(self) -> bool:
         return _mesh.is_spread(self.num_examples)
 
-    def _spread_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
+    def _in_blocks(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         """Each device has its own rows, and gets the factors of its columns."""
-        mine = dataclasses.replace(self, blocks=_mesh.rows_cut(self.blocks))
+        if not self._is_spread:
+            return self._products(other)
         theirs = dataclasses.replace(other, blocks=_mesh.gathered(other.blocks))
-        return _mesh.in_blocks(mine._products(theirs))
+        return self._products(theirs)
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
@@ -204,7 +211,7 @@ def structured_jacobian(
     leaves, treedef = _checked_leaves(params)
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
     structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    leaves = _mesh.at_work(leaves)
+    leaves = _mesh.spread(leaves)
     with _precision.full_precision():  # the model's own products as well
         model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
         try:
@@ -212,8 +219,7 @@ def structured_jacobian(
         except Exception:
             # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
             blocks, labels = _row_blocks(model, leaves, columns)
-    if _mesh.has_parameters() and _mesh.is_spread(num_examples):
-        blocks = _mesh.cut(blocks)
+    blocks = _mesh.rows_and_widths_cut(blocks)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = tuple(zip(paths, labels, strict=True))
     return StructuredJacobian(
