@@ -1,4 +1,4 @@
-"""Where SGD goes after the loss is zero: geometry of zero-loss manifolds in JAX.
+"""Training beyond zero loss: differential geometry of zero-loss manifolds in JAX.
 
 loss ─► manifold ─┬─► flow ─► solve ─► Solution
          noise ───┘

@@ -38,7 +38,7 @@ _SMALL = 2**16
 def mesh(
     *, examples: int | None = None, parameters: int | None = None
 ) -> AbstractContextManager[Mesh]:
-    """A context in which examples are spread over devices, in messages that are few and large.
+    """A context in which examples are spread over devices, with few and large messages.
 
     It is `jax.set_mesh` for a mesh with the axis `"examples"`; any mesh with an axis of that name
     and of type Auto will do. Each device makes the rows of the Jacobian for its share of the
@@ -64,6 +64,15 @@ def mesh(
 
     Raises:
         ValueError: more devices than there are.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> with mf.mesh(examples=1) as devices:
+        ...     value = mf.shard_examples(loss)(jnp.zeros(2))
+        >>> print(dict(devices.shape), value)
+        {'examples': 1} 0.5
     """
     devices = jax.devices()
     names = (EXAMPLES,) if parameters is None else (EXAMPLES, PARAMETERS)
@@ -307,9 +316,11 @@ def shard_parameters(point: PyTree[Any], mesh: Mesh | None = None) -> PyTree[Any
     Raises:
         ValueError: no mesh at all.
 
-    Example:
-        >>> with mesh(examples=1, parameters=1):
-        ...     point = shard_parameters({"w": jnp.ones(3)})
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> with mf.mesh(examples=1, parameters=1):
+        ...     point = mf.shard_parameters({"w": jnp.ones(3)})
         >>> point["w"].sharding.mesh.axis_names
         ('examples', 'parameters')
     """

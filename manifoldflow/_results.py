@@ -1,4 +1,4 @@
-"""What a search or a solve gives back, and how it says that it went wrong."""
+"""The results of searches and solves, and the messages of those that fail."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,10 +17,20 @@ Value = TypeVar("Value", bound=PyTree[Any])
 
 
 class RESULTS(eqx.Enumeration):
-    """How a search or a solve ended. Compare with `==`; print to read the message.
+    """The ways in which a search or a solve can end: `successful`, or the reason for a failure.
 
-    All that this package gives, since Equinox compares no members of two enumerations; by who
-    gives them.
+    Compare members with `==`; `RESULTS[member]` is the message. Equinox compares no members of two
+    enumerations, so that this one has the results of the whole package, grouped by who gives them.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> empty = mf.LevelSet(lambda x: x @ x + 1)
+        >>> _, info = empty.project_with_info(jnp.array([1.0, 2.0]))
+        >>> print(info.result == mf.RESULTS.not_on_manifold)
+        True
+        >>> mf.RESULTS[info.result]
+        'No point of the manifold was found: ...'
     """
 
     # Whoever searches, solves or moves gives these.
@@ -143,7 +153,7 @@ def without_step_limit(result: RESULTS) -> RESULTS:
 
 
 def from_diffrax(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
-    """How one of Diffrax's solves ended, in our words, and by what it has reached.
+    """The member of `RESULTS` for one of Diffrax's solves, from its result and its last state.
 
     Steps of a fixed size never fail in Diffrax's eyes, whatever they run into.
     """
@@ -162,13 +172,21 @@ def from_diffrax(result: dfx.RESULTS, reached: PyTree[Array]) -> RESULTS:
 
 
 class Info(eqx.Module):
-    """What a search did.
+    """The record of a search: its result, its last defect and its cost.
 
     Attributes:
         result: a member of `RESULTS`.
         defect: ‖J†f‖ at the end, an estimate of the distance to the manifold.
         num_steps: accepted steps.
         num_factorizations: Gram matrices or Hessians factorised, shifted copies not counted.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> _, info = circle.project_with_info(jnp.array([3.0, 4.0]))
+        >>> print(info.is_successful, info.defect < 1e-6, info.num_steps < 20)
+        True True True
     """
 
     result: RESULTS
@@ -182,16 +200,16 @@ class Info(eqx.Module):
 
 
 def or_nan(value: Value, is_there: Flag, of: Any = None) -> Value:
-    """The value, with NaN leaves and NaN derivatives where it is not there.
+    """The value, with NaN leaves and NaN derivatives where the search for it has failed.
 
-    By a product: what a `where` leaves out has derivative zero, as if all were well. Integers
-    and truth values become 0.
+    By a product: a `where` would give what it leaves out the derivative zero, as if all were
+    well. Integers and truth values become 0.
 
     Args:
         value: a PyTree of arrays.
-        is_there: whether it is.
-        of: what it was computed from, where the way there may have been left before some of that
-            was used: else the derivatives in reverse mode would be zero in what was not.
+        is_there: False where the value is missing.
+        of: the arguments it was computed from, for searches that may stop before using some of
+            them: else the derivatives in reverse mode would be zero in those.
     """
     leaves = jax.tree.leaves(value)
     factors = {
@@ -235,15 +253,15 @@ def _missing(dtype: Any) -> float:
 def delivered(
     value: Value, result: RESULTS, throw: bool, detail: Callable[[], str] | None = None
 ) -> Value:
-    """What a search has found, or an error if it failed and `throw` is set.
+    """The value that a search has found, or an error if it failed and `throw` is set.
 
-    Never inside the search's own program: whoever does not want the error runs the same one, and
+    Never inside the search's own program: callers that do not want the error run the same one, and
     programs with `error_if` are not cached on disk. Only under a trace it must be part of one.
 
     Args:
         value: NaN where the search failed.
-        result: how it ended.
-        throw: whether failures raise.
+        result: the end of the search.
+        throw: raise if it failed.
         detail: words to follow the message, where it is raised at once.
     """
     if not throw:
@@ -264,11 +282,21 @@ class Solution(eqx.Module):
         times: (saves,), the start included, on the clock of the flow.
         points: the coordinates at those times, each leaf with a leading axis `saves`.
         observables: name → array with a leading axis `saves`.
-        stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect; of
+        stats: num_steps, num_rejected, num_gradients, num_factorizations, max_defect; for
             `minimize` num_hessian_products and gradient_norm as well.
         result: a member of `RESULTS`.
-        clock: what `times` count, as a formula of the steps' learning rates, where that is known.
+        clock: the formula of `times` in the learning rates of the steps, where that is known.
         final: the user's object at the end of the path.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> flow = mf.GradientFlow(mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2))
+        >>> walk = mf.solve(flow, jnp.array([1.0]), end_time=1.0, num_saves=2)
+        >>> print(walk.times, walk.points[:, 0].round(3), walk.is_successful)
+        [0.  0.5 1. ] [1.    0.607 0.368] True
+        >>> print(walk.final.round(3), walk.point(1).round(3))
+        [0.368] [0.607]
     """
 
     times: Float[Array, " saves"]
@@ -317,7 +345,7 @@ class Solution(eqx.Module):
 
     @property
     def is_successful(self) -> Bool[Array, "..."]:
-        """Reached the end, or stopped early on request."""
+        """True where the path reached its end, or was stopped early on request."""
         return (self.result == RESULTS.successful) | (self.result == RESULTS.stopped_early)
 
 
@@ -327,6 +355,6 @@ Observables = Mapping[str, Callable[[Point], PyTree[Any]]]
 def delivered_solution(
     solution: Solution, throw: bool, detail: Callable[[], str] | None = None
 ) -> Solution:
-    """As `delivered`, for a whole solution."""
+    """The result of `delivered`, for a whole solution."""
     final = delivered(solution.final_coordinates, solution.result, throw, detail)
     return eqx.tree_at(lambda s: s.final_coordinates, solution, final)

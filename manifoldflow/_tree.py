@@ -56,14 +56,31 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @checked
 def split(point: Point, trainable: Static | None = None) -> tuple[Coordinates, Point]:
-    """Take a point apart: `(coordinates, remainder)`, joined again by `join`.
+    """The coordinates and the remainder of a point; together they are the point.
 
-    Where `trainable` does not say which floating-point arrays may move, all of them do but those
-    of Flax that are no weights: what is in an NNX module and in none of its `nnx.Param`, and the
-    other collections beside `params` in the variables of a Linen module. A warning names them.
+    Where `trainable` does not say which floating-point arrays may move, all of them do, except
+    arrays of Flax that are no weights: those in an NNX module but in none of its `nnx.Param`, and
+    the other collections beside `params` in the variables of a Linen module. A warning names them.
+
+    Args:
+        point: any PyTree; its coordinates are floating-point arrays.
+        trainable: as for the losses.
+
+    Returns:
+        `(coordinates, remainder)`: the point with None in place of all that does not move, and of
+        all that does.
 
     Raises:
         ValueError: no floating-point array, complex ones, or the state of Equinox's layers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> coordinates, remainder = mf.split({"weight": jnp.ones(2), "name": "layer"})
+        >>> print(coordinates)
+        {'name': None, 'weight': Array([1., 1.], dtype=...)}
+        >>> print(remainder)
+        {'name': 'layer', 'weight': None}
     """
     flags = None if trainable is not None else _trainable.weights_of(point)
     coordinates, remainder = _weights(checked_point(point), flags)

@@ -15,27 +15,36 @@ from manifoldflow._types import Scalar
 class AbstractClock(eqx.Module):
     """The time in which a limit runs: each step of learning rate η adds gain·η^power.
 
-    Two solutions can be compared if their clocks are of one kind; their gains may differ.
+    Two solutions can be compared if their clocks are of one kind; their gains may differ. A
+    subclass defines `power`, `gain` and `formula`.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> clock = mf.LimitClock(momentum=0.9)
+        >>> isinstance(clock, mf.AbstractClock), clock.power, clock.formula
+        (True, 2, 'Ση²/(1−β)²')
+        >>> print(clock.times(0.1, 2).round(3))
+        [0. 1. 2.]
     """
 
     @property
     @abc.abstractmethod
     def power(self) -> int:
-        """1 or 2: of the learning rate in the time of a step."""
+        """The power 1 or 2 of the learning rate in the time of a step."""
 
     @property
     @abc.abstractmethod
     def gain(self) -> Any:
-        """A positive number: the time of a step over η^power."""
+        """The time of a step over η^power, a positive number."""
 
     @property
     @abc.abstractmethod
     def formula(self) -> str:
-        """The time after k steps, for axes and messages."""
+        """The formula of the time after k steps, for axes and messages."""
 
     @checked
     def times(self, learning_rate: Any, num_steps: int) -> Float[Array, " k"]:
-        """What the clock shows after 0, 1, …, num_steps steps.
+        """The times of the clock after 0, 1, …, num_steps steps.
 
         Args:
             learning_rate: η, a positive number, or a schedule step ↦ η ≥ 0.
@@ -66,13 +75,18 @@ class AbstractClock(eqx.Module):
 
 
 class LimitClock(AbstractClock):
-    """Ση²/(1−β)², the clock of the limiting diffusion of SGD.
+    """The clock Ση²/(1−β)² of the limiting diffusion of SGD.
 
     Args:
         momentum: β in [0, 1), heavy-ball or Nesterov.
 
     References:
         [LiWangArora2022, Theorem 4.6].
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> mf.LimitClock().num_steps(learning_rate=0.01, end_time=1.0)
+        10000
     """
 
     momentum: Any
@@ -94,10 +108,15 @@ class LimitClock(AbstractClock):
 
 
 class GradientClock(AbstractClock):
-    """Ση/(1−β), the clock of gradient flow.
+    """The clock Ση/(1−β) of gradient flow.
 
     Args:
         momentum: β in [0, 1), heavy-ball or Nesterov.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> mf.GradientClock().num_steps(learning_rate=0.01, end_time=1.0)
+        100
     """
 
     momentum: Any
@@ -119,13 +138,18 @@ class GradientClock(AbstractClock):
 
 
 class SAMClock(AbstractClock):
-    """Σηρ², the clock of sharpness-aware minimisation.
+    """The clock Σηρ² of sharpness-aware minimisation.
 
     Args:
         radius: ρ > 0.
 
     References:
         [WenMaLi2023].
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> mf.SAMClock(radius=0.1).num_steps(learning_rate=0.01, end_time=1.0)
+        10000
     """
 
     radius: Scalar
@@ -147,10 +171,15 @@ class SAMClock(AbstractClock):
 
 
 class DecayClock(AbstractClock):
-    """Σηλ, the clock of weight decay alone.
+    """The clock Σηλ of weight decay alone.
 
     Args:
         weight_decay: λ > 0, where a step subtracts ηλθ; 1 for times in units of 1/λ.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> mf.DecayClock(weight_decay=0.1).num_steps(learning_rate=0.01, end_time=1.0)
+        1000
     """
 
     weight_decay: Scalar

@@ -1,4 +1,4 @@
-"""A point out of a checkpoint, for whoever wants to look at it."""
+"""Reading a point out of a checkpoint."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,25 @@ def load_checkpoint(path: Place, point: Point) -> tuple[Array, Point]:
             `checkpoint` to `solve`, `simulate` or `minimize`, whose times are steps.
         point: any point of the same kind, for its structure.
 
+    Returns:
+        The time, a scalar array, and the point.
+
     Raises:
         ValueError: the file is damaged, is none of these, or holds a point of another kind.
         OSError: there is no such file, or it cannot be read; or the manager has no checkpoint.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> flow = mf.GradientFlow(mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2))
+        >>> start = jnp.array([1.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "walk.npz"
+        ...     walk = mf.solve(flow, start, end_time=1.0, checkpoint=file)
+        ...     time, point = mf.load_checkpoint(file, start)
+        >>> print(time, point.round(3))
+        1.0 [0.368]
     """
     coordinates, remainder = _tree.split(point)
     leaves, treedef = jax.tree.flatten(coordinates)

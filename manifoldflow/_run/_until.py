@@ -1,4 +1,4 @@
-"""When a run is to end before its time."""
+"""Conditions that end a run before its time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,21 @@ def _tolerance(value: Any) -> Scalar:
 
 
 class Stationary(eqx.Module):
-    """For `until` of `solve` and `simulate`: stop once the drift's norm is at most `tolerance`.
+    """A condition for `until` of `solve` and `simulate`: the drift's norm is at most `tolerance`.
 
     The drift of SGD is −∇L of all examples, without noise: one more gradient at every step.
+
+    Args:
+        tolerance: a length ≥ 0, in coordinates per unit of time.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> flow = mf.GradientFlow(mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2))
+        >>> start, until = jnp.array([1.0]), mf.Stationary(0.01)
+        >>> walk = mf.solve(flow, start, end_time=100.0, until=until)
+        >>> print(walk.result == mf.RESULTS.stopped_early, walk.times[-1] < 10)
+        True True
     """
 
     tolerance: Scalar = eqx.field(converter=_tolerance)
@@ -33,7 +45,7 @@ Until = Callable[[Point], Any] | Stationary
 
 
 def stops_at(until: Until, point: Point, drift_fn: Callable[[Point], Tangent]) -> Flag:
-    """Whether a run is to end at a point.
+    """True where a run is to end at a point.
 
     Raises:
         ValueError: a predicate that gives no single truth value.

@@ -1,4 +1,4 @@
-"""Which ways derivatives go through a solve, and what to say where they do not."""
+"""The ways in which derivatives go through a solve, and the errors where they do not."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a flow is: coefficients at a point, and the manifold on which it stays."""
+"""Base classes of flows: coefficients at a point, and the manifold that the flow stays on."""
 
 import abc
 from typing import Any
@@ -19,14 +19,30 @@ from manifoldflow.manifolds import AbstractManifold
 class AbstractFlow(eqx.Module):
     """An autonomous differential equation on points.
 
-    `manifold` is the manifold that it stays on, or None for a flow of the whole space.
+    A subclass defines `drift`, `split` and `manifold`, the manifold that the flow stays on, or None
+    for a flow of the whole space. `solve` follows it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> class Rotation(mf.AbstractFlow):
+        ...     manifold: None = None
+        ...
+        ...     def split(self, point):
+        ...         return mf.split(point)
+        ...
+        ...     def drift(self, point):
+        ...         return jnp.stack([-point[1], point[0]])
+        >>> turned = mf.solve(Rotation(), jnp.array([1.0, 0.0]), end_time=jnp.pi / 6).final
+        >>> print(turned.round(3))
+        [0.866 0.5  ]
     """
 
     manifold: eqx.AbstractVar[AbstractManifold | None]
 
     @abc.abstractmethod
     def split(self, point: Point) -> tuple[Coordinates, Point]:
-        """`(coordinates, remainder)` of a point; the coordinates are Diffrax's state."""
+        """The coordinates, which are Diffrax's state, and the remainder of a point."""
 
     @abc.abstractmethod
     def drift(self, point: Point) -> Tangent:
@@ -66,21 +82,31 @@ class AbstractFlow(eqx.Module):
 class AbstractDiffusion(AbstractFlow):
     """A flow with noise, dY = drift dt + diffusion dW in the sense of Itô.
 
-    `is_stochastic` may be False for those of its kind whose noise never moves a point;
-    then it is an ordinary differential equation.
+    `is_stochastic` may be False for flows whose noise never moves a point; such a flow is an
+    ordinary differential equation. `solve` needs a `key` for all others.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> flow = mf.BrownianMotion(mf.LevelSet(lambda x: x @ x - 1))
+        >>> isinstance(flow, mf.flows.AbstractDiffusion), flow.is_stochastic
+        (True, True)
+        >>> print(flow.diffusion(jnp.array([1.0, 0.0])).as_matrix().round(3))
+        [[0. 0.]
+         [0. 1.]]
     """
 
     is_stochastic: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
-        """σ, from the space of the noise to tangents."""
+        """The operator σ, from the space of the noise to tangents."""
 
     @jit_part
     def stratonovich_drift(self, point: Point) -> Tangent:
-        """drift − ½ Σᵣ Dσᵣ[σᵣ] over the columns of σ: the drift in the sense of Stratonovich.
+        """The drift in the sense of Stratonovich, drift − ½ Σᵣ Dσᵣ[σᵣ] over the columns of σ.
 
-        One derivative of the diffusion for every dimension of the noise.
+        It takes one derivative of the diffusion per dimension of the noise.
         """
         coordinates, remainder = self.split(point)
         noise = self.diffusion(point).in_structure()
@@ -97,12 +123,12 @@ class AbstractDiffusion(AbstractFlow):
 
 
 def is_stochastic(flow: AbstractFlow) -> bool:
-    """Does solving this flow take a key?"""
+    """True for flows whose solve takes a key."""
     return isinstance(flow, AbstractDiffusion) and flow.is_stochastic
 
 
 class Drift(AbstractVectorField):
-    """The drift as Diffrax calls it. A module, so that new data do not recompile."""
+    """The drift as Diffrax calls it: a module, so that new data do not recompile."""
 
     flow: AbstractFlow
     remainder: Point

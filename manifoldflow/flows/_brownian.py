@@ -11,13 +11,25 @@ from manifoldflow.manifolds import AbstractManifold
 
 
 class BrownianMotion(AbstractDiffusion):
-    """dX = ½ tr II dt + P dW: the diffusion on a manifold with generator ½Δ.
+    """Brownian motion on a manifold, dX = ½ tr II dt + P dW: the diffusion with generator ½Δ.
 
-    In the sense of Stratonovich, dX = P∘dW. The Itô drift ½ tr II, normal to the manifold,
+    In the sense of Stratonovich, dX = P∘dW. The Itô drift ½ tr II is normal to the manifold and
     takes D second directional derivatives of the constraint.
 
     Args:
         manifold: any manifold, with the metric of the space of points.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> circle, start = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> flow = mf.BrownianMotion(circle)
+        >>> print(flow.drift(start) + 0.0)
+        [-0.5  0. ]
+        >>> walk = mf.solve(flow, start, end_time=1.0, step_size=0.1, key=jr.key(0))
+        >>> print(f"{jnp.linalg.norm(walk.final):.6f}")
+        1.000000
     """
 
     manifold: AbstractManifold
@@ -34,11 +46,11 @@ class BrownianMotion(AbstractDiffusion):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        """½ tr II, half of the (not averaged) mean curvature vector."""
+        """The vector ½ tr II, half of the (not averaged) mean curvature vector."""
         return _tree.scale(0.5, self.manifold.local(point).mean_curvature())
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
-        """P, as an operator on tangents."""
+        """The projection P, as an operator on tangents."""
         tangents = _tree.structure_of(self.split(point)[0])
         project = self.manifold.normal_space(point).tangent
         return lx.FunctionLinearOperator(project, tangents, lx.symmetric_tag)

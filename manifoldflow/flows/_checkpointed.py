@@ -135,7 +135,7 @@ _row = eqx.filter_jit(row_of)
 def _identity(
     flow: AbstractFlow, point: Point, times: Array, end_time: Scalar, options: Options
 ) -> Identity:
-    """What tells this solve from others: all that its steps depend on."""
+    """The identity of this solve among others: all that its steps depend on."""
     functions = observables_of(options.observe, point)
     until = options.until
     if until is not None and not isinstance(until, Stationary):

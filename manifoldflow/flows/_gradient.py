@@ -16,12 +16,19 @@ from manifoldflow.manifolds import AbstractManifold
 
 
 class GradientFlow(AbstractFlow):
-    """θ' = −∇L(θ), on the clock kη of gradient descent.
+    """The gradient flow θ' = −∇L(θ), on the clock kη of gradient descent.
 
-    Stiff: to reach its limit use `limit_map`, which takes implicit steps.
+    It is stiff: to reach its limit use `limit_map`, which takes implicit steps.
 
     Args:
         loss: any loss.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> flow = mf.GradientFlow(mf.FunctionLoss(lambda x: (x[0] * x[1] - 1) ** 2 / 2))
+        >>> print(flow.drift(jnp.array([2.0, 1.0])), flow.clock.formula)
+        [-1. -2.] Ση/(1−β)
     """
 
     loss: AbstractLoss
@@ -31,7 +38,7 @@ class GradientFlow(AbstractFlow):
 
     @property
     def clock(self) -> GradientClock:
-        """Ση, that of gradient flow."""
+        """The clock Ση of gradient flow."""
         return GradientClock()
 
     @property
@@ -47,11 +54,19 @@ class GradientFlow(AbstractFlow):
 
 
 class RiemannianGradientFlow(AbstractFlow):
-    """θ' = −P∇F(θ), the steepest descent of a function along a manifold.
+    """The Riemannian gradient flow θ' = −P∇F(θ): steepest descent of F along a manifold.
 
     Args:
-        manifold: where the flow stays.
+        manifold: the manifold that the flow stays on.
         fn: the function F, point → scalar, on and near the manifold.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> flow = mf.RiemannianGradientFlow(circle, lambda x: x[1])
+        >>> print(flow.drift(jnp.array([0.6, 0.8])).round(2))
+        [ 0.48 -0.36]
     """
 
     manifold: AbstractManifold

@@ -1,4 +1,4 @@
-"""Where a solve stands between two saves, and the `Solution` that it adds up to."""
+"""The state of a solve between two saves, and the `Solution` that they add up to."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ COUNTS = "num_steps", "num_rejected", "num_gradients", "num_factorizations"
 
 
 class Here(eqx.Module):
-    """What a leg starts from, and where it ends."""
+    """The state of a leg, at its start and at its end."""
 
     coordinates: Coordinates
     time: Scalar

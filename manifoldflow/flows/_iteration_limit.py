@@ -1,4 +1,4 @@
-"""Where any iteration with small steps goes along the zeros of its mean field."""
+"""The limit of any iteration with small steps along the zeros of its mean field."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,15 +27,24 @@ from manifoldflow.manifolds import AbstractManifold
 
 
 class IterationCheck(eqx.Module):
-    """Whether a point meets the hypotheses of `IterationLimit`.
+    """The hypotheses of `IterationLimit` at a point, in numbers.
 
     Attributes:
-        rank: of A = ∂F, the codimension of Γ.
+        rank: the rank of A = ∂F, the codimension of Γ.
         defect: |A^#F|, about the distance from Γ; A is meant to be taken on it.
-        cosine: of the largest angle between ker A and ker Aᵀ: 0 where A is not semisimple,
-            1 where A is symmetric.
+        cosine: the cosine of the largest angle between ker A and ker Aᵀ: 0 where A is not
+            semisimple, 1 where A is symmetric.
         slowest_rate: the smallest real part of the eigenvalues of A off its kernel.
-        problem: what is wrong, in words; empty where nothing is.
+        problem: the hypothesis that fails, in words; empty where all hold.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> field = lambda w: jnp.stack([w[0] * (1 + w[1] ** 2), w[1] * w[0] ** 2])
+        >>> flow = mf.IterationLimit(field, lambda w: jnp.eye(2))
+        >>> found = flow.check(jnp.array([0.0, 1.0]))
+        >>> print(found.is_fine, found.rank, f"{found.cosine:.3f} {found.slowest_rate:.3f}")
+        True 1 1.000 2.000
     """
 
     rank: int
@@ -46,7 +55,7 @@ class IterationCheck(eqx.Module):
 
     @property
     def is_fine(self) -> bool:
-        """Whether the limit exists near this point."""
+        """True where the limit exists near this point."""
         return not self.problem
 
     def __str__(self) -> str:
@@ -60,7 +69,7 @@ class IterationCheck(eqx.Module):
 class IterationLimit(AbstractDiffusion):
     """The limit of θ ← θ − η(F(θ) + ξ) + η²G(θ) along Γ = {F = 0}, as η → 0.
 
-    E ξ = 0, Cov ξ = Σ(θ); F need not be a gradient, and A = ∂F need not be symmetric. With Π
+    E ξ = 0 and Cov ξ = Σ(θ); F need not be a gradient, and A = ∂F need not be symmetric. With Π
     the oblique projector on ker A along range A, Π̄ = 1 − Π, A^# the group inverse and
     𝓛_A⁻¹(S) the solution of A M + M Aᵀ = S on range A, in the sense of Itô and on t = kη²,
 
@@ -69,21 +78,21 @@ class IterationLimit(AbstractDiffusion):
     which is ½∂²Φ[Σ] + ΠG for Φ the limit of θ' = −F(θ). F = ∇L gives `LimitDiffusion`. The
     state of an optimiser that relaxes in some 1/η steps (momenta, second moments) belongs to θ.
 
-    Dense: A has D×D numbers, ∂²F takes 2D second directional derivatives of F.
+    It is dense: A has D×D numbers, and ∂²F takes 2D second directional derivatives of F.
 
     Args:
         mean_field: F, point → tangent: a PyTree like the coordinates.
         covariance: Σ, point → array (D, D) in the raveled order of the coordinates, or a lineax
             operator on tangents.
         slow_drift: G, point → tangent; by default zero.
-        rank: of A on Γ, D less the dimension of Γ: an integer, or a float in [0, 1), the share
-            of A's largest singular value from which on others count. By default eps^(1/3).
+        rank: the rank of A on Γ, D less the dimension of Γ: an integer, or a float in [0, 1), the
+            share of A's largest singular value from which on others count. By default eps^(1/3).
         manifold: Γ, if `solve` is to keep every step on it: without one, the rounding and the
-            steps of a solver lead away from Γ, where the formula is evaluated where it stands.
+            steps of a solver lead away from Γ, and the formula is evaluated at the point reached.
 
     Raises:
-        ValueError: wrong options; a field or covariance of another structure; outside of jit,
-            where a hypothesis fails. Under jit the drift is NaN there.
+        ValueError: wrong options; a field or covariance of another structure; outside of jit, a
+            point where a hypothesis fails. Under jit the drift is NaN there.
 
     Assumes:
         On Γ, A has constant rank, is semisimple at 0 (ker A ⊕ range A is the whole space) and
@@ -91,6 +100,15 @@ class IterationLimit(AbstractDiffusion):
 
     References:
         [Katzenberger1991]; [LiWangArora2022, Theorem 4.6] for F = ∇L.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> field = lambda w: jnp.stack([w[0] * (1 + w[1] ** 2), w[1] * w[0] ** 2])  # 0 at w₀ = 0
+        >>> noise = lambda w: jnp.diag(jnp.array([1.0, 0.0]))
+        >>> flow = mf.IterationLimit(field, noise)
+        >>> print((flow.drift(jnp.array([0.0, 1.0])) + 0.0).round(3))  # −w₁/(2(1 + w₁²))
+        [ 0.   -0.25]
     """
 
     mean_field: Callable[..., Any]
@@ -122,7 +140,7 @@ class IterationLimit(AbstractDiffusion):
 
     @property
     def clock(self) -> LimitClock:
-        """Ση²."""
+        """The clock Ση²."""
         return LimitClock()
 
     @property
@@ -140,7 +158,7 @@ class IterationLimit(AbstractDiffusion):
         return drift
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
-        """σ = (ΠΣΠᵀ)^½, symmetric, on tangents."""
+        """The operator σ = (ΠΣΠᵀ)^½, symmetric, on tangents."""
         coordinates, _ = self.split(point)
         unravel = _tree.ravel(coordinates)[1]
         root = _root(self, point)
@@ -153,7 +171,7 @@ class IterationLimit(AbstractDiffusion):
         return lx.FunctionLinearOperator(mv, structure, lx.symmetric_tag)
 
     def check(self, point: Point) -> IterationCheck:
-        """Whether the hypotheses hold at a point, with numbers; not under jit."""
+        """The hypotheses at a point, in numbers; not under jit."""
         if is_traced((self, point)):
             raise ValueError("IterationLimit.check looks at values; call it outside of jit.")
         here = _here(self, point)
@@ -225,7 +243,7 @@ def _root(flow: IterationLimit, point: Point) -> Matrix:
 
 
 def _contracted(here: _Here, matrices: Float[Array, "2 D D"]) -> Float[Array, "2 D"]:
-    """∂²F[Q] for symmetric matrices Q, one derivative for every row of each."""
+    """The vectors ∂²F[Q] for symmetric matrices Q, by one derivative per row of each."""
     identity = lx.IdentityLinearOperator(_tree.structure_of(here.coordinates))
 
     def contracted(matrix: Matrix) -> Array:

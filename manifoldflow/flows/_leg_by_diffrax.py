@@ -111,7 +111,7 @@ def _terms_of(point: Point, task: Task) -> dfx.AbstractTerm:
 def _controller_of(
     here: Here, end: Scalar, task: Task
 ) -> tuple[dfx.AbstractStepSizeController, Scalar | None]:
-    """How steps are chosen, and the first one where the controller does not know it."""
+    """The controller of the steps, and the first step where the controller does not know it."""
     options = task.options
     noise = options.noise
     if noise is not None and not noise.is_adaptive:

@@ -1,4 +1,4 @@
-"""Where SGD goes after the loss is zero, in the limit of small learning rates."""
+"""The limit of SGD on the minimisers of a loss, for small learning rates."""
 
 from typing import Any
 
@@ -48,15 +48,14 @@ class LimitDiffusion(AbstractDiffusion):
 
         Y' = −(c/4) P∇tr∇²L(Y).
 
-    That is so for `LabelNoise` on `LeastSquares`, for `ResampledLabels` on a likelihood, for
-    `FlippedLabels`, and for `HessianNoise` on the minimisers of any loss; it depends on the
-    types alone. For `IsotropicNoise` Y is a Brownian motion on the
-    manifold of speed std² with the drift −(std²/4) P∇ln|∇²L|₊, |·|₊ being the product of
-    the non-zero eigenvalues.
+    This holds for `LabelNoise` on `LeastSquares`, for `ResampledLabels` on a likelihood, for
+    `FlippedLabels`, and for `HessianNoise` on the minimisers of any loss; the types alone decide.
+    For `IsotropicNoise` Y is a Brownian motion on the manifold of speed std² with the drift
+    −(std²/4) P∇ln|∇²L|₊, |·|₊ being the product of the non-zero eigenvalues.
 
-    The update adds PG, where it has a slow drift G: −wPY for a weight decay λ = wη of plain SGD.
-    Updates other than SGD have their own drift instead, that of normal noise alone, for the
-    noises that they name, and always an ordinary differential equation.
+    An update with a slow drift G adds PG: −wPY for a weight decay λ = wη of plain SGD. Updates
+    other than SGD have a drift of their own instead, for the noises that they name, and always an
+    ordinary differential equation.
 
     Args:
         manifold: the minimisers of a loss: `ZeroLossManifold` or, with dense D×D matrices,
@@ -66,7 +65,7 @@ class LimitDiffusion(AbstractDiffusion):
             plain SGD by default.
 
     Raises:
-        ValueError: a bare level set has no loss that noise could perturb; a noise of data
+        ValueError: a bare level set, which has no loss that noise could perturb; a noise of data
             on a loss without examples, or with larger batches than there are examples; an
             update whose limit is not known for this noise; outside of jit, a point where it
             has none. Under jit the drift is NaN there.
@@ -79,6 +78,18 @@ class LimitDiffusion(AbstractDiffusion):
     References:
         [LiWangArora2022, Theorem 4.6, Corollaries 5.1 and 5.2; Katzenberger1991]; the
         mixed part has the factor 1 and label noise ¼, not ½ and 1 as on the poster.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x  # fits on the hyperbola w₀w₁ = 1
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> noise = mf.LabelNoise(std=1.0, batch_size=1)
+        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), noise)
+        >>> print(flow.equation)
+        Y' = −0.25·P∇tr∇²L, c = 1 in batches of 1 of 1 examples, t = Ση²/(1−β)²
+        >>> print(flow.drift(jnp.array([2.0, 0.5])).round(3))  # −½PY, as tr∇²L = w₀² + w₁²
+        [-0.882  0.221]
     """
 
     manifold: AbstractManifold
@@ -121,7 +132,7 @@ class LimitDiffusion(AbstractDiffusion):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the limit is a stochastic differential equation: by types, never by values."""
+        """True where the limit is a stochastic differential equation: by types, never by values."""
         if isinstance(self.update, AbstractLimitedUpdate):
             return False
         limit = self.short_limit
@@ -129,7 +140,7 @@ class LimitDiffusion(AbstractDiffusion):
 
     @property
     def equation(self) -> str:
-        """The limit in one line, with the numbers in it: its rate, c, and what a step takes."""
+        """The limit in one line, with its numbers: its rate, c, and the time of a step."""
         return equation_of(self.short_limit, self.manifold.loss, self.noise, self.update)
 
     def __repr__(self) -> str:
@@ -139,7 +150,7 @@ class LimitDiffusion(AbstractDiffusion):
         return self.manifold.split(point)
 
     def drift(self, point: Point) -> Tangent:
-        """½ ∂²Φ[Σ] + PG, the drift in the sense of Itô: three parts and the update's own."""
+        """The drift ½ ∂²Φ[Σ] + PG in the sense of Itô: three parts and the update's own."""
         drift, is_fine = self._drift(point)
         if is_fine is not None and not is_traced(is_fine) and not is_fine:
             raise ValueError(f"LimitDiffusion has no drift at this point. {failure(self.update)}")
@@ -162,7 +173,7 @@ class LimitDiffusion(AbstractDiffusion):
         return (total if slow is None else _tree.add(total, local.space.tangent(slow))), None
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
-        """PF, from the space of the noise to tangents; zero where the noise is normal.
+        """The operator PF, from the space of the noise to tangents; zero where the noise is normal.
 
         `.in_structure()` is the structure of the Brownian motion that drives the limit.
         """
@@ -173,7 +184,7 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def tangent_noise_compensation(self, point: Point) -> Tangent:
-        """−½ H†∂²(∇L)[PΣP], what keeps tangent noise on a curved manifold.
+        """The part −½ H†∂²(∇L)[PΣP] of the drift, which keeps tangent noise on a curved manifold.
 
         It is ½ tr II against the tangent noise and lies in the normal space. Isotropic
         noise takes D second directional derivatives of all residuals for it.
@@ -184,7 +195,7 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def mixed_regularisation(self, point: Point) -> Tangent:
-        """−P∂²(∇L)[H†P⊥ΣP], what correlations of normal and tangent noise cause."""
+        """The part −P∂²(∇L)[H†P⊥ΣP] of the drift, from correlated normal and tangent noise."""
         if not self.is_stochastic or self.short_limit is not None:
             return _tree.zeros_like(self.split(point)[0])
         local = self.manifold.local(point)
@@ -192,7 +203,10 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def normal_regularisation(self, point: Point) -> Tangent:
-        """−½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)], what normal noise causes: all of it for label noise."""
+        """The part −½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)] of the drift, due to normal noise.
+
+        For label noise it is the whole drift.
+        """
         if has_own_limit(self.update):
             return self._own(point).drift
         limit = self.short_limit
@@ -203,7 +217,10 @@ class LimitDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def slow_drift(self, point: Point) -> Tangent:
-        """PG, what the update adds: weight decay. ΠG where it has a projection of its own."""
+        """The part PG of the drift that the update adds, as a weight decay does.
+
+        It is ΠG where the update has a projection Π of its own.
+        """
         if has_own_limit(self.update):
             return self._slow(self._own(point), point)
         local = self.manifold.local(point)
@@ -219,7 +236,7 @@ class LimitDiffusion(AbstractDiffusion):
         return _tree.zeros_like(own.drift) if slow is None else own.project(slow)
 
     def _short(self, limit: ShortLimit, point: Point) -> tuple[Tangent, AbstractLocalGeometry]:
-        """−rate·P∇potential, and the local geometry that it took."""
+        """The drift −rate·P∇potential, and the local geometry that it took."""
         gradient, local = potential_gradient(self.manifold, limit.potential, point)
         rate = limit.rate.astype(_tree.dtype_of(local.coordinates))
         return _tree.scale(-rate, local.space.tangent(gradient)), local

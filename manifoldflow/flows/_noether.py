@@ -1,4 +1,4 @@
-"""The flow along the orbit of a symmetry that SGD's noise drives."""
+"""The flow along the orbit of a symmetry, driven by the noise of SGD."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +21,9 @@ from manifoldflow.symmetry import (
 
 
 class NoetherFlow(AbstractFlow):
-    """θ' = Aθ·G(θ)/‖Aθ‖²: along the orbit e^{λA}θ so that dC/dt = G, on the clock kη.
+    """The flow θ' = Aθ·G(θ)/‖Aθ‖² along the orbit e^{λA}θ, so that dC/dt = G, on the clock kη.
 
-    What SGD does on average to the charge C = ½θᵀAθ, by itself: the loss does not change.
+    It is the mean effect of SGD on the charge C = ½θᵀAθ, by itself: the loss does not change.
     It ends at the noise equilibrium of its start; see `symmetry.noise_equilibrium`.
 
     Args:
@@ -33,7 +33,7 @@ class NoetherFlow(AbstractFlow):
         data: PyTree of arrays with a leading axis of examples.
         noise_scale: σ² = η/(2S), learning rate over twice the batch size.
         weight_decay: γ, where γ‖θ‖² is added to the loss.
-        manifold: one that holds the orbit, on which `solve` keeps every step: of the weights
+        manifold: one that holds the orbit, on which `solve` keeps every step. For the weights
             with the predictions of the start it is
             `ZeroLossManifold(LeastSquares(inputs, predictions, predict))`. By default orbits
             are kept to the tolerance of the solver.
@@ -43,6 +43,16 @@ class NoetherFlow(AbstractFlow):
 
     References:
         [Ziyin2024, eq. (7)].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> scale = mf.symmetry.ExponentialSymmetry(jnp.array([1.0, -1.0]))
+        >>> example_loss = lambda w, example: (w[0] * w[1] * example[0] - example[1]) ** 2
+        >>> data = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
+        >>> flow = mf.NoetherFlow(scale, example_loss, data, noise_scale=0.1)
+        >>> print(flow.drift(jnp.array([1.0, 1.0])) + 0.0)  # balanced: nothing moves
+        [0. 0.]
     """
 
     symmetries: tuple[ExponentialSymmetry, ...]
@@ -77,7 +87,7 @@ class NoetherFlow(AbstractFlow):
 
     @property
     def clock(self) -> GradientClock:
-        """Ση, that of gradient flow."""
+        """The clock Ση of gradient flow."""
         return GradientClock()
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:

@@ -20,7 +20,7 @@ _MAX_STEPS = 60  # of Newton's iteration for the sign; some 10 are enough at con
 
 
 class Splitting(eqx.Module):
-    """How A splits the space into its kernel and its range."""
+    """The splitting of the space by A into its kernel and its range."""
 
     matrix: Matrix  # A in units of its largest singular value, plus Π: invertible
     size: Scalar  # that singular value

@@ -1,4 +1,4 @@
-"""What `solve` can be asked for: checked, and made ready to pass through jit."""
+"""The options of `solve`: checked, and made ready to pass through jit."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from manifoldflow.flows._base import AbstractFlow, is_stochastic
 
 
 class NoiseOptions(eqx.Module):
-    """How a stochastic flow is stepped."""
+    """The options for the steps of a stochastic flow."""
 
     key: Key
     num_steps: int = eqx.field(static=True)  # equal ones between any two saves
@@ -31,7 +31,7 @@ class NoiseOptions(eqx.Module):
 
 
 class Options(eqx.Module):
-    """What `solve` was asked for, ready to be passed through jit."""
+    """The options of a `solve`, ready to be passed through jit."""
 
     solver: dfx.AbstractSolver | None  # None: Euler-Maruyama in a scan
     step_size: Scalar | None
@@ -51,7 +51,7 @@ class Options(eqx.Module):
         return jnp.append(times, end_time) if self.has_tail else times
 
     def stops_at(self, flow: AbstractFlow, point: Point) -> Flag:
-        """Whether the flow is to end here, before its time."""
+        """True where the flow is to end at this point, before its time."""
         if self.until is None:
             return jnp.asarray(False)
         return stops_at(self.until, point, flow.drift)
@@ -84,7 +84,7 @@ def save_times_of(end_time: Any, num_saves: int, save_times: Any, dtype: Any) ->
 
 
 def has_tail(save_times: Any, end_time: Any) -> bool:
-    """Whether there is, or may be, a way to go after the last save."""
+    """True where there is, or may be, a way to go after the last save."""
     if save_times is None:
         return False
     if is_traced((save_times, end_time)):

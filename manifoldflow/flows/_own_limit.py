@@ -1,4 +1,4 @@
-"""What a kind of update gives at a point in place of the parts of SGD's drift."""
+"""The drift of an update that replaces the parts of SGD's drift."""
 
 from collections.abc import Callable
 from typing import NamedTuple

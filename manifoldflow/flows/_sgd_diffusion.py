@@ -16,18 +16,29 @@ from manifoldflow.noise import AbstractNoise, checked_noise, short_limit
 
 
 class SGDDiffusion(AbstractDiffusion):
-    """dX = −η⁻¹∇L(X) dt + F(X) dW on the limit clock t = kη², with F Fᵀ the noise of SGD.
+    """The diffusion dX = −η⁻¹∇L(X) dt + F(X) dW on the limit clock t = kη², F Fᵀ the noise of SGD.
 
     One step of SGD is a step of length η² of this equation's Euler scheme; `LimitDiffusion`
-    is its limit as η → 0. Stiff: steps beyond some 2η/λ_max(∇²L) diverge.
+    is its limit as η → 0. It is stiff: steps beyond some 2η/λ_max(∇²L) diverge.
 
     Args:
         loss: any loss.
         noise: any noise that fits the loss.
         learning_rate: η > 0.
 
+    Raises:
+        ValueError: a learning rate out of range; a noise that does not fit the loss.
+
     References:
         [LiWangArora2022, eq. (3)]; [Katzenberger1991].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2)
+        >>> flow = mf.SGDDiffusion(loss, mf.IsotropicNoise(std=2.0), learning_rate=0.1)
+        >>> print(flow.drift(jnp.array([1.0])).round(3), flow.diffusion(jnp.ones(1)).as_matrix())
+        [-10.] [[2.]]
     """
 
     loss: AbstractLoss
@@ -45,7 +56,7 @@ class SGDDiffusion(AbstractDiffusion):
 
     @property
     def clock(self) -> LimitClock:
-        """Ση², that of the limit."""
+        """The clock Ση² of the limit."""
         return LimitClock()
 
     @property
@@ -61,9 +72,9 @@ class SGDDiffusion(AbstractDiffusion):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        """−η⁻¹∇L."""
+        """The drift −η⁻¹∇L."""
         return _tree.scale(-1 / self.learning_rate, self.loss.gradient(point))
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
-        """F, from the space of the noise to tangents."""
+        """The operator F, from the space of the noise to tangents."""
         return self.noise.factor(self.loss, point)

@@ -61,16 +61,16 @@ def solve(
     throw: bool = True,
     max_steps: int = 16384,
 ) -> Solution:
-    """Follow a flow from a point until `end_time`.
+    """The path of a flow from a point until `end_time`.
 
-    Every accepted step and every saved point lies on the flow's manifold. Works under
+    Every accepted step and every saved point lies on the flow's manifold. It works under
     jit, vmap and grad; repeated calls on new data of the same shapes do not retrace.
 
     Args:
-        flow: what to follow.
-        point: where to start; it is projected on the flow's manifold first.
-        end_time: on the clock of the flow, positive.
-        num_saves: saves at equal distances up to `end_time`, besides the start.
+        flow: the flow to follow.
+        point: the start; it is projected on the flow's manifold first.
+        end_time: the last time on the clock of the flow, positive.
+        num_saves: the number of saves at equal distances up to `end_time`, besides the start.
         save_times: increasing times in (0, end_time] to save at instead, besides the
             start.
         solver: a Diffrax solver. By default `diffrax.Tsit5()`; for stochastic flows
@@ -84,12 +84,13 @@ def solve(
             law only: a rounding error can change a step and with it the noise.
         atol: absolute tolerance: 1e-8 in float64, 1e-6 in float32, times the largest
             coordinate at the start.
-        adjoint: by default derivatives go backwards, once; `diffrax.ForwardMode()` is for
-            jvp, `diffrax.DirectAdjoint()` for both ways and for second derivatives.
+        adjoint: the direction of derivatives: by default backwards, once;
+            `diffrax.ForwardMode()` is for jvp, `diffrax.DirectAdjoint()` for both ways and for
+            second derivatives.
         observe: name → function of a point, evaluated at every save.
-        key: for stochastic flows, which need one; ordinary differential equations ignore it.
-        until: stop early: `Stationary(tolerance)`, or a predicate of the point, asked
-            after every step. The remaining saves then repeat the final point.
+        key: the random key that stochastic flows need; ordinary differential equations ignore it.
+        until: a condition to stop early: `Stationary(tolerance)`, or a predicate of the point,
+            asked after every step. The remaining saves then repeat the final point.
         progress: True prints percentages, a Diffrax progress meter shows itself: after every
             step where there is one save or noise, else after every save. A function is
             called at every save with a dict: time, coordinates, observables.
@@ -99,7 +100,7 @@ def solve(
             `stats` then count the steps of this call.
         throw: raise when the solve fails. With `throw=False` look at
             `solution.result`; what was not reached is NaN.
-        max_steps: attempted steps before the solve gives up.
+        max_steps: the number of attempted steps before the solve gives up.
 
     Returns:
         A `Solution` with `len(times) == saves + 1`. In its `stats`, `num_gradients`
@@ -109,6 +110,18 @@ def solve(
     Raises:
         ValueError: wrong options, structure or shapes.
         EquinoxRuntimeError: a failed solve, with the message of its `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> noise = mf.LabelNoise(std=1.0, batch_size=1)
+        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), noise)
+        >>> flatness = {"flatness": loss.trace_gauss_newton}
+        >>> walk = mf.solve(flow, jnp.array([2.0, 0.5]), end_time=5.0, observe=flatness)
+        >>> print(walk.observables["flatness"].round(2), walk.final.round(2))
+        [4.25 2.  ] [1.01 0.99]
     """
     if not isinstance(flow, AbstractFlow):
         raise ValueError(

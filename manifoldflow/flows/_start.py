@@ -1,4 +1,4 @@
-"""Where a flow starts, and how its points get back on its manifold."""
+"""The start of a flow, and the return of its points to its manifold."""
 
 import equinox as eqx
 import jax.numpy as jnp

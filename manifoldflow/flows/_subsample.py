@@ -17,11 +17,18 @@ from manifoldflow.noise import hessian_trace
 
 
 class DriftEstimate(NamedTuple):
-    """An unbiased estimate of a drift.
+    """An unbiased estimate of a drift, with its standard error.
 
     Attributes:
         drift: the estimate.
         standard_error: √E‖estimate − drift‖², before the projection, which can only lower it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> estimate = mf.flows.DriftEstimate(drift=jnp.ones(2), standard_error=jnp.asarray(0.1))
+        >>> print(estimate.drift, estimate.standard_error)
+        [1. 1.] 0.1
     """
 
     drift: Tangent
@@ -39,23 +46,38 @@ def subsampled_drift(
     num_groups: int = 8,
     projected: bool = True,
 ) -> DriftEstimate:
-    """−(c/4) P∇tr∇²L with the trace over a random subset of the examples, each exactly.
+    """The drift −(c/4) P∇tr∇²L with an exact trace over a random subset of the examples.
 
-    tr∇²L is a mean over examples whose terms differ little, while probes over examples
-    (Hutchinson) see all their products: one probe costs as much as the exact gradient and
-    is 100 % off, a subset of m of N examples costs m/N of it.
+    tr∇²L is a mean over examples whose terms differ little. Probes over examples (Hutchinson)
+    see all their products: one probe costs as much as the exact gradient and is 100 % off. A
+    subset of m of N examples costs m/N of it.
 
     Args:
-        flow: of label noise on a zero-loss manifold, under SGD.
+        flow: the limit of label noise on a zero-loss manifold, under SGD.
         point: a point of the manifold.
         key: draws the subset, without replacement.
         num_examples: m, a multiple of `num_groups`, at most N.
         num_groups: parts of the subset, whose spread gives the standard error; at least 2.
-        projected: whether to apply P, which needs the Gram matrix of all N examples (or
+        projected: apply P, which needs the Gram matrix of all N examples (or
             conjugate gradients on it, if the manifold's `gram` says so).
+
+    Returns:
+        The estimate and its standard error.
 
     Raises:
         ValueError: another noise or update, a subset larger than the data or not divisible.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: x @ (w[:2] * w[2:])
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=predict)
+        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(1.0, batch_size=1))
+        >>> point = jnp.array([2.0, 1.0, 0.5, 1.0])
+        >>> found = mf.subsampled_drift(flow, point, jr.key(0), num_examples=2, num_groups=2)
+        >>> bool(jnp.allclose(found.drift, flow.drift(point), atol=1e-6))
+        True
     """
     loss, limit = flow.manifold.loss, flow.short_limit
     is_trace = limit is not None and limit.is_ode and limit.potential is hessian_trace

@@ -1,4 +1,4 @@
-"""What all legs of a solve have in common."""
+"""The parts that all legs of a solve have in common."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -11,7 +11,7 @@ from manifoldflow.flows._options import Options
 
 
 class Task(eqx.Module):
-    """What is followed, from save to save, and how."""
+    """The flow that is followed from save to save, and the options for its steps."""
 
     flow: AbstractFlow
     remainder: Point  # what of the point is no coordinate

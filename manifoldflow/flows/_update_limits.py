@@ -1,4 +1,4 @@
-"""What the limit of an update asks of manifold and noise, and the path for each kind of update."""
+"""The limits of updates: what they ask of manifold and noise, and the path for each kind."""
 
 import jax.numpy as jnp
 
@@ -39,7 +39,7 @@ def check_update(update: AbstractUpdate, manifold: AbstractManifold, noise: Abst
 
 
 def setting_of(manifold: AbstractManifold, noise: AbstractNoise) -> Setting:
-    """What updates may know of the noise at the minimisers."""
+    """The facts about the noise at the minimisers that updates may know."""
     loss, zero = manifold.loss, manifold.residual_loss
     limit, multiple = short_limit(noise, loss), None
     if limit is not None and limit.is_ode and limit.potential is hessian_trace:
@@ -66,7 +66,7 @@ def potential_limit(
 
 
 def has_own_limit(update: AbstractUpdate) -> bool:
-    """Whether its drift is neither that of SGD nor the gradient of a potential."""
+    """True for an update whose drift is neither that of SGD nor the gradient of a potential."""
     return isinstance(update, AbstractRowsUpdate | AbstractPreconditionedUpdate)
 
 
@@ -82,5 +82,5 @@ def own_limit(
 
 
 def failure(update: AbstractUpdate) -> str:
-    """Why it has no drift somewhere."""
+    """The reason why an update has no drift somewhere."""
     return update.failure if isinstance(update, AbstractPreconditionedUpdate) else FAILURE

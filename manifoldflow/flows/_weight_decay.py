@@ -1,4 +1,4 @@
-"""What weight decay does to a network that fits its data."""
+"""The flow of weight decay on the networks that fit their data."""
 
 import equinox as eqx
 
@@ -11,7 +11,7 @@ from manifoldflow.manifolds import AbstractManifold
 
 
 class WeightDecayFlow(AbstractFlow):
-    """Y' = −PY: the Riemannian gradient flow of ½|Y|², on the clock kηλ of weight decay.
+    """The flow Y' = −PY: Riemannian gradient flow of ½|Y|², on the clock kηλ of weight decay.
 
     Gradient descent θ ← θ − η∇L(θ) − ηλθ lands on the manifold of minimisers, by about kη of
     gradient flow, and then follows this flow as λ → 0, at any fixed η < 2/λ_max(∇²L) on the
@@ -29,6 +29,14 @@ class WeightDecayFlow(AbstractFlow):
     References:
         K. Lyu et al., Dichotomy of early and late phase implicit biases can provably induce
         grokking, ICLR 2024, for homogeneous models.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> line = mf.LevelSet(lambda x: x[0] + x[1] - 2)
+        >>> flow = mf.WeightDecayFlow(line)
+        >>> print(flow.drift(jnp.array([3.0, -1.0])).round(3))  # to the shortest point, (1, 1)
+        [-2.  2.]
     """
 
     manifold: AbstractManifold
@@ -38,7 +46,7 @@ class WeightDecayFlow(AbstractFlow):
 
     @property
     def clock(self) -> DecayClock:
-        """Σηλ, in units of 1/λ."""
+        """The clock Σηλ, in units of 1/λ."""
         return DecayClock()
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
@@ -46,6 +54,6 @@ class WeightDecayFlow(AbstractFlow):
 
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
-        """−PY."""
+        """The drift −PY."""
         coordinates = self.split(point)[0]
         return _tree.scale(-1, self.manifold.normal_space(point).tangent(coordinates))

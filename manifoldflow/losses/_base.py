@@ -1,4 +1,4 @@
-"""What a loss is: a number at every point, and its derivatives as operators."""
+"""Base classes of losses: the value at a point, and its derivatives as operators."""
 
 import abc
 from collections.abc import Callable
@@ -18,7 +18,22 @@ from manifoldflow.losses._reach import check_reach
 
 
 class AbstractLoss(eqx.Module):
-    """A loss L on points. Subclasses say what it is; derivatives are the same for all."""
+    """A loss L on points. A subclass gives the value; all derivatives follow from it.
+
+    A subclass has a field `trainable` (None lets every weight move) and defines `__call__`. It
+    inherits the gradient, the Hessian as an operator and its trace.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> class Quartic(mf.AbstractLoss):
+        ...     trainable: None = None
+        ...
+        ...     def __call__(self, point):
+        ...         return jnp.sum(point**4)
+        >>> print(Quartic().gradient(jnp.array([1.0, 2.0])))
+        [ 4. 32.]
+    """
 
     trainable: eqx.AbstractVar[_tree.Static | None]
 
@@ -33,13 +48,13 @@ class AbstractLoss(eqx.Module):
     @checked
     @jit_part
     def gradient(self, point: Point) -> Tangent:
-        """∇L(point), with the structure of the point's coordinates."""
+        """The gradient ∇L at a point, with the structure of the point's coordinates."""
         coordinates, remainder = self.split(point)
         return jax.grad(lambda x: self(_tree.join(x, remainder)))(coordinates)
 
     @checked
     def hessian(self, point: Point) -> lx.AbstractLinearOperator:
-        """∇²L(point), a self-adjoint lineax operator on tangents, never a matrix."""
+        """The Hessian ∇²L at a point, a self-adjoint operator on tangents and never a matrix."""
         coordinates, remainder = self.split(point)
 
         def gradient(x: Coordinates, args: Any) -> Tangent:
@@ -51,10 +66,10 @@ class AbstractLoss(eqx.Module):
     @checked
     @jit_part
     def trace_hessian(self, point: Point) -> Scalar:
-        """tr ∇²L(point), exactly, by one Hessian-vector product for each coordinate.
+        """The trace tr∇²L at a point, exact, by one Hessian-vector product per coordinate.
 
-        Costs D gradients. On the zero-loss manifold of a residual loss
-        `trace_gauss_newton` gives the same number for a few.
+        It costs D gradients for D coordinates. On the zero-loss manifold of a residual loss
+        `trace_gauss_newton` gives the same number for the cost of a few gradients.
         """
         coordinates, remainder = self.split(point)
         flat, unravel = _tree.ravel(coordinates)
@@ -66,14 +81,25 @@ class AbstractLoss(eqx.Module):
             direction = jnp.zeros_like(flat).at[index].set(1)
             return jax.jvp(gradient, (flat,), (direction,))[1][index]
 
+        # All D products at once would hold D×D numbers; one at a time would leave the device idle.
         return jnp.sum(jax.lax.map(diagonal_entry, jnp.arange(flat.size), batch_size=64))
 
 
 class AbstractResidualLoss(AbstractLoss):
-    """A loss that is minimal exactly where n scalar residuals vanish.
+    """A loss that is minimal exactly where its n scalar residuals vanish.
 
-    Near its zero-loss manifold L = (scale/2)·Σᵢ rᵢ² up to third order. Subclasses say
-    what the residuals of one example are; the Jacobian of all of them follows.
+    Near its zero-loss manifold L = (scale/2)·Σᵢ rᵢ², up to terms of third order. A subclass
+    defines the residuals of one example; the Jacobian of all residuals follows from them.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> x, y = jnp.array([[1.0, 2.0]]), jnp.array([3.0])
+        >>> loss = mf.LeastSquares(x, y, predict=lambda w, x: w @ x)
+        >>> isinstance(loss, mf.AbstractResidualLoss)
+        True
+        >>> print(loss.residual(jnp.ones(2)), loss.jacobian(jnp.ones(2)).as_matrix())
+        [0.] [[1. 2.]]
     """
 
     data: eqx.AbstractVar[PyTree[Array]]
@@ -81,17 +107,18 @@ class AbstractResidualLoss(AbstractLoss):
 
     @abc.abstractmethod
     def example_residual(self, point: Point, example: Example) -> Float[Array, " k"]:
-        """The residuals of one example, k numbers."""
+        """The k residuals of one example."""
 
     @abc.abstractmethod
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """A with AᵀA = the Gauss-Newton matrix of L at this point (anywhere, not only on Γ)."""
+        """An A with AᵀA = the Gauss-Newton matrix of L at this point, on the manifold or off it."""
 
     @checked
     @jit_part
     def residual(self, point: Point) -> Float[Array, " n"]:
         """All residuals r, in the order of the examples."""
         coordinates, remainder = self.split(point)
+        # Data in float64 would promote a float32 point, and all that follows from it.
         data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
         check_reach(self.example_residual, coordinates, remainder, data)
         point = _tree.join(coordinates, remainder)
@@ -100,21 +127,21 @@ class AbstractResidualLoss(AbstractLoss):
     @checked
     @jit_part
     def jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """J = ∂r, a lineax operator from tangents to n residuals."""
+        """The Jacobian J = ∂r, a lineax operator from tangents to the n residuals."""
         return _jacobian_of(self, self.example_residual, point, self.data)
 
     @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
-        """scale·JᵀJ on tangents, equal to ∇²L on the zero-loss manifold."""
+        """The matrix scale·JᵀJ as an operator on tangents. On the zero-loss manifold it is ∇²L."""
         jacobian = self.jacobian(point)
         return linalg.gauss_newton(jacobian, self.scale.astype(jacobian.out_structure().dtype))
 
     @checked
     @jit_part
     def trace_gauss_newton(self, point: Point) -> Scalar:
-        """scale·‖J‖²_F, equal to tr ∇²L on the zero-loss manifold.
+        """The number scale·‖J‖²_F. On the zero-loss manifold it is tr∇²L.
 
-        Off the manifold the full trace has the extra term scale·Σᵢ rᵢ tr∇²rᵢ:
+        Off the manifold the trace of the Hessian has the extra term scale·Σᵢ rᵢ tr∇²rᵢ:
         see `trace_hessian`.
         """
         norms = self.jacobian(point).row_norms_squared()
@@ -122,11 +149,20 @@ class AbstractResidualLoss(AbstractLoss):
 
 
 class AbstractExampleLoss(AbstractLoss):
-    """A mean over examples, L = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖² with a weight decay λ.
+    """A mean over N examples, L = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖², with a weight decay λ.
 
-    Mini-batches estimate it, its labels can be noisy, and it has a Gauss-Newton matrix JᵀWJ,
-    with J = ∂f and W the second derivative of the mean in all outputs. Whether it has residuals,
-    and with them a zero-loss manifold, is another matter: `AbstractResidualLoss`.
+    Mini-batches estimate it, and its labels can be noisy. It has a Gauss-Newton matrix JᵀWJ, with
+    J = ∂f and W the second derivative of the mean in all outputs. A loss that has residuals too,
+    and so a zero-loss manifold, is also an `AbstractResidualLoss`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> isinstance(loss, mf.losses.AbstractExampleLoss), loss.num_examples
+        (True, 2)
+        >>> print(loss.outputs(jnp.array([3.0, 4.0])))
+        [3. 4.]
     """
 
     data: eqx.AbstractVar[PyTree[Array]]
@@ -137,25 +173,25 @@ class AbstractExampleLoss(AbstractLoss):
 
     @abc.abstractmethod
     def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
-        """f(point, x), the output for the inputs of one example."""
+        """The output f(point, x) for the inputs x of one example."""
 
     @abc.abstractmethod
     def output_gradient(
         self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
     ) -> Float[Array, "N ..."]:
-        """∂L/∂f at these outputs, for targets like those of the loss."""
+        """The derivative ∂L/∂f at these outputs, for targets like those of the loss."""
 
     @abc.abstractmethod
     def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"] | None:
-        """The u with Jᵀu = ∂fᵀw for any w, or None if there is none for some w.
+        """The u with Jᵀu = ∂fᵀw for any w, or None where some w have no such u.
 
-        J is the Jacobian of the residuals. There is none where they say less than the
-        outputs do, as with a singular output Hessian, and of losses without residuals.
+        J is the Jacobian of the residuals. None is the answer where the residuals say less than the
+        outputs do (a singular output Hessian), and for losses without residuals.
         """
 
     @abc.abstractmethod
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """A with AᵀA = the Gauss-Newton matrix of the mean over examples at this point."""
+        """An A with AᵀA = the Gauss-Newton matrix of the mean over examples at this point."""
 
     @abc.abstractmethod
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
@@ -163,7 +199,7 @@ class AbstractExampleLoss(AbstractLoss):
 
     @abc.abstractmethod
     def trace_gauss_newton(self, point: Point) -> Scalar:
-        """Its trace, exactly."""
+        """The exact trace of the Gauss-Newton matrix."""
 
     @abc.abstractmethod
     def select(self, indices: Any) -> "AbstractExampleLoss":
@@ -171,7 +207,7 @@ class AbstractExampleLoss(AbstractLoss):
 
     @property
     def num_examples(self) -> int:
-        """N."""
+        """The number N of examples."""
         return jax.tree.leaves(self.inputs)[0].shape[0]
 
     def outputs(self, point: Point) -> Float[Array, "N ..."]:
@@ -184,7 +220,7 @@ class AbstractExampleLoss(AbstractLoss):
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
 
     def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """∂f, from tangents to all outputs in the order of the examples."""
+        """The Jacobian ∂f, from tangents to all outputs in the order of the examples."""
         return _jacobian_of(self, self.example_output, point, self.inputs)
 
 

@@ -1,4 +1,4 @@
-"""The loss of binary labels that are flipped with one probability, in the mean over the flips."""
+"""The mean loss of binary labels that are flipped with one probability."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def flipped_labels_loss(
     predict: Callable[[Point, Example], Array] | None = None,
     trainable: PyTree[Any] | None = None,
 ) -> PerExampleLoss:
-    """The mean loss of labels ±1 of which each is flipped with one probability p.
+    """The mean loss of labels ±1 when each of them is flipped with one probability p.
 
         L(θ) = (1/N) Σᵢ (1 − p)·φ(yᵢf(θ, xᵢ)) + p·φ(−yᵢf(θ, xᵢ))
 
@@ -45,11 +45,15 @@ def flipped_labels_loss(
     Raises:
         ValueError: labels other than ±1, a probability that is not between 0 and ½.
 
-    Example:
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
         >>> labels = jnp.array([1.0, -1.0])
-        >>> phi = lambda z: jnp.exp(-z)
-        >>> flipped_labels_loss(jnp.eye(2), labels, phi, probability=0.1, predict=jnp.dot).targets
-        Array([0.9, 0.1], dtype=float32)
+        >>> loss = mf.losses.flipped_labels_loss(
+        ...     jnp.eye(2), labels, lambda z: jnp.exp(-z), probability=0.1, predict=jnp.dot
+        ... )
+        >>> print(loss.targets)
+        [0.9 0.1]
     """
     if not callable(margin_loss):
         raise ValueError(

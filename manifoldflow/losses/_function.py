@@ -15,11 +15,24 @@ from manifoldflow.losses._base import AbstractLoss, AbstractResidualLoss
 
 
 class FunctionLoss(AbstractLoss):
-    """Any smooth function of a point, minimal on a manifold.
+    """A loss that is any smooth function of a point, minimal on a manifold.
+
+    It knows nothing of residuals or examples: `MinimizerManifold` is its manifold, and methods that
+    need the Hessian build it densely, for up to a few thousand coordinates.
 
     Args:
-        fn: point → scalar.
-        trainable: which leaves may move, as for `LeastSquares`.
+        fn: maps a point to a scalar.
+        trainable: says which leaves may move, as for `LeastSquares`.
+
+    Raises:
+        ValueError: when called, a value of `fn` that is no scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: (x @ x - 1) ** 2)
+        >>> print(loss.trace_hessian(jnp.array([1.0, 0.0])))
+        8.0
     """
 
     fn: Callable[..., Any]
@@ -41,11 +54,20 @@ class FunctionLoss(AbstractLoss):
 
 
 class SquaredNorm(AbstractResidualLoss):
-    """L(θ) = ½‖fn(θ)‖² of a function with any array as value.
+    """The loss L(θ) = ½‖fn(θ)‖² of a function with any array as its value.
+
+    It is the `loss` of a `LevelSet`.
 
     Args:
-        fn: point → array.
-        trainable: which leaves may move, as for `LeastSquares`.
+        fn: maps a point to an array or a PyTree of arrays.
+        trainable: says which leaves may move, as for `LeastSquares`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.losses.SquaredNorm(lambda x: x @ x - 1)
+        >>> print(circle(jnp.array([2.0, 0.0])), circle.gradient(jnp.array([2.0, 0.0])))
+        4.5 [12.  0.]
     """
 
     fn: Callable[..., Any]
@@ -77,7 +99,7 @@ class SquaredNorm(AbstractResidualLoss):
         return 0.5 * jnp.sum(self.residual(point) ** 2)
 
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """J itself."""
+        """The Jacobian J itself."""
         return self.jacobian(point)
 
 

@@ -26,23 +26,34 @@ from manifoldflow.losses._predict import call_point, model_output
 
 
 class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
-    """L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
+    """The squared loss L(θ) = (scale/2) Σᵢ (f(θ, xᵢ) − yᵢ)² over all n scalar outputs.
+
+    Its minimisers with L = 0 form the `ZeroLossManifold`.
 
     Args:
-        inputs: PyTree of arrays with a leading axis of N examples; integers are welcome.
+        inputs: PyTree of arrays with a leading axis of N examples; integers are allowed.
         targets: array (N, *output); integers are cast to the point's dtype.
         predict: `predict(point, x)` maps one example to its output; by default `point(x)`.
             To differentiate in values it uses, hand them over: `jax.tree_util.Partial(fn, a)`
             or a module; values it merely closes over cannot be differentiated in.
-        scale: the factor s above. Default 1/n, n = N × outputs: half the mean square.
-            `scale=2` is the sum of squares of Gatmiry2024, 1/N the mean of LiWangArora2022.
-        trainable: which leaves of the point may move: a PyTree prefix of booleans or
-            functions of a leaf, as for `equinox.partition`. Default: all floating arrays, of
-            Flax only what it calls parameters.
+        scale: the positive factor in front. The default 1/n, n = N × outputs, makes L half the mean
+            square; 2 gives the sum of squares of [Gatmiry2024], 1/N the mean of
+            [LiWangArora2022].
+        trainable: says which leaves of the point may move: a PyTree prefix of booleans or
+            functions of a leaf, as for `equinox.partition`. By default all floating arrays move;
+            in models of Flax only its parameters do.
 
     Raises:
-        ValueError: lengths differ, NaN or inf in the data, a negative scale; when called,
-            an output whose shape differs from that of its target.
+        ValueError: lengths differ, NaN or inf in the data, a scale that is not positive; when
+            called, an output whose shape differs from that of its target.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> x, y = jnp.array([[1.0, 2.0], [3.0, 1.0]]), jnp.array([1.0, 0.0])
+        >>> loss = mf.LeastSquares(x, y, predict=lambda w, x: jnp.sum(jnp.sinh(w * x)))
+        >>> print(loss(jnp.zeros(2)), loss.gradient(jnp.zeros(2)))
+        0.25 [-0.5 -1. ]
     """
 
     inputs: PyTree[Array]
@@ -71,6 +82,7 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
         if not jax.tree.leaves(self.inputs):
             raise ValueError("LeastSquares needs inputs, arrays (examples, …); got none.")
         (targets,) = jax.tree.leaves(targets)
+        # Integers have no derivative, and label noise adds fractions to them.
         if not jnp.issubdtype(targets.dtype, jnp.inexact):
             targets = targets.astype(jnp.result_type(float))
         self.targets = targets
@@ -87,12 +99,12 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
 
     @property
     def weight_decay(self) -> None:
-        """None: it would have no zero-loss manifold. `WeightDecayFlow` is its limit."""
+        """None: weight decay leaves no zero-loss manifold. Its limit is `WeightDecayFlow`."""
         return None
 
     @property
     def num_residuals(self) -> int:
-        """n = examples × outputs."""
+        """The number n = examples × outputs."""
         return math.prod(self.targets.shape)
 
     def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
@@ -107,7 +119,7 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
         return 0.5 * self.scale.astype(residual.dtype) * jnp.sum(residual**2)
 
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """√scale·J."""
+        """The operator √scale·J."""
         coordinates, remainder = self.split(point)
         dtype = _tree.dtype_of(coordinates)
         root = jnp.sqrt(self.scale).astype(dtype)
@@ -130,6 +142,8 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
     def select(self, indices: Any) -> "LeastSquares":
         indices = checked_indices(indices, self.num_examples)
         inputs, targets = jax.tree.map(lambda leaf: leaf[indices], self.data)
+        # E over batches of (N/B)·Σ over the batch is the sum over all N: the estimate stays
+        # unbiased.
         factor = len(self.targets) / len(targets)
         return eqx.tree_at(
             lambda loss: (loss.inputs, loss.targets, loss.scale),

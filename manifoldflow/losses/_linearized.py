@@ -1,4 +1,4 @@
-"""The model in its kernel regime: replaced by its linearisation at one point."""
+"""Models in their kernel regime: replaced by their linearisation at one point."""
 
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ Loss = TypeVar("Loss", bound=LeastSquares | PerExampleLoss)
 
 @checked
 def linearized(loss: Loss, point: Point) -> Loss:
-    """The same loss of the model that is linearised at a point: training in the kernel regime.
+    """The same loss with its model linearised at a point: training in the kernel regime.
 
     f(θ) is replaced by f_lin(θ) = f(θ₀) + ∂f(θ₀)[θ − θ₀], whose Gram matrix (the neural tangent
     kernel) is K(θ₀) at every θ. The points stay those of the model, so that all that takes a loss
@@ -39,25 +39,28 @@ def linearized(loss: Loss, point: Point) -> Loss:
         ValueError: the loss has no derivative in some coordinate; when called, a point whose
             coordinates are not like those of θ₀.
 
-    Example:
-        >>> loss = LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
-        >>> lazy = linearized(loss, jnp.ones(2))
-        >>> lazy.outputs(jnp.array([1.0, 3.0]))  # where 3² = 9
-        Array([1., 5.], dtype=float32)
-
     References:
         [LiWangArora2022, section 6.3].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
+        >>> lazy = mf.linearized(loss, jnp.ones(2))
+        >>> print(lazy.outputs(jnp.array([1.0, 3.0])))  # the model itself gives 3² = 9
+        [1. 5.]
     """
     coordinates, remainder = loss.split(point)
     inputs = _tree.cast_floats(loss.inputs, _tree.dtype_of(coordinates))
     check_reach(loss.example_output, coordinates, remainder, inputs)
+    # Arrays stay leaves of the module: as static data they would be compiled in and have no hash.
     arrays, rest = eqx.partition(remainder, eqx.is_array)
     model = _Linearized(loss.predict, coordinates, arrays, _tree.Static(rest), loss.trainable)
     return eqx.tree_at(lambda loss: loss.predict, loss, model)
 
 
 class _Linearized(eqx.Module):
-    """predict(θ₀, x) + its derivative along θ − θ₀."""
+    """The value predict(θ₀, x) plus its derivative along θ − θ₀."""
 
     predict: Any
     coordinates: Coordinates
@@ -68,6 +71,8 @@ class _Linearized(eqx.Module):
     def __call__(self, point: Point, x: Example) -> Array:
         here, _ = _tree.split(point, self.trainable)
         _check_alike(here, self.coordinates)
+        # A point in float32 must not be promoted by an origin in float64, or `jvp` refuses the
+        # pair.
         origin = _tree.cast_like(self.coordinates, here)
         remainder = _tree.join(self.arrays, self.rest.tree)
 

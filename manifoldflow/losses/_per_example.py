@@ -29,20 +29,20 @@ LossFn = Callable[[Array, PyTree[Array]], Scalar]
 
 
 class PerExampleLoss(AbstractExampleLoss):
-    """L(θ) = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖², for any ℓ, whether it has a minimum or not.
+    """A mean of any per-example loss: L(θ) = (1/N) Σᵢ ℓ(f(θ, xᵢ), yᵢ) + (λ/2)‖θ‖².
 
-    Cross-entropies with hard labels are welcome, whole numbers among them:
+    ℓ needs no minimum. Cross-entropies with hard labels are fine, whole numbers among them:
 
         lambda f, y: jax.nn.logsumexp(f) - f[y]
 
     With J = ∂f and Wᵢ = ∂²ℓ/∂f² at the present outputs, the Gauss-Newton matrix is
-    G = (1/N) Σᵢ JᵢᵀWᵢJᵢ: that of the mean over examples, without λ. The Hessian has λ, so that
-    tr ∇²L = tr G + (1/N) Σᵢ ∂ℓ/∂f·tr ∇²fᵢ + λD. Where the labels are classes whose
-    log-likelihood is −ℓ, and f their logits, G is the Fisher matrix.
+    G = (1/N) Σᵢ JᵢᵀWᵢJᵢ, of the mean over examples and without λ. The Hessian includes λ:
+    tr∇²L = tr G + (1/N) Σᵢ ∂ℓ/∂f·tr∇²fᵢ + λD. Where the labels are classes with the
+    log-likelihood −ℓ, and f their logits, G is the Fisher matrix.
 
-    A zero-loss manifold asks for more than this: an ℓ that is minimal at a finite output, and
-    no weight decay. `ZeroLossManifold` looks for that minimum when it is built, and says why
-    there is none; `OutputManifold` needs none.
+    A zero-loss manifold needs more: an ℓ that is minimal at a finite output, and no weight decay.
+    `ZeroLossManifold` searches for that minimum when it is built, and says why there is none;
+    `OutputManifold` needs none.
 
     Args:
         inputs: PyTree of arrays with a leading axis of N examples.
@@ -52,18 +52,21 @@ class PerExampleLoss(AbstractExampleLoss):
         weight_decay: λ ≥ 0, per unit of ‖θ‖² over the leaves that may move; 0 for none.
         minimizer_fn: `minimizer_fn(target)` → the output at which ℓ is minimal, for
             `ZeroLossManifold` and `limit_map`; without it, they search for that output.
-        trainable: which leaves may move, as for `LeastSquares`.
+        trainable: says which leaves may move, as for `LeastSquares`.
 
     Raises:
         ValueError: lengths differ, NaN or inf in the data, a negative weight decay; when called,
-            a `loss_fn` that is no real number for one example.
+            a `loss_fn` whose value is no real scalar.
 
-    Example:
-        >>> labels = jnp.array([0, 2])
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
         >>> loss_fn = lambda f, y: jax.nn.logsumexp(f) - f[y]
-        >>> loss = PerExampleLoss(jnp.eye(2), labels, loss_fn, predict=lambda w, x: w @ x)
-        >>> loss.trace_gauss_newton(jnp.zeros((3, 2)))
-        Array(0.6666667, dtype=float32)
+        >>> predict = lambda w, x: w @ x
+        >>> loss = mf.PerExampleLoss(jnp.eye(2), jnp.array([0, 2]), loss_fn, predict=predict)
+        >>> print(f"{loss.trace_gauss_newton(jnp.zeros((3, 2))):.4f}")
+        0.6667
     """
 
     inputs: PyTree[Array]
@@ -106,7 +109,7 @@ class PerExampleLoss(AbstractExampleLoss):
         return model_output(self.predict, point, x, None)
 
     def example_loss(self, output: Array, target: PyTree[Array]) -> Scalar:
-        """ℓ of one example."""
+        """The loss ℓ of one example."""
         value = jnp.asarray(self.loss_fn(output, target))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
@@ -129,14 +132,14 @@ class PerExampleLoss(AbstractExampleLoss):
     def output_gradient(
         self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
     ) -> Float[Array, "N ..."]:
-        """∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
+        """The derivatives ∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
         targets = _tree.cast_floats(targets, outputs.dtype)
         return jax.vmap(jax.grad(self.example_loss))(outputs, targets) / len(outputs)
 
     def output_hessian(
         self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
     ) -> Float[Array, "N outputs outputs"]:
-        """∂²ℓ(fᵢ, yᵢ)/∂fᵢ²/N, one matrix for every example."""
+        """The second derivatives ∂²ℓ(fᵢ, yᵢ)/∂fᵢ²/N, one matrix per example."""
         targets = _tree.cast_floats(targets, outputs.dtype)
         size = math.prod(outputs.shape[1:])
         hessians = jax.vmap(jax.hessian(self.example_loss))(outputs, targets)
@@ -148,22 +151,25 @@ class PerExampleLoss(AbstractExampleLoss):
         return None
 
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """Rows √(Wᵢ/N)·Jᵢ with the output Hessian Wᵢ at the present outputs.
+        """The rows √(Wᵢ/N)·Jᵢ, with the output Hessian Wᵢ at the present outputs.
 
-        Of a W that is not positive semidefinite it is the root of the positive part. Its
-        derivatives are those of J, for constant W.
+        Where W is not positive semidefinite, the root is that of its positive part. The derivatives
+        of these rows are those of J, for constant W.
         """
+        # `eigh` has no derivative where eigenvalues coincide, as those of a softmax at equal logits
+        # do.
         roots = jax.lax.stop_gradient(jax.vmap(_square_root)(self._weights(point)))
         return self._turned_jacobian(point, roots)
 
     @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
-        """(1/N) Σᵢ JᵢᵀWᵢJᵢ on tangents: the Gauss-Newton matrix without the weight decay.
+        """The operator (1/N) Σᵢ JᵢᵀWᵢJᵢ: the Gauss-Newton matrix without the weight decay.
 
         One product costs a pass forwards and one backwards; no Jacobian is kept.
         """
         coordinates, remainder = self.split(point)
         weights = self._weights(point)
+        # Linearised once: a solver's repeated products do not run the model again.
         _, push = jax.linearize(lambda x: self.outputs(_tree.join(x, remainder)), coordinates)
         pull = jax.linear_transpose(push, coordinates)
 
@@ -177,10 +183,10 @@ class PerExampleLoss(AbstractExampleLoss):
     @checked
     @jit_part
     def trace_gauss_newton(self, point: Point) -> Scalar:
-        """(1/N) Σᵢ tr JᵢᵀWᵢJᵢ, exactly, at the present outputs and without the weight decay.
+        """The exact trace (1/N) Σᵢ tr JᵢᵀWᵢJᵢ at the present outputs, without the weight decay.
 
-        From norms of rows of a structured Jacobian, two for every output: never n×D numbers.
-        For any W, definite or not, and with all derivatives in the point.
+        It is a sum of squared norms of rows of a structured Jacobian, two per output, and never
+        builds n×D numbers. W may be indefinite, and all derivatives in the point are there.
         """
         weights = self._weights(point)
         if weights.shape[-1] == 1:
@@ -201,7 +207,7 @@ class PerExampleLoss(AbstractExampleLoss):
     def _turned_jacobian(
         self, point: Point, factors: Float[Array, "N rows outputs"]
     ) -> linalg.AbstractJacobian:
-        """Rows AᵢJᵢ."""
+        """The Jacobian with the rows AᵢJᵢ."""
         coordinates, remainder = self.split(point)
         inputs = _tree.cast_floats(self.inputs, _tree.dtype_of(coordinates))
 

@@ -70,7 +70,7 @@ def _is_of_shapes(error: Exception) -> bool:
 
 
 def _is_training(layer: Any) -> bool:
-    """Whether calling it is random or changes it; a dropout of nothing is neither."""
+    """True where calling the layer is random or changes it. A dropout of nothing does neither."""
     drops_nothing = isinstance(layer, eqx.nn.Dropout) and _is_zero(layer.p)
     return not (getattr(layer, "inference", True) or drops_nothing)
 

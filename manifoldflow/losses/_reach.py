@@ -76,7 +76,7 @@ def _is_smooth(atom: Any) -> bool:
 
 
 def _reaching(program: Any, outputs: list[bool], smooth: bool) -> list[bool]:
-    """Which inputs of a program these outputs depend on; with `smooth`, with a derivative.
+    """Marks of the inputs that these outputs depend on; with `smooth`, through a derivative.
 
     Where a body is not looked into, all of its inputs count.
     """

@@ -1,4 +1,4 @@
-"""A loss and its own flatness: what SGD with label noise lowers at a finite learning rate."""
+"""A loss plus its own flatness, which SGD with label noise lowers at a finite learning rate."""
 
 from typing import Any
 
@@ -14,26 +14,26 @@ KINDS = "gauss-newton", "hessian"
 
 
 class RegularizedLoss(AbstractLoss):
-    """L + λ tr G, with G the Gauss-Newton matrix of L, or its Hessian ∇²L.
+    """The loss L + λ tr G, with G the Gauss-Newton matrix of L, or its Hessian ∇²L.
 
     SGD of learning rate η with label noise of covariance Σ = cH (`LabelNoise.hessian_multiple`)
-    settles about its stationary points for λ = ηc/4: to first order in η, the mean residuals of the
-    squared loss are those there, Jᵀr = −2λ Σᵢ∇²fᵢ∇fᵢ, not 0. On ⟨β ⊙ β, x⟩ that is the Lasso with
-    the weights 4λ Σᵢx²ᵢⱼ.
+    settles about the stationary points of this loss for λ = ηc/4. To first order in η, the mean
+    residuals of the squared loss are the residuals there, Jᵀr = −2λ Σᵢ∇²fᵢ∇fᵢ, and not 0. On the
+    model ⟨β ⊙ β, x⟩ that is the Lasso with the weights 4λ Σᵢx²ᵢⱼ.
 
-    It is the Gauss-Newton matrix that says so. With the Hessian the residuals are λ tr ∇²fᵢ lower
-    again, which is as much; the two agree where all tr ∇²fᵢ vanish. On the zero-loss manifold both
-    traces have the same gradient along it.
+    This holds for the Gauss-Newton matrix. With the Hessian the residuals are lower by another
+    λ tr∇²fᵢ, an effect of the same order; the two agree where all tr∇²fᵢ vanish. On the zero-loss
+    manifold both traces have the same gradient along it.
 
-    It is a loss like any other, for `simulate`, `GradientFlow` and `minimize`, with as many
-    derivatives as L has but for two. `LeastSquares` costs a few gradients of L; the trace of the
-    Hessian costs D.
+    It is a loss like any other, for `simulate`, `GradientFlow` and `minimize`. It has two
+    derivatives less than L. On `LeastSquares` it costs a few gradients of L; the trace of the
+    Hessian costs D of them.
 
     Args:
         loss: L.
         strength: λ ≥ 0.
-        kind: "gauss-newton" or "hessian", whose trace; by default the first where L has it, as the
-            losses of examples and residuals do.
+        kind: "gauss-newton" or "hessian", the matrix whose trace is added. By default it is the
+            first for losses of examples or residuals, which have one, and the second for others.
 
     Raises:
         ValueError: a negative strength, another kind, or the Gauss-Newton matrix of a loss that
@@ -41,6 +41,14 @@ class RegularizedLoss(AbstractLoss):
 
     References:
         [Blanc2020; Damian2021; Ma2022, section 9.5].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
+        >>> flat = mf.RegularizedLoss(loss, 0.01)
+        >>> print(f"{loss(jnp.ones(2)):.2f} {flat.trace(jnp.ones(2)):.2f} {flat(jnp.ones(2)):.2f}")
+        0.00 4.00 0.04
     """
 
     loss: AbstractLoss
@@ -65,7 +73,7 @@ class RegularizedLoss(AbstractLoss):
 
     @property
     def trainable(self) -> _tree.Static | None:
-        """Of L."""
+        """The leaves of a point that may move: those of L."""
         return self.loss.trainable
 
     def __call__(self, point: Point) -> Scalar:
@@ -73,7 +81,7 @@ class RegularizedLoss(AbstractLoss):
         return value + self.strength.astype(value.dtype) * trace
 
     def trace(self, point: Point) -> Scalar:
-        """tr G, without λ."""
+        """The trace tr G, without λ."""
         if self.kind == KINDS[1]:
             return self.loss.trace_hessian(point)
         # A loss of examples or of residuals, as was checked.

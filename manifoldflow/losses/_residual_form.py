@@ -25,7 +25,7 @@ _WAYS_OUT = (
 
 
 class ResidualForm(AbstractResidualLoss, AbstractExampleLoss):
-    """A `PerExampleLoss` that is minimal at finite outputs f*(yᵢ), with residuals.
+    """A `PerExampleLoss` that is minimal at finite outputs f*(yᵢ), written with residuals.
 
     With Wᵢ = ∂²ℓ/∂f² at the minimum and Bᵢ Bᵢᵀ = Wᵢ, the residuals are Bᵢᵀ(fᵢ − f*ᵢ) and
     the scale is 1/N, so that scale·JᵀJ is the Hessian on the manifold. A singular Wᵢ
@@ -44,11 +44,14 @@ class ResidualForm(AbstractResidualLoss, AbstractExampleLoss):
     Assumes:
         ℓ is smooth with ∂²ℓ positive semidefinite at its minimum: checked when built.
 
-    Example:
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
         >>> loss_fn = lambda f, p: jnp.logaddexp(0, f) - p * f
-        >>> loss = PerExampleLoss(jnp.eye(2), jnp.array([0.2, 0.9]), loss_fn, predict=jnp.dot)
-        >>> ResidualForm(loss).minimizers.round(2)
-        Array([-1.39,  2.2 ], dtype=float32)
+        >>> targets = jnp.array([0.2, 0.9])
+        >>> loss = mf.PerExampleLoss(jnp.eye(2), targets, loss_fn, predict=jnp.dot)
+        >>> print(mf.losses.ResidualForm(loss).minimizers.round(2))  # log p/(1 − p)
+        [-1.39  2.2 ]
     """
 
     loss: PerExampleLoss
@@ -71,6 +74,7 @@ class ResidualForm(AbstractResidualLoss, AbstractExampleLoss):
             )
         self.loss = loss
         self.minimizers = _minimizers(loss)
+        # `output_hessian` is that of the mean over N: times N it is Wᵢ.
         at = jax.jit(lambda loss, f: loss.output_hessian(f, loss.targets) * len(f))
         self.roots = _roots_of_constant_rank(np.asarray(at(loss, self.minimizers)))
 
@@ -100,7 +104,7 @@ class ResidualForm(AbstractResidualLoss, AbstractExampleLoss):
 
     @property
     def num_residuals(self) -> int:
-        """Examples × rank of the output Hessian."""
+        """The number of examples times the rank of the output Hessian."""
         return len(self.roots) * self.roots.shape[-1]
 
     def example_output(self, point: Point, x: Example) -> Float[Array, "..."]:
@@ -115,17 +119,17 @@ class ResidualForm(AbstractResidualLoss, AbstractExampleLoss):
         return self.loss(point)
 
     def gauss_newton_root(self, point: Point) -> linalg.AbstractJacobian:
-        """That of the `PerExampleLoss`: with the output Hessian at the present outputs."""
+        """The root of the `PerExampleLoss`, with the output Hessian at the present outputs."""
         return self.loss.gauss_newton_root(point)
 
     def output_gradient(
         self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
     ) -> Float[Array, "N ..."]:
-        """∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
+        """The derivatives ∂ℓ(fᵢ, yᵢ)/∂fᵢ/N."""
         return self.loss.output_gradient(outputs, targets)
 
     def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"] | None:
-        """Bᵢ⁻¹wᵢ, if the output Hessians are regular."""
+        """The vectors Bᵢ⁻¹wᵢ where the output Hessians are regular, else None."""
         if self.roots.shape[1] != self.roots.shape[2]:
             return None
         roots = self.roots.astype(weights.dtype)
@@ -185,6 +189,7 @@ def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
             f"PerExampleLoss. Hard labels have no finite minimum. {_WAYS_OUT}"
         )
     start = jnp.zeros(leaves[0].shape, leaves[0].dtype)
+    # BFGS stalls near √eps of the value; the Newton steps below go on from there.
     tolerance = _precision.eps_of_dtype(start) ** 0.75
     solver = optx.BFGS(rtol=tolerance, atol=tolerance)
     rough = optx.minimise(loss_fn, solver, start, target, max_steps=512, throw=False).value
@@ -195,7 +200,8 @@ def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
 
 
 def _roots_of_constant_rank(hessians: np.ndarray) -> Array:
-    """Bᵢ (k × rank) with Bᵢ Bᵢᵀ = Wᵢ."""
+    """The roots Bᵢ (k × rank) with Bᵢ Bᵢᵀ = Wᵢ."""
+    # By NumPy, on concrete numbers: the rank is the shape of an array, which JAX cannot trace.
     values, vectors = np.linalg.eigh(hessians)
     largest = values[:, -1:]
     threshold = np.sqrt(_precision.eps_of_dtype(values)) * np.maximum(largest, 0)

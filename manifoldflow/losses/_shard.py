@@ -30,6 +30,15 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
 
     Raises:
         ValueError: no mesh at all; other axes, or N is not divisible.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> with mf.mesh(examples=1):
+        ...     spread = mf.shard_examples(loss)
+        >>> print(spread.inputs.sharding.num_devices, spread(jnp.zeros(2)))
+        1 0.5
     """
     leaves = jax.tree.leaves(loss.data)
     if mesh is None and is_traced(leaves):

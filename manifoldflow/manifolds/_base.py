@@ -1,8 +1,8 @@
-"""What a manifold is: a constraint and its normal space. All geometry follows from these.
+"""Base class of manifolds: a constraint and its normal space, from which all geometry follows.
 
-To add a manifold, write one small file with a subclass that says what vanishes on it
-(`constraint`), how its derivative is solved with (`normal_space`) and which loss is
-minimal on it (`loss`).
+To add a manifold, write one small file with a subclass that gives the function that vanishes on
+it (`constraint`), the solve with its derivative (`normal_space`) and the loss that is minimal on
+it (`loss`).
 """
 
 import abc
@@ -33,28 +33,44 @@ from manifoldflow.manifolds._search import MAX_STEPS, tolerance
 
 
 class AbstractManifold(eqx.Module):
-    """A submanifold Γ of the space of points, the zero set of a constraint f."""
+    """A submanifold Γ of the space of points: the zero set of a constraint f.
+
+    A subclass defines `constraint`, `normal_space`, `codimension` and the field `loss`, a loss that
+    is minimal exactly on Γ. Projections, retractions, curvature, flows and limits follow.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> isinstance(circle, mf.AbstractManifold)
+        True
+        >>> x = circle.project(jnp.array([3.0, 4.0]))
+        >>> print(x.round(3), circle.dimension(x), circle.is_on(x))
+        [0.6 0.8] 1 True
+        >>> print(circle.tangent_projection(x, jnp.array([1.0, 0.0])).round(2))
+        [ 0.64 -0.48]
+    """
 
     # A loss that is minimal exactly on the manifold; its gradient flow gives Φ.
     loss: eqx.AbstractVar[AbstractLoss]
 
     @abc.abstractmethod
     def constraint(self, point: Point) -> Constraint:
-        """f(point), zero on the manifold."""
+        """The value f(point), zero on the manifold."""
 
     @abc.abstractmethod
     def normal_space(self, point: Point) -> AbstractNormalSpace:
-        """The range of the constraint's transposed derivative at a point."""
+        """The normal space at a point: the range of the transposed derivative of the constraint."""
 
     @abc.abstractmethod
     def codimension(self, point: Point) -> int:
-        """How many independent constraints there are, a Python integer."""
+        """The number of independent constraints at the point, a Python integer."""
 
     @property
     def residual_loss(self) -> AbstractResidualLoss | None:
-        """The loss, if the manifold is the zero set of its residuals; by types, never by values.
+        """The loss, if the manifold is the zero set of its residuals, else None; by types alone.
 
-        So it is wherever a loss has residuals, except on manifolds of stationary points: the
+        It is the loss wherever that has residuals, except on manifolds of stationary points. The
         constraint is then taken to be the residual, in the same order.
         """
         loss = self.loss
@@ -62,17 +78,17 @@ class AbstractManifold(eqx.Module):
         return None if isinstance(self, AbstractStationaryManifold) or not is_residual else loss
 
     def split(self, point: Point) -> tuple[Coordinates, Point]:
-        """`(coordinates, remainder)` of a point."""
+        """The coordinates and the remainder of a point."""
         return self.loss.split(point)
 
     @checked
     def local(
         self, point: Point, *, space: AbstractNormalSpace | None = None
     ) -> AbstractLocalGeometry:
-        """The manifold at a point up to second order: what curvature, flows and limits ask.
+        """The geometry at a point up to second order, for curvature, flows and limits.
 
         Args:
-            point: a point of the manifold; off it, all is evaluated where it stands.
+            point: a point of the manifold; off it, all is evaluated at this point.
             space: the normal space there, if it is known.
         """
         coordinates, remainder = self.split(point)
@@ -87,7 +103,7 @@ class AbstractManifold(eqx.Module):
         )
 
     def dimension(self, point: Point) -> int:
-        """Number of coordinates less the codimension, a Python integer."""
+        """The number of coordinates less the codimension, a Python integer."""
         return _tree.size(self.split(point)[0]) - self.codimension(point)
 
     @checked
@@ -99,21 +115,21 @@ class AbstractManifold(eqx.Module):
     @checked
     @eqx.filter_jit
     def condition_number(self, point: Point) -> Scalar:
-        """λ_max/λ_min of J Jᵀ over the eigenvalues that make the rank."""
+        """The ratio λ_max/λ_min of the eigenvalues of J Jᵀ that make up its rank."""
         return linalg.condition_number(self.normal_space(point).eigenvalues())
 
     @checked
     @eqx.filter_jit
     def defect(self, point: Point) -> Scalar:
-        """‖J†f‖, to first order the distance from the manifold.
+        """The length ‖J†f‖, to first order the distance from the manifold.
 
-        Unchanged when the constraint is multiplied by an invertible matrix.
+        It does not change when the constraint is multiplied by an invertible matrix.
         """
         return _tree.norm(self.normal_space(point).pseudo_inverse(self.constraint(point)))
 
     @checked
     def tangent_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
-        """P v, the orthogonal projection on the tangent space at the point.
+        """The orthogonal projection P v of a vector on the tangent space at the point.
 
         Args:
             point: a point of the manifold; off it, the projection there.
@@ -128,7 +144,7 @@ class AbstractManifold(eqx.Module):
 
     @checked
     def normal_projection(self, point: Point, vector: Tangent, *, throw: bool = True) -> Tangent:
-        """P⊥ v = v − P v; `throw` as for `tangent_projection`."""
+        """The normal part P⊥v = v − P v of a vector; `throw` as for `tangent_projection`."""
         return delivered(*self._projected(point, vector, False), throw)
 
     @checked
@@ -180,13 +196,13 @@ class AbstractManifold(eqx.Module):
     def gauss_newton_project(
         self, point: Point, *, max_steps: Int[Array, ""] | int = MAX_STEPS
     ) -> tuple[Point, Info]:
-        """As `project_with_info`, but where it fails with the point that it has come to."""
+        """The result of `project_with_info`, but where it fails the last point of the search."""
         coordinates, remainder = self.split(point)
         landed, info = gauss_newton_project(self, coordinates, remainder, max_steps=max_steps)
         return _tree.join(landed, remainder), self._judged(landed, remainder, info)
 
     def _judged(self, landed: Coordinates, remainder: Point, info: Info) -> Info:
-        """As a search that landed here, unless it is a stationary point that is no minimum."""
+        """The verdict on a search that ended here; a stationary point that is no minimum fails."""
         if not isinstance(self, AbstractStationaryManifold):
             return info
         space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
@@ -195,11 +211,12 @@ class AbstractManifold(eqx.Module):
 
     @jit_part
     def newton_correct(self, point: Point, *, max_steps: int = MAX_STEPS) -> tuple[Point, Info]:
-        """As `project_with_info` for points that are almost on the manifold.
+        """The result of `project_with_info` for points that are almost on the manifold.
 
-        Undamped, for solvers and saves: fails where `project` would have to shorten a
-        step, and leaves the search for damping out of the compiled program. The derivative of
-        what failed is zero: a step that is tried again must not spoil that of the whole path.
+        Its steps are undamped, for solvers and saves: it fails where `project` would have to
+        shorten a step, and keeps the search for a damping out of the compiled program. The
+        derivative of what failed is zero: a step that is tried again must not spoil that of the
+        whole path.
         """
         coordinates, remainder = self.split(point)
         landed, info = gauss_newton_project(
@@ -270,12 +287,11 @@ class AbstractManifold(eqx.Module):
     @checked
     @eqx.filter_jit
     def is_on(self, point: Point, *, tol: Any = None) -> Flag:
-        """Whether the defect is at most `tol`·‖point‖; by default eps^⅔.
+        """True where the defect is at most `tol`·‖point‖; by default eps^⅔.
 
-        A constraint that no step along the normal space can lower counts as missed, and so
-        does a stationary point of the loss that is no minimum of it. Lengths are measured
-        against the point, whatever its units: at the origin only an exact zero of the
-        constraint counts.
+        A constraint that no step along the normal space can lower counts as missed, and so does a
+        stationary point of the loss that is no minimum. Lengths are measured against the point,
+        whatever its units: at the origin only an exact zero of the constraint counts.
         """
         coordinates, _ = self.split(point)
         space, value = self.normal_space(point), self.constraint(point)
@@ -290,7 +306,10 @@ class AbstractManifold(eqx.Module):
 
     @checked
     def is_tangent(self, point: Point, vector: Tangent, *, tol: Any = None) -> Flag:
-        """Whether ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔. No vector is where there is no normal."""
+        """True where ‖P⊥v‖ ≤ `tol`·‖v‖; by default eps^⅔.
+
+        Where there is no normal space no vector counts as tangent.
+        """
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
         vector, _ = _tree.in_own_units(_tree.as_tangent(coordinates, vector))
@@ -299,4 +318,17 @@ class AbstractManifold(eqx.Module):
 
 
 class AbstractStationaryManifold(AbstractManifold):
-    """A manifold whose constraint is the gradient of its loss, which vanishes at saddles too."""
+    """A manifold whose constraint is the gradient of its loss, which vanishes at saddles too.
+
+    Searches that end on it therefore look at the Hessian, and fail at a saddle with
+    `RESULTS.not_a_minimum`. `MinimizerManifold` is one.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> valley = mf.MinimizerManifold(mf.FunctionLoss(lambda x: x[0] ** 2), rank=1)
+        >>> isinstance(valley, mf.manifolds.AbstractStationaryManifold)
+        True
+        >>> print(valley.constraint(jnp.array([3.0, 1.0])))
+        [6. 0.]
+    """

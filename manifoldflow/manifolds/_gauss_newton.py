@@ -23,7 +23,7 @@ from manifoldflow.manifolds._search import (
 
 
 class _Chord(eqx.Module):
-    """Steps with one factorisation: where they have come to, and the next one to be tried."""
+    """Steps with one factorisation: the point that they have reached, and the next to be tried."""
 
     coordinates: Coordinates
     value: Constraint
@@ -94,7 +94,7 @@ def _chord_steps(
 
 
 class _Landing(eqx.Module):
-    """Where `gauss_newton_project` stands."""
+    """The state of a search by `gauss_newton_project`."""
 
     coordinates: Coordinates
     value: Constraint
@@ -152,7 +152,10 @@ def gauss_newton_project(
         # At the target, or at a floor of rounding that is as good as the manifold.
         is_there = chord.defect <= floors.target
         is_there |= found.shortfall <= floors.each
+        # At a double zero f ~ d²: a full step halves the distance d, and so takes ‖f‖ to a quarter.
         is_quarter = state.is_full & (jnp.abs(chord.fall - 0.25) < 0.02)
+        # Levenberg-Marquardt: trust the linear model more after it was right, less after it was
+        # wrong.
         grown = _tree.where(is_linear, state.damping / 8, 4 * state.damping)
         damping = _tree.where(state.is_full, state.damping, grown)
         num_quarters = _tree.where(is_quarter, state.num_quarters + 1, 0)
@@ -197,7 +200,7 @@ def gauss_newton_project(
 def _is_slope_rounding(
     space: AbstractNormalSpace, constraint: Any, coordinates: Coordinates, value: Constraint
 ) -> Flag:
-    """Is the slope itself a rounding error here, as on a double zero?
+    """True where the slope itself is a rounding error, as on a double zero.
 
     √eps further on, f then has grown far more than its slope foresees.
     """
@@ -224,6 +227,7 @@ def _gauss_newton_jvp(
     landed, info = gauss_newton_project(*primals, is_near=is_near, max_steps=max_steps)
     space = manifold.normal_space(_tree.join(landed, remainder))
     landed_dot = _tree.zeros_like(landed)
+    # No leaf where only the data move: then no tangent projection is compiled.
     if jax.tree.leaves(coordinates_dot):
         landed_dot = space.tangent(filled(coordinates_dot, landed))
     drift = constraint_dot(manifold, manifold_dot, landed, remainder, remainder_dot)

@@ -1,4 +1,4 @@
-"""The manifold of a residual: {fn = 0} of any function, and {r = 0} of any residual loss."""
+"""The manifold of a residual: {fn = 0} for any function, and {r = 0} for any residual loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,20 +25,27 @@ from manifoldflow.manifolds._normal_space import GramNormalSpace
 
 
 class LevelSet(AbstractManifold):
-    """{θ : fn(θ) = 0} for any smooth function of a PyTree.
+    """The zero set {θ : fn(θ) = 0} of any smooth function of a PyTree.
+
+    Equations may be redundant, as RᵀR = 1 and det R = 1 are: their rank at a point counts.
 
     Args:
-        fn: point → array or PyTree of arrays, n numbers in all. To differentiate in values
-            it uses, hand them over as `jax.tree_util.Partial(fn, a)` or in a module; values
+        fn: maps a point to an array or PyTree of arrays, n numbers in all. To differentiate in
+            values it uses, hand them over as `jax.tree_util.Partial(fn, a)` or in a module; values
             it merely closes over cannot be differentiated in.
-        gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
-        trainable: which leaves are coordinates, as for `LeastSquares`.
-
-    Equations may be redundant, as those of RᵀR = 1 and det R = 1 are: what counts is their
-    rank at a point.
+        gram: the solver for Gram matrices; by default `linalg.AutoGram()`.
+        trainable: says which leaves are coordinates, as for `LeastSquares`.
 
     Raises:
         TypeError: fn is not callable.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere = mf.LevelSet(lambda x: x @ x - 1)
+        >>> x = sphere.project(jnp.array([1.0, 2.0, 2.0]))
+        >>> print(x.round(3), sphere.dimension(x))
+        [0.333 0.667 0.667] 2
     """
 
     fn: Callable[..., Any]
@@ -64,11 +71,11 @@ class LevelSet(AbstractManifold):
 
     @property
     def loss(self) -> SquaredNorm:
-        """½‖fn‖²."""
+        """The loss ½‖fn‖²."""
         return SquaredNorm(self.fn, trainable=self.trainable)
 
     def codimension(self, point: Point) -> int:
-        """How many equations are independent at the point; under a trace, how many there are."""
+        """The number of independent equations at the point; under a trace, that of all of them."""
         return independent_constraints(self, point)
 
     def constraint(self, point: Point) -> Constraint:
@@ -80,16 +87,28 @@ class LevelSet(AbstractManifold):
 
 
 class ZeroLossManifold(AbstractManifold):
-    """Γ = {θ : r(θ) = 0}, the models that fit the data of a residual loss exactly.
+    """The manifold Γ = {θ : r(θ) = 0} of models that fit the data of a residual loss exactly.
 
     Args:
         loss: `LeastSquares`, or another residual loss; or a `PerExampleLoss` with finite minima,
-            of which `manifold.loss` is then the `losses.ResidualForm`.
-        gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
+            for which `manifold.loss` is then the `losses.ResidualForm`.
+        gram: the solver for Gram matrices; by default `linalg.AutoGram()`.
 
     Raises:
         ValueError: a `PerExampleLoss` without a finite minimum, with weight decay, or inside jit;
             when used, if there are more residuals than coordinates.
+
+    References:
+        [LiWangArora2022, section 3].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: w[:2] @ x * w[2])
+        >>> manifold = mf.ZeroLossManifold(loss)
+        >>> fit = manifold.project(jnp.array([0.5, 0.5, 1.0]))
+        >>> print(manifold.dimension(fit), loss(fit) < 1e-12)
+        1 True
     """
 
     loss: AbstractResidualLoss
@@ -108,7 +127,7 @@ class ZeroLossManifold(AbstractManifold):
         self.gram = linalg.AutoGram() if gram is None else gram
 
     def codimension(self, point: Point) -> int:
-        """How many residuals are independent at the point; under a trace, how many there are."""
+        """The number of independent residuals at the point; under a trace, that of all of them."""
         return independent_constraints(self, point)
 
     def constraint(self, point: Point) -> Constraint:
@@ -129,6 +148,7 @@ def gram_normal_space(
 
 
 def check_precision(coordinates: Coordinates) -> None:
+    # Gram matrices square the condition number: half precision has nothing left after that.
     dtype = _tree.dtype_of(coordinates)
     if jnp.finfo(dtype).bits < 32:
         raise ValueError(
@@ -141,6 +161,7 @@ def independent_constraints(manifold: AbstractManifold, point: Point) -> int:
     """The rank of the constraint's derivative at a point, or its bound where that is traced."""
     if is_traced((manifold, point)):
         coordinates, _ = manifold.split(point)
+        # The rank of a traced point is no Python integer: only its bound is known.
         num_constraints = eqx.filter_eval_shape(manifold.constraint, point).size
         return min(num_constraints, _tree.size(coordinates))
     with jax.ensure_compile_time_eval():  # inside jit as well, of a point that is known

@@ -1,4 +1,4 @@
-"""A manifold at one point, up to second order: its normal space, and how it bends there.
+"""A manifold at one point, up to second order: its normal space, and its curvature there.
 
 With f the constraint, P the tangent projection and J† the pseudo-inverse of ∂f:
 
@@ -9,8 +9,8 @@ Lemma 4.5],
 
     ∂²Φ[Σ] = − H†∂²(∇L)[PΣP] − 2P∂²(∇L)[H†Σ⊥∥] − P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)],   Σ⊥∥ = P⊥ΣP.
 
-The first part is the trace of II against PΣP: it is the same for all manifolds. Which formula
-the other two have depends on what the loss is made of: one class for each.
+The first part is the trace of II against PΣP: it is the same for all manifolds. The formula of
+the other two depends on the loss: one class for each kind of loss.
 """
 
 import abc
@@ -40,13 +40,25 @@ class Minimised(Protocol):
 
 
 class AbstractLocalGeometry(eqx.Module):
-    """What `manifold.local(point)` gives: all that curvature, flows and limits are made of.
+    """The geometry of a manifold at one point, as `manifold.local(point)` gives it.
+
+    Curvature, flows and limits are made of its methods.
 
     Attributes:
         manifold: the manifold.
-        coordinates: of the point.
-        remainder: the rest of it.
-        space: the normal space there, whose factorisation is made once.
+        coordinates: the coordinates of the point.
+        remainder: its other leaves.
+        space: the normal space there, factorised once.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 4)  # of radius 2
+        >>> local = circle.local(jnp.array([2.0, 0.0]))
+        >>> isinstance(local, mf.manifolds.AbstractLocalGeometry)
+        True
+        >>> print(local.mean_curvature() + 0.0)  # −n/R
+        [-0.5  0. ]
     """
 
     manifold: eqx.AbstractVar[Minimised]
@@ -56,11 +68,11 @@ class AbstractLocalGeometry(eqx.Module):
 
     @abc.abstractmethod
     def hessian_trace(self) -> Scalar:
-        """tr ∇²L, as it is where the loss is minimal."""
+        """The trace tr∇²L, as it is where the loss is minimal."""
 
     @abc.abstractmethod
     def log_determinant(self) -> Scalar:
-        """ln|∇²L|₊ up to a constant, |·|₊ being the product of the non-zero eigenvalues."""
+        """The number ln|∇²L|₊ up to a constant, |·|₊ the product of non-zero eigenvalues."""
 
     @abc.abstractmethod
     def hessian_eigenvalues(self) -> Float[Array, " n"]:
@@ -68,21 +80,21 @@ class AbstractLocalGeometry(eqx.Module):
 
     @abc.abstractmethod
     def prepared(self) -> "AbstractLocalGeometry":
-        """The same with the matrices that the second and the third part of ∂²Φ share."""
+        """The same geometry with the matrices that the second and the third part of ∂²Φ share."""
 
     @abc.abstractmethod
     def mixed_part(self, sigma: linalg.AbstractSigma) -> Tangent:
-        """−2P∂²(∇L)[H†Σ⊥∥], the second part of ∂²Φ[Σ]."""
+        """The second part of ∂²Φ[Σ], −2P∂²(∇L)[H†Σ⊥∥]."""
 
     @abc.abstractmethod
     def normal_part(self, sigma: linalg.AbstractSigma) -> Tangent:
-        """−P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)], the third part of ∂²Φ[Σ]."""
+        """The third part of ∂²Φ[Σ], −P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)]."""
 
     def tangent_part(self, sigma: linalg.AbstractSigma) -> Tangent:
-        """−J†D²f[PΣP], the trace of II against PΣP: the first part of ∂²Φ[Σ].
+        """The first part of ∂²Φ[Σ], −J†D²f[PΣP]: the trace of II against PΣP.
 
-        One second directional derivative of the constraint for each column of a factor, D of
-        them for a covariance.
+        It takes one second directional derivative of the constraint per column of a factor, and D
+        of them for a covariance.
         """
         if isinstance(sigma, linalg.NormalFactor):
             return _tree.zeros_like(self.coordinates)
@@ -97,16 +109,16 @@ class AbstractLocalGeometry(eqx.Module):
         return _tree.scale(-1, self.space.pseudo_inverse(total))
 
     def mean_curvature(self) -> Tangent:
-        """tr II, by D second directional derivatives of the constraint."""
+        """The mean curvature vector tr II, by D second directional derivatives of f."""
         identity = lx.IdentityLinearOperator(_tree.structure_of(self.coordinates))
         return self.tangent_part(linalg.Factor(identity))
 
     def constraint(self, x: Coordinates) -> Constraint:
-        """f at other coordinates."""
+        """The value of f at other coordinates."""
         return self.manifold.constraint(_tree.join(x, self.remainder))
 
     def second_derivative(self, u: Tangent, w: Tangent) -> Constraint:
-        """D²f[u, w]."""
+        """The second derivative D²f[u, w]."""
 
         def along(x: Coordinates) -> Constraint:
             return jax.jvp(self.constraint, (x,), (u,))[1]
@@ -114,12 +126,12 @@ class AbstractLocalGeometry(eqx.Module):
         return jax.jvp(along, (self.coordinates,), (w,))[1]
 
     def form(self, u: Tangent, w: Tangent) -> Tangent:
-        """II(u, w) = −J†D²f[u, w], for tangent u and w."""
+        """The second fundamental form II(u, w) = −J†D²f[u, w], for tangent u and w."""
         lifted = self.space.pseudo_inverse(self.second_derivative(u, w))
         return _tree.scale(-1, lifted)
 
     def turn(self, multipliers: Constraint, vector: Tangent) -> Tangent:
-        """∇²(λ·f) v."""
+        """The product ∇²(λ·f) v."""
 
         def gradient(x: Coordinates) -> Tangent:
             return jax.vjp(self.constraint, x)[1](multipliers)[0]
@@ -127,6 +139,6 @@ class AbstractLocalGeometry(eqx.Module):
         return jax.jvp(gradient, (self.coordinates,), (vector,))[1]
 
     def operator(self, fn, *, is_symmetric: bool = False) -> lx.AbstractLinearOperator:
-        """A linear function of tangents as an operator."""
+        """The operator of a linear function of tangents."""
         tags = lx.symmetric_tag if is_symmetric else ()
         return lx.FunctionLinearOperator(fn, _tree.structure_of(self.coordinates), tags)

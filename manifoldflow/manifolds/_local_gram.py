@@ -1,4 +1,4 @@
-"""Where the constraint is the residual of the loss: all of ∂²Φ happens in n dimensions.
+"""The local geometry where the constraint is the residual of the loss: ∂²Φ in n dimensions.
 
 With J the Jacobian of the residuals, K = J Jᵀ, A = J†ᵀΣJ† (n×n) and KT + TK = A the parts are
 
@@ -21,7 +21,19 @@ from manifoldflow.manifolds._normal_space import GramNormalSpace
 
 
 class GramGeometry(AbstractLocalGeometry):
-    """The zero set of the residuals of a loss, at a point."""
+    """The geometry at a point of the zero set of a loss's residuals, by their n×n Gram matrix.
+
+    `manifold.local(point)` gives it for `LevelSet`, `ZeroLossManifold` and `OutputManifold`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> local = mf.LevelSet(lambda x: x @ x - 4).local(jnp.array([2.0, 0.0]))
+        >>> type(local).__name__
+        'GramGeometry'
+        >>> print(local.hessian_trace(), local.hessian_eigenvalues())
+        16.0 [16.]
+    """
 
     manifold: Minimised
     loss: AbstractResidualLoss
@@ -48,11 +60,12 @@ class GramGeometry(AbstractLocalGeometry):
         return self._scale * linalg.eigh(self._gram)[0]
 
     def mixed_part(self, sigma: linalg.AbstractSigma) -> Tangent:
-        """−2P Σᵢ ∇²rᵢ (PΣJ†)ᵢ, independent of the loss."""
+        """The second part −2P Σᵢ ∇²rᵢ (PΣJ†)ᵢ, independent of the loss."""
         if isinstance(sigma, linalg.NormalFactor):
             return _tree.zeros_like(self.coordinates)
         tangent = self.operator(self.space.tangent, is_symmetric=True)
         multiplier = self._multiplier()
+        # PΣP and PΣJ† from a factor F take two products per column; from Σ itself, D of them.
         tangents = tangent @ sigma.operator
         if isinstance(sigma, linalg.Factor):
             multipliers = multiplier @ sigma.operator
@@ -65,7 +78,7 @@ class GramGeometry(AbstractLocalGeometry):
         return _tree.scale(-2, self.space.tangent(turned))
 
     def normal_part(self, sigma: linalg.AbstractSigma) -> Tangent:
-        """−2P Σᵢ ∇²rᵢ (JᵀTK)ᵢ with KT + TK = J†ᵀΣJ†."""
+        """The third part −2P Σᵢ ∇²rᵢ (JᵀTK)ᵢ with KT + TK = J†ᵀΣJ†."""
         gram = self._gram
         solution = linalg.lyapunov_solve(gram, self._normal_covariance(sigma))
         coefficients = _precision.matmul(solution, gram)
@@ -73,7 +86,7 @@ class GramGeometry(AbstractLocalGeometry):
         return _tree.scale(-2, self.space.tangent(turned))
 
     def _normal_covariance(self, sigma: linalg.AbstractSigma) -> Float[Array, "n n"]:
-        """J†ᵀΣJ†, whose rows and columns outside the range of K do not count."""
+        """The matrix J†ᵀΣJ†. Its rows and columns outside the range of K do not count."""
         if isinstance(sigma, linalg.Covariance):
             multiplier = self._multiplier()
             return linalg.columns(multiplier @ sigma.operator @ multiplier.T)
@@ -83,7 +96,7 @@ class GramGeometry(AbstractLocalGeometry):
         return _precision.matmul(root, root.T)
 
     def _multiplier(self) -> lx.AbstractLinearOperator:
-        """J†ᵀ = K†J, refined once: to the multipliers of the normal part of a tangent."""
+        """The operator J†ᵀ = K†J, refined once: it gives the multipliers of a normal part."""
         inverse = linalg.pseudo_inverse(self._gram) if self.inverse is None else self.inverse
 
         def multipliers(vector: Tangent) -> Float[Array, " n"]:

@@ -1,4 +1,4 @@
-"""Where nothing is known of the loss but that it is minimal: ∂²Φ by D×D matrices."""
+"""The local geometry where a loss is only known to be minimal: ∂²Φ by D×D matrices."""
 
 import dataclasses
 
@@ -14,7 +14,20 @@ from manifoldflow.manifolds._normal_space import AbstractNormalSpace, HessianNor
 
 
 class HessianGeometry(AbstractLocalGeometry):
-    """The minimisers of any loss, at a point, by its dense Hessian."""
+    """The geometry at a point of the minimisers of any loss, by its dense D×D Hessian.
+
+    `manifold.local(point)` gives it for `MinimizerManifold`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: (x @ x - 4) ** 2 / 2)
+        >>> local = mf.MinimizerManifold(loss, rank=1).local(jnp.array([2.0, 0.0]))
+        >>> type(local).__name__
+        'HessianGeometry'
+        >>> print(local.hessian_trace(), local.hessian_eigenvalues())
+        16.0 [ 0. 16.]
+    """
 
     manifold: Minimised
     coordinates: Coordinates
@@ -49,7 +62,7 @@ class HessianGeometry(AbstractLocalGeometry):
 
     @property
     def hessian(self) -> Float[Array, "D D"]:
-        """∇²L in raveled coordinates."""
+        """The Hessian ∇²L in raveled coordinates."""
         if self.matrix is not None:
             return self.matrix
         if isinstance(self.space, HessianNormalSpace):
@@ -58,7 +71,7 @@ class HessianGeometry(AbstractLocalGeometry):
 
     @property
     def rank_rule(self) -> int | float:
-        """Which eigenvalues count: so many, or those above a part of the largest."""
+        """The number of eigenvalues that count, or the part of the largest above which they do."""
         if isinstance(self.space, HessianNormalSpace):
             return self.space.rank_rule
         return self.manifold.codimension(_tree.join(self.coordinates, self.remainder))
@@ -79,7 +92,7 @@ class HessianGeometry(AbstractLocalGeometry):
         return self.manifold.loss(_tree.join(unravel(x), self.remainder))
 
     def _third(self, matrix: Float[Array, "D D"]) -> Float[Array, " D"]:
-        """∂²(∇L)[M] = Σⱼ D²(∇L)[eⱼ, Meⱼ]."""
+        """The contraction ∂²(∇L)[M] = Σⱼ D²(∇L)[eⱼ, Meⱼ]."""
         flat = _tree.ravel(self.coordinates)[0]
         identity = lx.IdentityLinearOperator(_tree.structure_of(flat))
         return linalg.second_derivative_sum(

@@ -17,16 +17,28 @@ from manifoldflow.manifolds._normal_space import HessianNormalSpace
 class MinimizerManifold(AbstractStationaryManifold):
     """The local minimisers of a loss whose Hessian has constant rank on them.
 
-    Uses the dense D×D Hessian: for models with up to a few thousand coordinates.
+    It uses the dense D×D Hessian: for models with up to a few thousand coordinates.
 
     Args:
         loss: any loss, e.g. `FunctionLoss`.
-        rank: the rank of ∇²L on the manifold, an integer; or a float below 1: eigenvalues
-            above rank·λ_max count, and `dimension` is then not known beforehand.
+        rank: the rank of ∇²L on the manifold, an integer; or a float r in (0, 1): eigenvalues
+            above r·λ_max count, and `dimension` is then not known beforehand.
+
+    Raises:
+        ValueError: a rank that is neither; when used, a rank above the number of coordinates.
 
     Assumes:
         L is C³ with ∇²L of constant rank and positive on its range [LiWangArora2022,
         Assumption 3.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: jnp.cosh(x[0] * x[1] - 1))
+        >>> hyperbola = mf.MinimizerManifold(loss, rank=1)
+        >>> x = hyperbola.project(jnp.array([2.0, 1.0]))
+        >>> print(f"{x[0] * x[1]:.4f} {hyperbola.dimension(x)}")
+        1.0000 1
     """
 
     loss: AbstractLoss
@@ -39,7 +51,7 @@ class MinimizerManifold(AbstractStationaryManifold):
         self.rank_rule = rank if is_cutoff else checked_count("MinimizerManifold: rank", rank)
 
     def codimension(self, point: Point) -> int:
-        """The rank of the Hessian."""
+        """The rank of the Hessian that the manifold was given."""
         if not isinstance(self.rank_rule, int):
             raise ValueError(
                 "The codimension of a MinimizerManifold is its rank as an integer; got "
@@ -48,7 +60,7 @@ class MinimizerManifold(AbstractStationaryManifold):
         return self.rank_rule
 
     def constraint(self, point: Point) -> Constraint:
-        """∇L."""
+        """The gradient ∇L."""
         return self.loss.gradient(point)
 
     @jit_part
@@ -63,4 +75,5 @@ class MinimizerManifold(AbstractStationaryManifold):
         def loss(x: Array) -> Array:
             return self.loss(_tree.join(unravel(x), remainder))
 
+        # Forward over reverse, D columns at once: D×D numbers, and the memory of D gradients.
         return HessianNormalSpace(jax.hessian(loss)(flat), self.rank_rule, coordinates)

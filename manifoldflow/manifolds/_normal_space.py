@@ -1,4 +1,4 @@
-"""The normal space of a manifold at one point: the one solve that all geometry needs."""
+"""The normal space of a manifold at one point: the linear solve that all geometry needs."""
 
 import abc
 from typing import Any
@@ -13,31 +13,43 @@ from manifoldflow._types import Constraint, Coordinates, Flag, Scalar, Tangent
 
 
 class AbstractNormalSpace(eqx.Module):
-    """What the derivative J of a constraint f says at one point."""
+    """The normal space at one point, from the derivative J of the constraint f.
+
+    A subclass knows how to solve with J. `manifold.normal_space(point)` gives one.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> space = mf.LevelSet(lambda x: x @ x - 1).normal_space(jnp.array([1.0, 0.0]))
+        >>> isinstance(space, mf.manifolds.AbstractNormalSpace)
+        True
+        >>> print(space.tangent(jnp.ones(2)).round(3), space.pseudo_inverse(jnp.array([2.0])))
+        [0. 1.] [1. 0.]
+    """
 
     @abc.abstractmethod
     def tangent(self, vector: Tangent) -> Tangent:
-        """P v = v − P⊥v."""
+        """The tangent part P v = v − P⊥v."""
 
     @abc.abstractmethod
     def mv(self, vector: Tangent) -> Constraint:
-        """J v."""
+        """The product J v."""
 
     @abc.abstractmethod
     def pseudo_inverse(self, constraint: Constraint) -> Tangent:
-        """J†f, the shortest v with J v = f."""
+        """The vector J†f, the shortest v with J v = f."""
 
     @abc.abstractmethod
     def multipliers(self, vector: Tangent) -> Constraint:
-        """J†ᵀv: the λ for which Jᵀλ is the normal part of v, Lagrange's multipliers."""
+        """Lagrange's multipliers J†ᵀv: the λ for which Jᵀλ is the normal part of v."""
 
     @abc.abstractmethod
     def damped(self, damping: Scalar) -> "AbstractNormalSpace":
-        """The same with damped steps: `damping` relative to the size of J, 0 for full steps."""
+        """The same space with damped steps: `damping` relative to the size of J, 0 for none."""
 
     @abc.abstractmethod
     def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
-        """The step v that lowers f, and what is left of f after it where f is linear, f − J v."""
+        """The step v that lowers f, and the rest f − J v that it leaves where f is linear."""
 
     @abc.abstractmethod
     def eigenvalues(self) -> Float[Array, " n"]:
@@ -49,7 +61,7 @@ class AbstractNormalSpace(eqx.Module):
 
     @abc.abstractmethod
     def largest_eigenvalue_bound(self) -> Scalar:
-        """tr(J Jᵀ), zero where there is no normal space."""
+        """The trace tr(J Jᵀ), zero where there is no normal space."""
 
     @abc.abstractmethod
     def outward(self) -> Tangent:
@@ -57,25 +69,25 @@ class AbstractNormalSpace(eqx.Module):
 
     @abc.abstractmethod
     def shortfall(self, constraint: Constraint) -> Scalar:
-        """How far, at the least, the point is from where f has this value less: ‖f‖/‖J‖.
+        """A lower bound ‖f‖/‖J‖ of the distance to where f is lower by this value.
 
-        With every row of J in units of its own length.
+        Every row of J is measured in units of its own length.
         """
 
     @abc.abstractmethod
     def is_minimum(self) -> Flag:
-        """Whether the loss behind the constraint curves upwards on the normal space."""
+        """True where the loss behind the constraint curves upwards on the normal space."""
 
     @abc.abstractmethod
     def curvature(self, tol: Any = None) -> RESULTS:
-        """`successful` where the loss behind the constraint has a minimum, if it is stationary.
+        """`RESULTS.successful` where the loss behind the constraint, if stationary, is minimal.
 
-        Asks all of its eigenvalues: those beside the normal space must vanish, up to `tol` of
-        the largest, or √eps if that is more. For a point of the manifold, not on the way there.
+        All eigenvalues are looked at: those beside the normal space must vanish, up to `tol` of the
+        largest, or √eps if that is more. For a point of the manifold, not on the way there.
         """
 
     def normal(self, vector: Tangent) -> Tangent:
-        """P⊥v, the part of a vector in the range of Jᵀ."""
+        """The normal part P⊥v of a vector, in the range of Jᵀ."""
         return _tree.subtract(vector, self.tangent(vector))
 
     def existence(self) -> RESULTS:
@@ -86,7 +98,23 @@ class AbstractNormalSpace(eqx.Module):
 
 
 class GramNormalSpace(AbstractNormalSpace):
-    """Normal space of {f = 0} for f with n ≤ D values, through the n×n Gram matrix."""
+    """The normal space of {f = 0} for f with n ≤ D values, through the n×n Gram matrix J Jᵀ.
+
+    Args:
+        jacobian: J, from tangents to n values.
+        gram: the solve with J Jᵀ.
+        damping: None, or the damping of its steps relative to the size of J.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> plane = mf.LevelSet(lambda x: jnp.array([x[0] + x[1], 2 * x[2]]))
+        >>> space = plane.normal_space(jnp.zeros(3))
+        >>> type(space).__name__
+        'GramNormalSpace'
+        >>> print(space.eigenvalues().round(3), space.rank())
+        [2. 4.] 2
+    """
 
     jacobian: linalg.AbstractJacobian
     gram: linalg.AbstractGramSolve
@@ -115,6 +143,8 @@ class GramNormalSpace(AbstractNormalSpace):
         return linalg.refined_solve(self.jacobian, self.gram, self.jacobian.mv(vector))
 
     def damped(self, damping: Scalar) -> "GramNormalSpace":
+        # The Gram matrix of rows in units of their lengths has the trace n: this makes μ relative
+        # to it.
         damping = damping * self.jacobian.out_structure().size
         where = lambda space: (space.gram, space.damping)
         found = self.gram.damped(damping), damping
@@ -123,6 +153,7 @@ class GramNormalSpace(AbstractNormalSpace):
     def step(self, constraint: Constraint) -> tuple[Tangent, Constraint]:
         found = linalg.refined_solve(self.jacobian, self.gram, constraint, self.damping)
         damping = 0 if self.damping is None else self.damping
+        # (J Jᵀ + μ diag‖Jᵢ‖²)λ = f leaves f − J Jᵀλ = μ diag‖Jᵢ‖²λ, without another product with J.
         left = damping * self.gram.row_norms_squared() * found
         return self.jacobian.transpose_mv(found), left
 
@@ -152,17 +183,33 @@ class GramNormalSpace(AbstractNormalSpace):
 
 
 def _units(row_scale: Float[Array, " n"]) -> Float[Array, " n"]:
-    """One over the lengths of the rows of J; over that of the longest for rows without slope.
+    """One over the lengths of the rows of J; for rows without slope, over that of the longest row.
 
-    These can lower nothing: what is left there counts, without end where no row has a slope.
+    Such rows can lower nothing: their f counts, and without bound where no row has a slope.
     """
+    # A stand-in for 1/0 whose square, times f, is still finite: 1e15 in float32.
     largest = jnp.asarray(float(jnp.finfo(row_scale.dtype).max) ** 0.4, row_scale.dtype)
     longest = jnp.min(_tree.where(row_scale > 0, row_scale, largest))
     return jnp.maximum(row_scale, longest)
 
 
 class HessianNormalSpace(AbstractNormalSpace):
-    """Range of a dense Hessian H = ∂(∇L) whose null space is the tangent space."""
+    """The range of a dense Hessian H = ∂(∇L), whose null space is the tangent space.
+
+    Args:
+        hessian: H, D×D.
+        rank_rule: the rank of H, or the part of the largest above which eigenvalues count.
+        coordinates: of the point, for their structure.
+        damping: None, or the damping of its steps relative to ‖H‖.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> hessian = jnp.diag(jnp.array([4.0, 0.0]))
+        >>> space = mf.manifolds.HessianNormalSpace(hessian, 1, jnp.zeros(2))
+        >>> print(space.tangent(jnp.ones(2)).round(3), space.is_minimum())
+        [0. 1.] True
+    """
 
     hessian: Float[Array, "D D"]
     rank_rule: int | float = eqx.field(static=True)

@@ -1,4 +1,4 @@
-"""The way back to a manifold after a step along a tangent."""
+"""The return to a manifold after a step along a tangent: the orthographic retraction."""
 
 import equinox as eqx
 import jax
@@ -22,7 +22,7 @@ from manifoldflow.manifolds._search import (
 
 
 class _State(eqx.Module):
-    """Where `orthographic_retract` stands."""
+    """The state of a search by `orthographic_retract`."""
 
     coordinates: Coordinates
     found: Found
@@ -40,7 +40,7 @@ def orthographic_retract(
     max_steps: Int[Array, ""] | int = MAX_STEPS,
     base: AbstractNormalSpace | None = None,
 ) -> tuple[Coordinates, Info]:
-    """From x + P v back along the normal space at x (the orthographic retraction).
+    """The point of Γ on the normal space at x through x + P v (the orthographic retraction).
 
     Each step is a Gauss-Newton step projected on the normal space at x; it shortens the
     way by the squared sine of the angle between the normal spaces here and there. If the one
@@ -124,5 +124,7 @@ def _oblique_lift(
         tangent = there.tangent(w)
         return _tree.add(there.tangent(here.tangent(tangent)), _tree.subtract(w, tangent))
 
+    # Iteratively: w ↦ P_y P_x w + P⊥w is the identity up to the squared sine between the two
+    # spaces.
     rtol = _tree.eps_of(wanted) ** 0.9
     return there.tangent(tangent_solve(mv, there.tangent(wanted), rtol=rtol))

@@ -19,7 +19,7 @@ from manifoldflow.manifolds._normal_space import GramNormalSpace
 
 
 class OutputManifold(AbstractManifold):
-    """{θ : f(θ, xᵢ) = f(θ₀, xᵢ) for all i}, the models with the outputs of the model θ₀.
+    """The models with the outputs of a given one: {θ : f(θ, xᵢ) = f(θ₀, xᵢ) for all i}.
 
     For any network under any loss: no minimum is needed, as there is none under a cross-entropy
     with hard labels. Along it every loss of the outputs keeps its value and its gradient in them,
@@ -47,10 +47,12 @@ class OutputManifold(AbstractManifold):
         ValueError: data of different lengths, a model whose outputs are not one array of finite
             real numbers for every example.
 
-    Example:
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
         >>> weights = {"out": jnp.ones((1, 2)), "hidden": jnp.eye(2)}
         >>> predict = lambda w, x: w["out"] @ jnp.tanh(w["hidden"] @ x)
-        >>> OutputManifold(predict, jnp.eye(2), like=weights).dimension(weights)
+        >>> mf.OutputManifold(predict, jnp.eye(2), like=weights).dimension(weights)
         4
     """
 
@@ -80,7 +82,7 @@ class OutputManifold(AbstractManifold):
         self.gram = linalg.AutoGram() if gram is None else gram
 
     def codimension(self, point: Point) -> int:
-        """How many outputs are independent at the point; under a trace, how many there are."""
+        """The number of independent outputs at the point; under a trace, that of all of them."""
         return independent_constraints(self, point)
 
     def constraint(self, point: Point) -> Constraint:

@@ -29,7 +29,7 @@ class Reachable(Protocol):
 
 
 class _ProjectedState(eqx.Module):
-    """What the wrapped solver carries, and what the projections have found so far."""
+    """The state of the wrapped solver, and the records of the projections so far."""
 
     inner: PyTree[Any]
     num_factorizations: Int[Array, ""]
@@ -37,17 +37,28 @@ class _ProjectedState(eqx.Module):
 
 
 class Projected(dfx.AbstractWrappedSolver):
-    """Wraps a solver: after each of its steps the state is projected on a manifold.
+    """A Diffrax solver that projects the state on a manifold after each of its steps.
 
-    The order of the solver is kept if the vector field is tangent to the manifold; a
-    field that is not drops to first order. A step that cannot be projected is rejected
-    by adaptive controllers and shows as a non-finite state to the others.
+    The order of the solver is kept if the vector field is tangent to the manifold; with a
+    field that is not, it drops to first order. A step that cannot be projected is rejected by
+    adaptive controllers, and shows as a non-finite state to the others.
 
     Args:
         solver: any Diffrax solver for the terms at hand.
-        manifold: where every accepted step ends; a manifold, or its tangent bundle.
+        manifold: the set on which every accepted step ends; a manifold, or its tangent bundle.
         like: a point of the kind that is moved, if it has leaves that are not
             coordinates (an Equinox module's activation); the state itself if not.
+
+    Examples:
+        >>> import diffrax as dfx
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> turn = dfx.ODETerm(lambda t, x, args: jnp.stack([-x[1], x[0]]))
+        >>> solver, start = mf.Projected(dfx.Euler(), circle), jnp.array([1.0, 0.0])
+        >>> end = dfx.diffeqsolve(turn, solver, 0.0, 1.0, 0.1, start).ys[-1]
+        >>> print(f"{jnp.linalg.norm(end):.6f}")  # Euler's method alone gives 1.05
+        1.000000
     """
 
     solver: dfx.AbstractSolver
@@ -109,6 +120,8 @@ class Projected(dfx.AbstractWrappedSolver):
             terms, t0, t1, y0, args, solver_state.inner, True
         )
         y1, info = self._project(y1)
+        # NaN and an infinite error are the only ways in which Diffrax lets a solver reject its own
+        # step.
         landed = info.is_successful
         y1 = jax.tree.map(lambda leaf: _tree.where(landed, leaf, jnp.nan), y1)
         if error is not None:

@@ -19,14 +19,25 @@ _MAX_STEPS = 100
 class AbstractRetraction(eqx.Module):
     """A map R_x(v) from tangents to points of a manifold, with R_x(0) = x and ∂R_x(0) = 1.
 
-    `order` is 2 if it agrees with the exponential map up to an error of third order in v,
-    1 if up to one of second order.
+    Its `order` is 2 if it agrees with the exponential map up to an error of third order in v,
+    and 1 if up to an error of second order. A subclass defines `order`, `with_info` and
+    `inverse_with_info`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> retraction = mf.NewtonRetraction()
+        >>> isinstance(retraction, mf.AbstractRetraction), retraction.order
+        (True, 2)
+        >>> print(retraction(circle, x, jnp.array([0.0, 0.6])).round(3))
+        [0.8 0.6]
     """
 
     @property
     @abc.abstractmethod
     def order(self) -> int:
-        """1 or 2."""
+        """The order, 1 or 2, to which it agrees with the exponential map."""
 
     @abc.abstractmethod
     def with_info(
@@ -37,7 +48,7 @@ class AbstractRetraction(eqx.Module):
         *,
         space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        """R_x(v), NaN where the search failed, and the `Info` of the search.
+        """The point R_x(v), NaN where the search failed, and the `Info` of the search.
 
         `space` is the normal space at the point, where that is known and the vector tangent.
         """
@@ -57,7 +68,18 @@ class AbstractRetraction(eqx.Module):
 
 
 class NewtonRetraction(AbstractRetraction):
-    """`manifold.retract`: back along the normal space at the start. Its inverse is P_x(y − x)."""
+    """The retraction `manifold.retract`, which returns along the normal space at the start.
+
+    Its inverse is P_x(y − x).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> y = mf.NewtonRetraction()(circle, x, jnp.array([0.0, 0.6]))
+        >>> print(y.round(3))  # above x + v
+        [0.8 0.6]
+    """
 
     @property
     def order(self) -> int:
@@ -82,7 +104,20 @@ class NewtonRetraction(AbstractRetraction):
 
 
 class AbstractLandingRetraction(AbstractRetraction):
-    """x + Pv, brought back to the manifold by a map that knows nothing of x."""
+    """A retraction that brings x + Pv back to the manifold by a map that does not depend on x.
+
+    A subclass defines that map, `land`. `ProjectionRetraction` and `LimitMapRetraction` are such.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> class Projecting(mf.manifolds.AbstractLandingRetraction):
+        ...     def land(self, manifold, point):
+        ...         return manifold.project_with_info(point)
+        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> print(Projecting()(circle, x, jnp.array([0.0, 0.75])).round(3))
+        [0.8 0.6]
+    """
 
     @abc.abstractmethod
     def land(self, manifold: AbstractManifold, point: Point) -> tuple[Point, Info]:
@@ -123,18 +158,29 @@ def inverse_retract(
 ) -> Tangent:
     """The tangent v at `point` whose retraction is `other`, a point nearby.
 
-    Of `NewtonRetraction` it has derivatives; of the others, which search, in forward and
-    reverse mode it has none.
+    With `NewtonRetraction` it has derivatives. The other retractions search, and it has none in
+    forward or reverse mode.
 
     Args:
-        retraction: which.
+        retraction: the retraction R.
         manifold: the manifold.
         point: a point of the manifold.
-        other: another, less than the radius of curvature away.
+        other: another one, nearer than the radius of curvature.
         throw: raise if there is none to be found; with `throw=False` the result is NaN.
+
+    Returns:
+        v, with the structure of the coordinates.
 
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.0, 1.0])
+        >>> y = jnp.array([0.6, 0.8])
+        >>> print(mf.inverse_retract(mf.NewtonRetraction(), circle, x, y).round(3) + 0.0)
+        [0.6 0. ]
     """
     vector, info = retraction.inverse_with_info(manifold, point, other)
     result = without_step_limit(info.result)
@@ -151,14 +197,19 @@ def _towards(manifold: AbstractManifold, point: Point, other: Point) -> Tangent:
 def _inverse(
     retraction: AbstractRetraction, manifold: AbstractManifold, point: Point, other: Point
 ) -> tuple[Tangent, Info]:
-    """v ← v + P_x(y − R_x(v)): for a retraction of second order the error falls each time by
-    a factor of the order of the distance over the radius of curvature."""
+    """The fixed point of v ← v + P_x(y − R_x(v)).
+
+    For a retraction of second order the error falls each time by a factor of the order of the
+    distance over the radius of curvature.
+    """
     start = _towards(manifold, point, other)
     target, _ = manifold.split(other)
     floor = 4 * _tree.eps_of(target) * _tree.norm(target)
 
     def going(state: tuple) -> Flag:
         _, size, is_shrinking, count = state
+        # At the level of rounding the error no longer falls: without this test the loop would go
+        # on.
         return is_shrinking & (size > floor) & (count < _MAX_STEPS)
 
     def step(state: tuple) -> tuple:
@@ -177,7 +228,7 @@ def _inverse(
 
 
 def _judged(manifold: AbstractManifold, landed: Point, other: Point, info: Info) -> Info:
-    """Did the retraction come back to where it should?"""
+    """The `Info` of a retraction, which fails where it did not return to the other point."""
     found: Coordinates = manifold.split(landed)[0]
     target, _ = manifold.split(other)
     miss = _tree.norm(_tree.subtract(found, target))

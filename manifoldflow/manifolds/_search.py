@@ -1,4 +1,4 @@
-"""What searches for a point of a manifold share: when they have arrived, and derivatives.
+"""The parts that searches for a point of a manifold share: tests of arrival, and derivatives.
 
 `gauss_newton_project` goes there from anywhere, `orthographic_retract` after a step. Both are
 loops that cannot be differentiated through; each has a derivative rule that follows from what
@@ -51,7 +51,7 @@ class Floors(eqx.Module):
 
 
 class Found(eqx.Module):
-    """What a search has found at a point: how far it is from the manifold, and what is there."""
+    """The findings of a search at a point: its distance from the manifold, and the space there."""
 
     defect: Scalar
     shortfall: Scalar
@@ -62,7 +62,7 @@ class Found(eqx.Module):
     is_finite: Flag
 
     def verdict(self, is_done: Flag, is_double: Flag) -> RESULTS:
-        """How a search ends here."""
+        """The result of a search that ends here."""
         result = _tree.where(self.is_on, RESULTS.successful, RESULTS.not_on_manifold)
         result = _tree.where(self.is_on & ~self.is_minimum, RESULTS.not_a_minimum, result)
         is_double = self.is_on & is_double
@@ -74,7 +74,7 @@ class Found(eqx.Module):
 def look(
     space: AbstractNormalSpace, constraint: Constraint, defect: Scalar, floors: Floors
 ) -> Found:
-    """What there is at a point with this normal space, constraint and defect ‖J†f‖."""
+    """The findings at a point with this normal space, constraint and defect ‖J†f‖."""
     left = space.shortfall(constraint)
     # Where J nearly loses rank, J†f magnifies what is left of f, the manifold itself is as
     # blurred, and Newton's method creeps: then what is near will do.

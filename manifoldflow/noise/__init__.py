@@ -1,4 +1,4 @@
-"""Noise: what SGD adds to the gradient, sampled and as a covariance."""
+"""Noise: the random part of SGD's gradients, sampled and as a covariance."""
 
 from manifoldflow.noise._base import (
     AbstractBatchNoise as AbstractBatchNoise,

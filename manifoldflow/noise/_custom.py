@@ -20,16 +20,16 @@ from manifoldflow.noise._draws import checked_distribution, drawn_like
 
 
 class CustomNoise(AbstractNoise):
-    """∇L + F(θ)ξ with ξ standard normal in r dimensions; covariance F(θ)F(θ)ᵀ.
+    """Noise of any covariance F(θ)F(θ)ᵀ: the gradient is ∇L + F(θ)ξ, ξ standard normal.
 
     The limit of SGD depends on the covariance alone. Other ξ of mean 0 and covariance I have it
-    too: independent signs, or `distribution="columns"`, which picks one of the Ξ = r columns of
-    F at every step and adds √Ξ times it. That is the noise of eq. (1) of the paper, whose columns
-    have the sum 0. Of others their mean is taken away, from the gradient and from F.
+    too: independent signs, or `distribution="columns"`, which picks one of the Ξ columns of F at
+    every step and adds √Ξ times it. That is the noise of eq. (1) of the paper, whose columns have
+    the sum 0. From other columns their mean is subtracted, in the gradient and in F.
 
     Args:
         factor_fn: point → F as a PyTree like the point, every array with one more, trailing
-            axis of r noise columns; or as a lineax operator to tangents, which may take any
+            axis of noise columns; or as a lineax operator to tangents, which may take any
             PyTree. Values that it merely closes over are constants to JAX; to change or
             differentiate them, hand them over in `jax.tree_util.Partial` or a module.
         distribution: of ξ: "normal", "rademacher" for independent signs ±1, or "columns".
@@ -38,16 +38,18 @@ class CustomNoise(AbstractNoise):
         ValueError: another distribution; when used, if F does not have the shapes of the point's
             coordinates.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, manifoldflow as mf
-        >>> columns = jnp.array([[1.0, -0.5, -0.5], [0.0, 1.0, -1.0]])
-        >>> noise = mf.CustomNoise(lambda point: columns, distribution="columns")
-        >>> still = mf.FunctionLoss(lambda x: 0 * jnp.sum(x**2))
-        >>> bool(jnp.all(noise.covariance(still, jnp.zeros(2)).as_matrix() == columns @ columns.T))
-        True
-
     References:
         [LiWangArora2022, eq. (1), Lemma 4.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> columns = jnp.array([[1.0, -0.5, -0.5], [0.0, 1.0, -1.0]])
+        >>> noise = mf.CustomNoise(lambda point: columns, distribution="columns")
+        >>> loss = mf.FunctionLoss(lambda x: jnp.sum(x**2))
+        >>> print(noise.covariance(loss, jnp.zeros(2)).as_matrix().round(3) + 0.0)
+        [[1.5 0. ]
+         [0.  2. ]]
     """
 
     factor_fn: Callable[..., Any]
@@ -73,6 +75,7 @@ class CustomNoise(AbstractNoise):
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         factor = self._given(loss, point)
+        # Without its mean: √Ξ times a random column has the mean of all columns times √Ξ.
         return _centred(factor) if self.distribution == "columns" else factor
 
     def _given(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
@@ -81,6 +84,7 @@ class CustomNoise(AbstractNoise):
         if not isinstance(factor, lx.AbstractLinearOperator):
             return linalg.factor_operator(coordinates, factor)
         tangents, given = _tree.structure_of(coordinates), factor.out_structure()
+        # Shapes and dtypes: lineax would compose operators that differ, and fail far from here.
         same = jax.tree.leaves(tangents) == jax.tree.leaves(given)
         if not same or jax.tree.structure(tangents) != jax.tree.structure(given):
             raise ValueError(
@@ -91,7 +95,7 @@ class CustomNoise(AbstractNoise):
 
 
 def _centred(factor: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
-    """F less the mean of its columns: F(I − 11ᵀ/Ξ)."""
+    """The factor F less the mean of its columns: F(I − 11ᵀ/Ξ)."""
 
     def without_mean(u: PyTree[Array]) -> PyTree[Array]:
         flat, unravel = ravel_pytree(u)

@@ -21,10 +21,10 @@ def checked_distribution(name: str, value: Any, *known: str) -> str:
 
 
 def drawn_like(key: Key, structure: PyTree[Any], distribution: str) -> PyTree[Array]:
-    """Arrays of these shapes. Of "columns" one entry is √Ξ and all others are 0.
+    """Random arrays of these shapes. With "columns" one entry is √Ξ and all others are 0.
 
-    Those have the second moments of the others but not their mean: what they are put into has
-    to be free of its mean.
+    Such arrays have the second moments of the others but not their mean: the factor they are
+    multiplied by has to be free of its mean.
     """
     if distribution == "normal":
         return _tree.random_normal_like(key, structure)

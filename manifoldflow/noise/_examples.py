@@ -1,4 +1,4 @@
-"""What the choice of a batch of examples does to the gradient."""
+"""The effect of the choice of a batch of examples on the gradient."""
 
 import math
 from collections.abc import Callable
@@ -39,6 +39,7 @@ def batch_of(
     num_examples = loss.num_examples
     if batch_size is None or (batch_size == num_examples and not replacement):
         return loss
+    # One gather per step: the whole data stay where they are.
     return loss.select(jr.choice(key, num_examples, (batch_size,), replace=replacement))
 
 
@@ -46,7 +47,7 @@ Weights = Float[Array, "N outputs"]
 
 
 def weights_of(loss: AbstractExampleLoss, point: Point) -> Weights:
-    """The w with ∇L = ∂fᵀw, less the weight decay, the outputs of one example in a row."""
+    """The w with ∇L = ∂fᵀw, without the weight decay, the outputs of one example in a row."""
     outputs = loss.outputs(point)
     gradient = loss.output_gradient(outputs, loss.targets)
     return gradient.reshape(loss.num_examples, -1).astype(outputs.dtype)
@@ -55,7 +56,7 @@ def weights_of(loss: AbstractExampleLoss, point: Point) -> Weights:
 def batch_spread(
     loss: AbstractExampleLoss, point: Point, batch_size: int, *, replacement: bool
 ) -> Callable[[Float[Array, " N"]], Weights]:
-    """The small part G of a factor ∂fᵀG of the covariance that the choice of a batch has.
+    """The small part G of a factor ∂fᵀG of the covariance due to the choice of a batch.
 
     With gᵢ = N∂fᵢᵀwᵢ the gradient of example i (a weight decay, the same for all, drops out), the
     mean over a batch of B has the covariance
@@ -79,7 +80,7 @@ def label_factor(
     from_labels: Callable[[Array], Weights],
     num_labels: int,
 ) -> lx.AbstractLinearOperator:
-    """F for noise of the labels and, in small batches, of the choice of the examples.
+    """The factor F for noise of the labels and, in small batches, of the choice of the examples.
 
     Both are independent, as the labels are noisy about the same mean in every batch.
     """
@@ -101,9 +102,9 @@ def output_factor(
     small: Callable[[Array], Weights],
     structure: Any,
 ) -> lx.AbstractLinearOperator:
-    """F = ∂fᵀG for a linear function G from arrays of this structure to weights.
+    """The factor F = ∂fᵀG for a linear function G from arrays of this structure to weights.
 
-    A `linalg.ResidualFactor` where the residuals say as much as the outputs.
+    It is a `linalg.ResidualFactor` where the residuals say as much as the outputs.
     """
     dtype = _tree.dtype_of(loss.split(point)[0])
     weights = jax.eval_shape(small, structure)

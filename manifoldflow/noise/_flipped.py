@@ -18,8 +18,8 @@ from manifoldflow.noise._resampled import label_columns, ResampledLabels
 class FlippedLabels(AbstractDataNoise):
     """Labels of two classes, each flipped with one probability p, afresh at each step.
 
-    For a `PerExampleLoss` whose targets are the probabilities of the label 1, all of them p or
-    1 − p, as `losses.flipped_labels_loss` makes it. Then the covariance of the gradient on the
+    It is for a `PerExampleLoss` whose targets are the probabilities of the label 1, all of them p
+    or 1 − p, as `losses.flipped_labels_loss` makes it. Then the covariance of the gradient on the
     zero-loss manifold is c·∇²L whatever the loss φ of a margin, with z the margin at the minimum:
 
         c = p(1 − p)(φ'(z) + φ'(−z))² / (B((1 − p)φ''(z) + pφ''(−z))),
@@ -37,6 +37,16 @@ class FlippedLabels(AbstractDataNoise):
 
     References:
         [LiWangArora2022, Corollary 5.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.losses.flipped_labels_loss(
+        ...     jnp.eye(2), jnp.ones(2), lambda z: jnp.exp(-z), probability=0.1, predict=jnp.dot
+        ... )
+        >>> c = mf.FlippedLabels(batch_size=1).hessian_multiple(mf.ZeroLossManifold(loss).loss)
+        >>> print(f"{c:.4f}")  # 1/(2√0.09)
+        1.6667
     """
 
     labels: ResampledLabels
@@ -53,11 +63,11 @@ class FlippedLabels(AbstractDataNoise):
         return self.labels.gradient(self.checked(loss), point, key)
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """As that of `ResampledLabels`."""
+        """The factor of `ResampledLabels`."""
         return self.labels.factor(self.checked(loss), point)
 
     def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
-        """c on the loss of a `ZeroLossManifold`, whose minimum is known; None on others.
+        """The c for the loss of a `ZeroLossManifold`, whose minimum is known; None for others.
 
         Raises:
             ValueError: c is not the same for all examples.
@@ -69,6 +79,8 @@ class FlippedLabels(AbstractDataNoise):
         if not is_traced(loss):
             with jax.ensure_compile_time_eval():  # inside jit as well, of a loss that is known
                 _check_equal(np.asarray(_variance_over_curvature(loss)))
+        # All of them are equal: the mean has derivatives, and one rounding less than any single
+        # one.
         ratio = jnp.mean(_variance_over_curvature(loss))
         return ratio / (self.batch_size or loss.num_examples)
 
@@ -85,7 +97,7 @@ class FlippedLabels(AbstractDataNoise):
 
 
 def _variance_over_curvature(loss: ResidualForm) -> Float[Array, " N"]:
-    """Var ∂ℓ/∂f over ∂²ℓ/∂f² at the minimum, for every example."""
+    """The ratio of Var ∂ℓ/∂f to ∂²ℓ/∂f² at the minimum, for every example."""
     columns = label_columns(loss, loss.minimizers) * loss.num_examples
     return jnp.sum(columns**2, axis=(1, 2)) / jnp.sum(loss.roots**2, axis=(1, 2))
 

@@ -1,4 +1,4 @@
-"""Noise that is like the Hessian, whatever the loss: what turns SGD into a flow."""
+"""Noise with a covariance like the Hessian, for any loss: SGD then has a limit without noise."""
 
 from typing import Any
 
@@ -34,8 +34,8 @@ class HessianNoise(AbstractShortNoise):
 
     Args:
         multiple: c ≥ 0.
-        rank: as for `MinimizerManifold`: how many of the largest eigenvalues count, or above
-            which share of the largest they do; None for all that are positive.
+        rank: the number of the largest eigenvalues that count, or the share of the largest above
+            which they do, as for `MinimizerManifold`; None for all that are positive.
         gauss_newton: take the Gauss-Newton matrix of a loss with residuals or examples in place
             of the Hessian: never D×D numbers, smooth, without negative eigenvalues, and equal to
             ∇²L where residuals vanish. The limit is then the equation above on
@@ -47,6 +47,15 @@ class HessianNoise(AbstractShortNoise):
 
     References:
         [LiWangArora2022, Corollary 5.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: (x[0] ** 2 + 3 * x[1] ** 2) / 2)
+        >>> noise = mf.HessianNoise(multiple=2.0)
+        >>> print(noise.covariance(loss, jnp.ones(2)).as_matrix().round(3) + 0.0)
+        [[2. 0.]
+         [0. 6.]]
     """
 
     multiple: Scalar
@@ -79,13 +88,14 @@ class HessianNoise(AbstractShortNoise):
         return _tree.add(loss.gradient(point), factor.mv(drawn))
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """From D numbers by the symmetric root of the Hessian; else from one for every residual."""
+        """The symmetric root of the Hessian, on D numbers, or a root on a number per residual."""
         self._check(loss)
         coordinates, _ = loss.split(point)
         size = jnp.sqrt(self.multiple).astype(_tree.dtype_of(coordinates))
         if isinstance(loss, AbstractResidualLoss | AbstractExampleLoss) and self.gauss_newton:
             return size * loss.gauss_newton_root(point).T
         flat, unravel = _tree.ravel(coordinates)
+        # A root of the positive part: a covariance has no negative eigenvalues, a Hessian may.
         root = size * linalg.square_root(_hessian(loss, point), self._rank_of(flat.size))
 
         def mv(vector: Float[Array, " D"]) -> Tangent:
@@ -94,7 +104,7 @@ class HessianNoise(AbstractShortNoise):
         return lx.FunctionLinearOperator(mv, _tree.structure_of(flat))
 
     def short_limit(self, loss: AbstractLoss) -> ShortLimit:
-        """−(c/4) P∇tr ∇²L: 𝓛_H⁻¹(cH) = (c/2)P⊥, and P∂²(∇L)[P] = 0."""
+        """The short form −(c/4) P∇tr ∇²L, from 𝓛_H⁻¹(cH) = (c/2)P⊥ and P∂²(∇L)[P] = 0."""
         self._check(loss)
         return ShortLimit(
             hessian_trace, self.multiple / 4, is_ode=True, at_zero_loss=self.gauss_newton

@@ -14,13 +14,24 @@ from manifoldflow.noise._short_limit import log_determinant, ShortLimit
 
 
 class IsotropicNoise(AbstractShortNoise):
-    """∇L + std·ξ with ξ standard normal in every coordinate; covariance std²·I.
+    """The same Gaussian noise on every coordinate: ∇L + std·ξ, with the covariance std²·I.
 
     Args:
-        std: standard deviation of every coordinate of the gradient.
+        std: standard deviation of every coordinate of the gradient, ≥ 0.
+
+    Raises:
+        ValueError: a negative std.
 
     References:
         [LiWangArora2022, Corollary 5.1].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda x: jnp.sum(x**2))
+        >>> print(mf.IsotropicNoise(std=0.5).covariance(loss, jnp.ones(2)).as_matrix())
+        [[0.25 0.  ]
+         [0.   0.25]]
     """
 
     std: Scalar
@@ -40,6 +51,6 @@ class IsotropicNoise(AbstractShortNoise):
         return std * lx.IdentityLinearOperator(_tree.structure_of(coordinates))
 
     def short_limit(self, loss: AbstractLoss) -> ShortLimit:
-        """−(std²/4) P∇ln|∇²L|₊, beside a Brownian motion of speed std²."""
+        """The short form −(std²/4) P∇ln|∇²L|₊, beside a Brownian motion of speed std²."""
         del loss
         return ShortLimit(log_determinant, self.std**2 / 4, is_ode=False)

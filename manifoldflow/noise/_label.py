@@ -30,16 +30,16 @@ class LabelNoise(AbstractBatchNoise):
     """Noise of standard deviation `std` on every target, redrawn at each step.
 
     On the zero-loss manifold of `LeastSquares` the covariance of the gradient is c·∇²L with
-    c = scale·std²·N/B for N examples in batches of B: the noise under which SGD walks the
+    c = scale·std²·N/B for N examples in batches of B. Under this noise SGD walks the
     manifold by −(c/4) P∇tr∇²L [LiWangArora2022, Corollary 5.2].
 
-    Other losses feel a change ε of the target to first order: ∂ℓ/∂f + (∂²ℓ/∂f∂y) ε. That is
-    the whole of it for cross-entropies, which are linear in the target; for others it keeps
-    the gradient unbiased and is what is left for a small std. The covariance is then no
+    Other losses feel a change ε of the target to first order: ∂ℓ/∂f + (∂²ℓ/∂f∂y) ε. For
+    cross-entropies, which are linear in the target, this is exact; for others it keeps the
+    gradient unbiased and is the leading order for a small std. The covariance is then no
     multiple of the Hessian; where labels are classes, `ResampledLabels` has one that is.
 
     Args:
-        std: standard deviation, in the units of the targets.
+        std: standard deviation ≥ 0, in the units of the targets.
         batch_size: B, examples in a batch, drawn without replacement; None for all N, whose
             clock is N times slower than that of B = 1. Small batches have a noise of their own,
             which vanishes where all examples are fitted. A number of Python, not an array: the
@@ -50,6 +50,15 @@ class LabelNoise(AbstractBatchNoise):
     Raises:
         ValueError: negative std; another distribution; a batch size below 1 or above the number
             of examples; a loss without examples or with integer targets.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
+        >>> noise, fit = mf.LabelNoise(std=1.0, batch_size=1), jnp.ones(2)
+        >>> print(noise.strength(loss), noise.covariance(loss, fit).as_matrix().round(3))
+        1.0 [[2. 0.]
+         [0. 2.]]
     """
 
     std: Scalar
@@ -76,6 +85,8 @@ class LabelNoise(AbstractBatchNoise):
         batch_key, label_key = jr.split(key)
         batch = batch_of(self.checked(loss), self.batch_size, batch_key)
         coordinates, remainder = batch.split(point)
+        # One pass backwards for gradient and noise together: both are ∂fᵀ of weights on the
+        # outputs.
         outputs, pull = jax.vjp(lambda x: batch.outputs(_tree.join(x, remainder)), coordinates)
         targets = _tree.cast_floats(batch.targets, outputs.dtype)
         change = _tree.scale(self.std, drawn_like(label_key, targets, self.distribution))
@@ -86,15 +97,19 @@ class LabelNoise(AbstractBatchNoise):
         return _tree.add(gradient, _tree.scale(batch.weight_decay, coordinates))
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """From one number for every label and, for small batches, one for every example."""
+        """The factor F, on one number per label and, for small batches, one per example."""
         loss = self.checked(loss)
         outputs = loss.outputs(point)
         targets = _tree.cast_floats(loss.targets, outputs.dtype)
         labels, unravel = ravel_pytree(targets)
+        # Labels of B of N examples: weights N/B times as large, in B/N of the draws; a root of N/B
+        # is left.
         size = math.sqrt(loss.num_examples / (self.batch_size or loss.num_examples))
 
         def from_labels(u: Array) -> Weights:
             if isinstance(loss, LeastSquares):
+                # F = √(c·scale)·Jᵀ, so that F Fᵀ = c·scale·JᵀJ, which is c·∇²L where the residuals
+                # vanish.
                 weights = jnp.sqrt(self.strength(loss) * loss.scale) * u
             else:
                 weights = size * self.std * _response(loss, outputs, targets, unravel(u))[1]
@@ -114,12 +129,14 @@ class LabelNoise(AbstractBatchNoise):
         return loss.scale * self.std**2 * (loss.num_examples / batch_size)
 
     def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
-        """`strength` on LeastSquares, None elsewhere."""
+        """The `strength` on LeastSquares, None on other losses."""
         return self.strength(loss) if isinstance(loss, LeastSquares) else None
 
     def batch(self, loss: AbstractLoss) -> Batch | None:
-        """None for labels that are not normal, and on other losses than LeastSquares, which feel a
-        label to first order only."""
+        """The batch of a step; None for labels that are not normal, and on losses but LeastSquares.
+
+        Other losses feel a label to first order only.
+        """
         size = self.batch_size or self.checked(loss).num_examples
         is_full = size == self.checked(loss).num_examples
         is_known = isinstance(loss, LeastSquares) and self.distribution == "normal"
@@ -140,5 +157,5 @@ class LabelNoise(AbstractBatchNoise):
 def _response(
     loss: AbstractExampleLoss, outputs: Array, targets: PyTree[Array], change: PyTree[Array]
 ) -> tuple[Float[Array, "N ..."], Float[Array, "N ..."]]:
-    """∂L/∂f, and how it answers to a change of the targets."""
+    """The derivative ∂L/∂f, and its response to a change of the targets."""
     return jax.jvp(lambda y: loss.output_gradient(outputs, y), (targets,), (change,))

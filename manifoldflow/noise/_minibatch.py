@@ -16,7 +16,7 @@ from manifoldflow.noise._examples import batch_of, batch_spread, checked_example
 
 
 class MinibatchNoise(AbstractBatchNoise):
-    """The gradient of a random batch of B of the N examples.
+    """The noise of mini-batches: the gradient of a random batch of B of the N examples.
 
     Its covariance is exactly
 
@@ -27,11 +27,20 @@ class MinibatchNoise(AbstractBatchNoise):
 
     Args:
         batch_size: B.
-        replacement: whether the same example can be drawn again within a batch.
+        replacement: True if the same example can be drawn again within a batch.
 
     Raises:
         ValueError: a batch size below 1, or above N without replacement; a loss without
             examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.array([1.0, -1.0]), predict=jnp.dot)
+        >>> covariance = mf.MinibatchNoise(1).covariance(loss, jnp.zeros(2))
+        >>> print(covariance.as_matrix().round(3))  # g₁ = (−1, 0), g₂ = (0, 1)
+        [[0.25 0.25]
+         [0.25 0.25]]
     """
 
     batch_size: int = eqx.field(static=True)
@@ -47,7 +56,7 @@ class MinibatchNoise(AbstractBatchNoise):
         return batch_of(loss, self.batch_size, key, replacement=self.replacement).gradient(point)
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """From N numbers: column i is a multiple of gᵢ − ∇L."""
+        """The factor F, on N numbers: column i is a multiple of gᵢ − ∇L."""
         loss = self.checked(loss)
         dtype = _tree.dtype_of(loss.split(point)[0])
         structure = jax.ShapeDtypeStruct((loss.num_examples,), dtype)
@@ -64,5 +73,6 @@ class MinibatchNoise(AbstractBatchNoise):
         return None
 
     def batch(self, loss: AbstractLoss) -> Batch:
+        # Drawn with replacement, a batch of N still leaves examples out.
         is_full = self.batch_size == self.checked(loss).num_examples and not self.replacement
         return Batch(self.batch_size, is_full, None)

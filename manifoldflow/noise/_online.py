@@ -1,4 +1,4 @@
-"""Batches of new examples at every step, of which no data set is kept."""
+"""Batches of new examples at every step, without a data set."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +19,28 @@ from manifoldflow.noise._base import AbstractStochasticGradient
 class OnlineBatch(AbstractStochasticGradient):
     """The mean gradient of an example's loss over B examples that are drawn anew.
 
-    For `simulate`: SGD on a stream of data. Of the loss it is given to it takes no more than
-    which leaves of a point may move; that loss should be the mean of `example_loss` over all
+    It is for `simulate`: SGD on a stream of data. The loss that it is given decides only which
+    leaves of a point may move; that loss should be the mean of `example_loss` over all
     data, up to a constant, for the gradient to be unbiased. It has no covariance, which would
     be an integral over all data: flows take other noises.
 
     Args:
         sample_fn: (key, B) ↦ B examples, a PyTree of arrays with a leading axis of B.
         example_loss: ℓ(point, example) → scalar.
-        batch_size: B.
+        batch_size: B ≥ 1.
 
     Raises:
         ValueError: a batch size below 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> draw = lambda key, count: jr.rademacher(key, (count,), float)
+        >>> stream = mf.OnlineBatch(draw, lambda w, x: jnp.sum((w * x) ** 2) / 2, batch_size=8)
+        >>> loss = mf.FunctionLoss(lambda w: jnp.sum(w**2) / 2)  # the mean over all x = ±1
+        >>> print(stream.gradient(loss, jnp.array([3.0]), jr.key(0)))
+        [3.]
     """
 
     sample_fn: Callable[..., Any]
@@ -57,6 +67,7 @@ class OnlineBatch(AbstractStochasticGradient):
     def gradient(self, loss: AbstractLoss, point: Point, key: Key) -> Tangent:
         coordinates, remainder = loss.split(point)
         batch = self.sample_fn(key, self.batch_size)
+        # A stream in float64 would promote a float32 point.
         batch = _tree.cast_floats(batch, _tree.dtype_of(coordinates))
 
         def mean_loss(x: Coordinates) -> Array:

@@ -1,4 +1,4 @@
-"""Labels drawn from probabilities, as a likelihood would have them."""
+"""Labels drawn from probabilities, as under a likelihood."""
 
 import math
 
@@ -52,6 +52,15 @@ class ResampledLabels(AbstractDataNoise):
 
     Assumes:
         ∂ℓ/∂f is linear in the probabilities, so that the gradient is unbiased.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss_fn = lambda f, p: jnp.logaddexp(0, f) - p * f
+        >>> targets = jnp.array([0.2, 0.9])
+        >>> loss = mf.PerExampleLoss(jnp.eye(2), targets, loss_fn, predict=jnp.dot)
+        >>> print(mf.ResampledLabels(batch_size=2).hessian_multiple(loss))  # 1/B
+        0.5
     """
 
     batch_size: int | None = eqx.field(static=True)
@@ -67,12 +76,13 @@ class ResampledLabels(AbstractDataNoise):
         batch_key, label_key = jr.split(key)
         batch = batch_of(self.checked(loss), self.batch_size, batch_key)
         probabilities, outcomes = _outcomes(batch.targets)
+        # log 0 = −∞ is meant: an outcome of probability 0 is never drawn.
         drawn = jr.categorical(label_key, jnp.log(probabilities), axis=-1)
         labels = outcomes[drawn].reshape(batch.targets.shape)
         return eqx.tree_at(lambda loss: loss.targets, batch, labels).gradient(point)
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
-        """From a number for every outcome of every label, and one for every example if B < N."""
+        """The factor F, on a number per outcome of every label, and one per example if B < N."""
         loss = self.checked(loss)
         outputs = loss.outputs(point)
         size = math.sqrt(loss.num_examples / (self.batch_size or loss.num_examples))
@@ -89,7 +99,7 @@ class ResampledLabels(AbstractDataNoise):
         return label_factor(loss, point, self.batch_size, from_labels, num_labels)
 
     def hessian_multiple(self, loss: AbstractLoss) -> Scalar | None:
-        """1/B for a likelihood, None otherwise: with weight decay there is no such manifold.
+        """The c = 1/B for a likelihood, None otherwise: weight decay leaves no such manifold.
 
         Raises:
             ValueError: the loss is no likelihood after all, or has no zero-loss manifold.
@@ -139,7 +149,7 @@ def _outcomes(targets: Array) -> tuple[Float[Array, "N c"], Float[Array, "c _"]]
 def label_columns(
     loss: AbstractExampleLoss, outputs: Float[Array, "N ..."]
 ) -> Float[Array, "N outputs c"]:
-    """√p_c (w_c − w̄) for every outcome c, with w_c the weights if all labels were c."""
+    """The columns √p_c (w_c − w̄) for every outcome c, w_c the weights if all labels were c."""
     weights, probabilities = _label_weights(loss, outputs)
     mean = jnp.sum(weights * probabilities, axis=-1, keepdims=True)
     return (jnp.sqrt(probabilities) * (weights - mean)).astype(outputs.dtype)
@@ -148,7 +158,7 @@ def label_columns(
 def _label_weights(
     loss: AbstractExampleLoss, outputs: Float[Array, "N ..."]
 ) -> tuple[Float[Array, "N outputs c"], Float[Array, "N 1 c"]]:
-    """∂L/∂f if all labels were the outcome c, and the probabilities of that."""
+    """The derivative ∂L/∂f if all labels were the outcome c, and the probabilities of c."""
     probabilities, outcomes = _outcomes(_tree.cast_floats(loss.targets, outputs.dtype))
 
     def weights_if(outcome: Array) -> Weights:
@@ -161,6 +171,7 @@ def _label_weights(
 
 def _check_probabilities(targets: np.ndarray) -> None:
     rows = targets.reshape(len(targets), -1).astype(float)
+    # Rows of a softmax in float32 sum to 1 up to some 1e-7 per class.
     tolerance = 1e-5
     is_fine = np.all((rows >= 0) & (rows <= 1))
     if rows.shape[1] > 1:
@@ -174,7 +185,7 @@ def _check_probabilities(targets: np.ndarray) -> None:
 
 
 def _check_minimum(loss: ResidualForm) -> None:
-    """Whether the loss with noisy labels is minimal where the loss is, in the mean."""
+    """Refuse a loss whose mean over noisy labels is not minimal where the loss is."""
     weights, probabilities = map(np.asarray, _label_weights(loss, loss.minimizers))
     mean = np.abs(np.sum(weights * probabilities, axis=-1))
     worst = np.max(mean / np.max(np.abs(weights), axis=-1))
@@ -187,7 +198,7 @@ def _check_minimum(loss: ResidualForm) -> None:
 
 
 def _check_likelihood(loss: ResidualForm) -> None:
-    """Whether the covariance of ∂ℓ/∂f at the minimum is the output Hessian there."""
+    """Refuse a loss whose output Hessian is not the covariance of ∂ℓ/∂f at the minimum."""
     columns = np.asarray(label_columns(loss, loss.minimizers)) * loss.num_examples
     roots = np.asarray(loss.roots)
     covariances, hessians = (x @ np.swapaxes(x, 1, 2) for x in (columns, roots))

@@ -1,4 +1,4 @@
-"""Updates: what an optimiser does with a gradient, and what is left of it for small steps."""
+"""Updates: optimisers as values, which run by themselves and have a limit for small steps."""
 
 from manifoldflow.updates._adam import Adam as Adam
 from manifoldflow.updates._base import AbstractUpdate as AbstractUpdate

@@ -18,21 +18,22 @@ from manifoldflow.updates._setting import Setting
 
 
 class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
-    """θ ← θ − η·m/(√v + ε) − ηλθ, bias-corrected, with λ = `weight_decay`·η and 1 − β₂ = bη.
+    """Adam and AdamW: θ ← θ − η·m/(√v + ε) − ηλθ, bias-corrected, with λ = `weight_decay`·η.
 
-    For noise of covariance c∇²L, H = ∇²L, on the clock Ση² and with `averaging="fast"`,
+    1 − β₂ is bη. For noise of covariance c∇²L, H = ∇²L, on the clock Ση² and with
+    `averaging="fast"`, the limit is
 
         Y' = −½G_S∇Σⱼ[uⱼ − ε ln(uⱼ + ε)] − `weight_decay`·ΠY,   uⱼ = √(cHⱼⱼ),   S = 1/(u + ε),
 
-        Π = 1 − SJᵀ(JSJᵀ)⁻¹J,   G_S = ΠS:
+        Π = 1 − SJᵀ(JSJᵀ)⁻¹J,   G_S = ΠS.
 
-    with ε = 0 it is −½G_S∇tr Diag(H)^{½} at S = Diag(H)^{−½}, whatever the noise. Second
+    With ε = 0 it is −½G_S∇tr Diag(H)^{½} at S = Diag(H)^{−½}, whatever the noise. Second
     moments that follow in the time of the descent itself, 1 − β₂ = bη, lag behind and slow it:
     one residual by the factor μ/(μ + b), μ the rate of the descent; as b → 0 the limit is that of
     `averaging="fast"`. The first moment changes nothing, as long as it forgets faster than the
     second, 1 − β₂ ≪ 1 − β₁.
 
-    It takes n Hessian-vector products of all residuals, and for b > 0 n more of every column
+    The drift takes n Hessian-vector products of all residuals, and for b > 0 n more per column
     of the noise.
 
     Args:
@@ -48,6 +49,16 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
 
     References:
         [LiWenLyu2025] for "fast"; the formula of `IterationLimit` for the lag.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.LabelNoise(1.0, batch_size=1)
+        >>> flow = mf.LimitDiffusion(manifold, noise, mf.updates.Adam())
+        >>> print(flow.drift(jnp.array([2.0, 0.5])).round(3))
+        [-0.6   0.15]
     """
 
     b1: Any
@@ -82,11 +93,14 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
         fn: Any = learning_rate if callable(learning_rate) else lambda count: learning_rate
 
         def init(params: Any) -> _State:
+            # Products of (1 − share), not powers of β: rates that follow a schedule have no single
+            # β.
             zeros, one = _tree.zeros_like(params), jnp.ones((), _tree.dtype_of(params))
             return _State(jnp.zeros((), jnp.int32), zeros, zeros, one, one)
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             eta = jnp.asarray(fn(state.count), state.left1.dtype)
+            # "fast" asks for η² ≪ 1 − β₂ ≪ η: the geometric mean of both ends.
             share = eta**1.5 if self.rate is None else self.rate.astype(eta.dtype) * eta
             share, first = jnp.minimum(share, 1), jnp.asarray(1 - self.b1, eta.dtype)
             state = _State(
@@ -123,6 +137,7 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
         return setting.hessian_multiple is not None and setting.has_residuals
 
     def preconditioner(self, second_moments: Array) -> Array:
+        # ε beside the root, as Optax has it, and not under it.
         return 1 / (jnp.sqrt(second_moments) + self.eps.astype(second_moments.dtype))
 
     @property
@@ -143,7 +158,7 @@ class Adam(AbstractPreconditionedUpdate, AbstractScalableUpdate):
 
 
 class _State(NamedTuple):
-    """Of the transform: what is left of the start in both means is known for schedules as well."""
+    """The state of the transform; `left1` and `left2` correct the bias, for schedules as well."""
 
     count: Array
     mean: Any

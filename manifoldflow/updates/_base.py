@@ -1,4 +1,4 @@
-"""What an update is: the transform that runs it, the clock that it runs on, its slow drift."""
+"""The base class of updates: the transform of an optimiser, its clock and its slow drift."""
 
 import abc
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from manifoldflow._types import Coordinates, Scalar, Tangent
 
 @runtime_checkable
 class LocalHessian(Protocol):
-    """What an update may ask of a point of the manifold: ∇²L as it is where L is minimal."""
+    """The Hessian ∇²L at a point of the manifold, as updates may ask for it."""
 
     def hessian_trace(self) -> Scalar: ...
 
@@ -28,7 +28,24 @@ class AbstractUpdate(eqx.Module):
 
         θ ← θ − η(F(θ) + noise) + η²G(θ),
 
-    where F vanishes on the zero-loss manifold and G is slow: weight decay, say.
+    where F vanishes on the zero-loss manifold and G is slow: weight decay, say. A subclass defines
+    `clock`, `transform` and `slow_drift`.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> import optax
+        >>> class PlainSGD(mf.updates.AbstractUpdate):
+        ...     @property
+        ...     def clock(self):
+        ...         return mf.LimitClock()
+        ...
+        ...     def transform(self, learning_rate):
+        ...         return optax.sgd(learning_rate)
+        ...
+        ...     def slow_drift(self, coordinates):
+        ...         return None
+        >>> PlainSGD().clock.num_steps(learning_rate=0.1, end_time=1.0)
+        100
     """
 
     @property
@@ -38,11 +55,11 @@ class AbstractUpdate(eqx.Module):
 
     @abc.abstractmethod
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
-        """The Optax transform that does it, for a learning rate or a schedule step ↦ η."""
+        """The Optax transform of the update, for a learning rate or a schedule step ↦ η."""
 
     @abc.abstractmethod
     def slow_drift(self, coordinates: Coordinates) -> Tangent | None:
-        """G per unit of the clock, None where there is none."""
+        """The slow drift G per unit of the clock, None where there is none."""
 
 
 def sgd_of(fn: Callable[[Tangent], Tangent], learning_rate: Any) -> optax.GradientTransformation:

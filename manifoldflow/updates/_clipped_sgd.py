@@ -19,16 +19,16 @@ from manifoldflow.updates._setting import Setting
 
 
 class ClippedSGD(AbstractRowsUpdate):
-    """θ ← θ − η·g·min(1, C/‖g‖) with g the gradient of one example.
+    """SGD with clipped gradients of one example: θ ← θ − η·g·min(1, C/‖g‖).
 
     For label noise ε of variance δ² and gradients a·ε∇rᵢ, the limit on the clock Ση² is
 
         Y' = −(1/N) P Σᵢ ∇²rᵢ(JᵀTKD)_{·i},   DKT + TKD = diag s,   K = JJᵀ, D = diag κ,
 
-        κᵢ = a·P(|ε| < hᵢ),   sᵢ = a²·E min(ε², hᵢ²),   hᵢ = C/(a‖∇rᵢ‖):
+        κᵢ = a·P(|ε| < hᵢ),   sᵢ = a²·E min(ε², hᵢ²),   hᵢ = C/(a‖∇rᵢ‖).
 
-    SGD's as C grows. With batches of more than one example the transform clips their mean,
-    which has another limit.
+    It tends to that of SGD as C grows. With batches of more than one example the transform clips
+    their mean, which has another limit.
 
     Args:
         max_norm: C > 0.
@@ -38,6 +38,18 @@ class ClippedSGD(AbstractRowsUpdate):
 
     References:
         The formula of `IterationLimit`, in n dimensions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.LabelNoise(1.0, batch_size=1)
+        >>> for max_norm in (1.0, 100.0):  # the latter as SGD
+        ...     flow = mf.LimitDiffusion(manifold, noise, mf.updates.ClippedSGD(max_norm))
+        ...     print(flow.drift(jnp.array([2.0, 0.5])).round(3))
+        [-0.155  0.039]
+        [-0.882  0.221]
     """
 
     keeps_gradients: ClassVar[bool] = True
@@ -81,9 +93,12 @@ class ClippedSGD(AbstractRowsUpdate):
             for value in (setting.label_std, setting.slope, self.max_norm)
         )
         # Where the noise is clipped, in its standard deviations; beyond 40 of them never.
+        # A row of length 0, or no noise, is never clipped: 0/0 would be NaN.
         spread = slope * std * lengths
         height = jnp.minimum(40, most / _tree.where(spread > 0, spread, 1))
         height = _tree.where(spread > 0, height, 40)
+        # With h in standard deviations: P(|ξ| < h), and E min(ξ², h²) = P − h√(2/π)e^{−h²/2} + h²(1
+        # − P).
         inside = jax.lax.erf(height / jnp.sqrt(2.0).astype(height.dtype))
         density = jnp.exp(-(height**2) / 2) * jnp.sqrt(2 / jnp.pi).astype(height.dtype)
         squares = inside - height * density + height**2 * (1 - inside)

@@ -23,7 +23,7 @@ _SERIES = 18  # terms of Ein(x)/x for x ≤ 1, the last 1e-18
 
 
 class LocalSGD(AbstractPotentialUpdate, AbstractScalableUpdate):
-    """K workers take SGD's steps, each with its own noise, and are averaged every α/η of them.
+    """Local SGD: K workers take SGD's steps with noises of their own, averaged every α/η steps.
 
     On the clock Ση² of the steps of one worker, with c of the noise c∇²L of one worker,
 
@@ -41,6 +41,17 @@ class LocalSGD(AbstractPotentialUpdate, AbstractScalableUpdate):
 
     References:
         [GuLyuHuangArora2023]; the closed form is for noise of covariance c∇²L.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.LabelNoise(1.0, batch_size=1)
+        >>> update = mf.updates.LocalSGD(num_workers=2, gradient_time=0.0)
+        >>> flow = mf.LimitDiffusion(manifold, noise, update)
+        >>> print(flow.drift(jnp.array([2.0, 0.5])).round(3))  # half of SGD's
+        [-0.441  0.11 ]
     """
 
     num_workers: int = eqx.field(static=True)
@@ -86,7 +97,8 @@ class LocalSGD(AbstractPotentialUpdate, AbstractScalableUpdate):
 
 
 def _ein_over(x: Array) -> Array:
-    """Ein(x)/x, for small x by its series."""
+    """The function Ein(x)/x, for small x by its series."""
+    # Both branches of a `where` are computed: each gets arguments on which it is finite.
     small, large = jnp.minimum(x, 1), jnp.maximum(x, 1)
     term, total = jnp.ones_like(x), jnp.ones_like(x)
     for k in range(1, _SERIES):
@@ -97,11 +109,12 @@ def _ein_over(x: Array) -> Array:
 
 @jax.custom_jvp
 def _ein(x: Array) -> Array:
-    """E₁(x) + ln x + γ, with a rule of its own, since JAX's exp1 has no second derivative."""
+    """The function E₁(x) + ln x + γ, with its own rule: JAX's exp1 has no second derivative."""
     return jax.scipy.special.exp1(x) + jnp.log(x) + np.euler_gamma
 
 
 @_ein.defjvp
 def _ein_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,) = primals
+    # Ein′(x) = (1 − e^{−x})/x; expm1 keeps its digits for small x.
     return _ein(x), -jnp.expm1(-x) / x * tangents[0]

@@ -17,7 +17,7 @@ from manifoldflow.updates._setting import Setting
 
 
 class Muon(AbstractRowsUpdate):
-    """θ ← θ − η·polar(g) with g the gradient of one example, without momentum.
+    """Muon without momentum: θ ← θ − η·polar(g), with g the gradient of one example.
 
     polar(UΣVᵀ) = UVᵀ for every matrix among the leaves, exactly and not by a few Newton-Schulz
     steps; it is g/‖g‖ for a gradient of rank one, and for leaves that are no matrices. Singular
@@ -30,6 +30,14 @@ class Muon(AbstractRowsUpdate):
 
     References:
         The formula of `IterationLimit`, in n dimensions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> gradient = jnp.array([[3.0, 0.0], [0.0, -2.0]])
+        >>> print(mf.updates.Muon().row(gradient).round(3) + 0.0)
+        [[ 1.  0.]
+         [ 0. -1.]]
     """
 
     keeps_gradients: ClassVar[bool] = False
@@ -65,6 +73,7 @@ def _polar(matrix: Array) -> Array:
     if matrix.ndim != 2 or min(matrix.shape) == 1:
         size = _tree.norm(matrix)
         return matrix * jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    # The smaller of AᵀA and AAᵀ is the one to factorise.
     if matrix.shape[0] < matrix.shape[1]:
         return _polar(matrix.T).T
     return _precision.matmul(matrix, _inverse_root(_precision.matmul(matrix.T, matrix)))
@@ -72,13 +81,14 @@ def _polar(matrix: Array) -> Array:
 
 @jax.custom_jvp
 def _inverse_root(square: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    """(AᵀA)^{−½} on the range, with the derivative at constant rank."""
+    """The matrix (AᵀA)^{−½} on the range, with the derivative at constant rank."""
     vectors, inverse, _ = _spectrum(square)
     return _precision.matmul(vectors * inverse, vectors.T)
 
 
 def _spectrum(square: Array) -> tuple[Array, Array, Array]:
-    """Eigenvectors, and λ^{−½} and whether it counts for each."""
+    """Eigenvectors, and for each of them λ^{−½} and a mark if it counts."""
+    # AᵀA has the squares of the singular values: √eps of them is eps^¼ of those of A.
     cutoff = _precision.eps_of_dtype(square) ** 0.5
     values, vectors, inside = linalg.range_spectrum(square, cutoff)
     inside = inside & (values > 0)

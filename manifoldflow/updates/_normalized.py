@@ -15,7 +15,7 @@ from manifoldflow.updates._setting import Setting
 
 
 class NormalizedGD(AbstractPotentialUpdate):
-    """θ ← θ − η∇L/‖∇L‖, which does not move where ∇L = 0.
+    """Normalised gradient descent θ ← θ − η∇L/‖∇L‖, which does not move where ∇L = 0.
 
     It ends up bouncing along the sharpest direction, and on the clock Ση² the limit is
 
@@ -25,6 +25,16 @@ class NormalizedGD(AbstractPotentialUpdate):
 
     References:
         [AroraLiPanigrahi2022].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.MinibatchNoise(1)
+        >>> flow = mf.LimitDiffusion(manifold, noise, mf.updates.NormalizedGD())
+        >>> print(flow.drift(jnp.array([2.0, 0.5])).round(3))
+        [-0.208  0.052]
     """
 
     @property
@@ -34,6 +44,7 @@ class NormalizedGD(AbstractPotentialUpdate):
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
         def unit(gradient: Tangent) -> Tangent:
             size = _tree.norm(gradient)
+            # The inner `where` keeps 1/0 out of the derivative too: NaN times 0 is NaN.
             inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
             return jax.tree.map(lambda g: (inverse * g).astype(g.dtype), gradient)
 
@@ -50,6 +61,7 @@ class NormalizedGD(AbstractPotentialUpdate):
         return setting.is_full_batch and setting.num_outputs > 0
 
     def potential(self, local: LocalHessian) -> Scalar:
+        # Smooth where λ₁ is simple; where two eigenvalues meet, the flow has a kink.
         return jnp.log(local.hessian_eigenvalues()[-1])
 
     def rate(self, setting: Setting) -> Scalar:

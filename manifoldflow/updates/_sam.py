@@ -17,9 +17,9 @@ from manifoldflow.updates._setting import Setting
 
 
 class SAM(AbstractPotentialUpdate):
-    """θ ← θ − η g(θ + ρ g(θ)/‖g(θ)‖), both gradients at the same batch; no climb where g = 0.
+    """Sharpness-aware minimisation, θ ← θ − η g(θ + ρ g(θ)/‖g(θ)‖); no climb where g = 0.
 
-    On the clock Σηρ² the limit of small ρ and η ≪ ρ² is
+    Both gradients are taken at the same batch. On the clock Σηρ² the limit of small ρ and η ≪ ρ² is
 
         Y' = −½P∇tr ∇²L   where g is the gradient of one example, `MinibatchNoise(1)`,
         Y' = −½P∇λ₁(∇²L)  where it is that of all, `MinibatchNoise(N)`.
@@ -28,13 +28,23 @@ class SAM(AbstractPotentialUpdate):
 
     Args:
         radius: ρ > 0, the length of a climb.
-        per_example: which of both: whether the batches are single examples, of one output.
+        per_example: True for batches of single examples, of one output; False for all examples.
 
     Raises:
         ValueError: a radius that is not positive.
 
     References:
         [WenMaLi2023].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.MinibatchNoise(1)
+        >>> flow = mf.LimitDiffusion(manifold, noise, mf.updates.SAM(radius=0.1))
+        >>> print(flow.drift(jnp.array([2.0, 0.5])).round(3))
+        [-1.765  0.441]
     """
 
     radius: Scalar
@@ -50,7 +60,7 @@ class SAM(AbstractPotentialUpdate):
         return SAMClock(self.radius)
 
     def transform(self, learning_rate: Any) -> optax.GradientTransformation:
-        """It needs `grad_fn`, the gradient of the same batch elsewhere, which `simulate` gives."""
+        """The Optax transform. It needs `grad_fn`, the gradient of the same batch elsewhere."""
         step = optax.sgd(learning_rate)
 
         def update(
@@ -63,8 +73,11 @@ class SAM(AbstractPotentialUpdate):
                     "update(gradient, state, params, grad_fn=…), as simulate calls it."
                 )
             size = _tree.norm(updates)
+            # The inner `where` keeps ρ/0 out of the derivative too: NaN times 0 is NaN.
             length = jnp.where(size > 0, self.radius / jnp.where(size > 0, size, 1), 0)
             top = jax.tree.map(lambda p, g: p + (length * g).astype(p.dtype), params, updates)
+            # The same batch and labels at the top of the climb: with others it would climb another
+            # loss.
             return step.update(grad_fn(top), state, params)
 
         return optax.GradientTransformationExtraArgs(step.init, update)

@@ -1,4 +1,4 @@
-"""Which batch sizes, learning rates and averages have one limit."""
+"""Scaling rules: batch sizes, learning rates and averages that have one limit."""
 
 import abc
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from manifoldflow.updates._base import AbstractUpdate
 
 
 class ScalingRule(NamedTuple):
-    """What goes with a batch of κB in place of B, so that an epoch goes the same way.
+    """The factors of hyperparameters for batches of κB in place of B, with the same epochs.
 
     Each attribute is a factor, None where the update has no such number.
 
@@ -22,6 +22,14 @@ class ScalingRule(NamedTuple):
         averaging: of 1 − β₂.
         eps: of ε.
         local_steps: of the number H of steps between averages.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> rule = mf.updates.scaling_rule(mf.updates.SGD(), 4.0)
+        >>> print(rule)
+        B → 4·B: η → 4·η
+        >>> print(rule.learning_rate)
+        4.0
     """
 
     update: AbstractUpdate
@@ -42,7 +50,17 @@ class ScalingRule(NamedTuple):
 
 
 class AbstractScalableUpdate(AbstractUpdate):
-    """An update that knows what goes with a larger batch."""
+    """An update whose hyperparameters have a known rule for larger batches.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> update = mf.updates.SGD(momentum=0.9)
+        >>> isinstance(update, mf.updates.AbstractScalableUpdate)
+        True
+        >>> print(update.scaling(jnp.array(2.0)))
+        B → 2·B: η → 2·η
+    """
 
     @abc.abstractmethod
     def scaling(self, batch_factor: Scalar) -> ScalingRule:
@@ -51,7 +69,7 @@ class AbstractScalableUpdate(AbstractUpdate):
 
 @checked
 def scaling_rule(update: AbstractUpdate, batch_factor: Any) -> ScalingRule:
-    """Which hyperparameters have the same limit per epoch with κ times the batch.
+    """The hyperparameters that have the same limit per epoch with κ times the batch.
 
     The limits are those of noise whose covariance is inverse to the batch size:
 
@@ -60,7 +78,7 @@ def scaling_rule(update: AbstractUpdate, batch_factor: Any) -> ScalingRule:
         Adam:       η → √κ·η,  1 − β₂ → κ(1 − β₂),  λ → √κ·λ,  ε → ε/√κ,  any β₁.
 
     Args:
-        update: of the smaller batch.
+        update: the update for the smaller batch.
         batch_factor: κ > 0, of the batch of each worker.
 
     Returns:
@@ -68,6 +86,11 @@ def scaling_rule(update: AbstractUpdate, batch_factor: Any) -> ScalingRule:
 
     Raises:
         ValueError: an update whose limit is known for one batch size only.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> print(mf.updates.scaling_rule(mf.updates.Adam(), 4.0))
+        B → 4·B: η → 2·η, λ → 2·λ, (1 − β₂) → 4·(1 − β₂), ε → 0.5·ε
     """
     factor = checked_positive("scaling_rule: batch_factor", batch_factor)
     if not isinstance(update, AbstractScalableUpdate):

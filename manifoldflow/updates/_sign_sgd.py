@@ -16,7 +16,7 @@ from manifoldflow.updates._setting import Setting
 
 
 class SignSGD(AbstractRowsUpdate):
-    """θ ← θ − η·sign(g), one sign for each coordinate, with g the gradient of one example.
+    """SGD along signs: θ ← θ − η·sign(g), one sign per coordinate, g the gradient of one example.
 
     It does not move along the manifold: the limit is Y' = 0 until a coordinate of some ∇rᵢ
     changes its sign, since every step is ± the signs of a ∇rᵢ. The drift is NaN where the
@@ -25,6 +25,16 @@ class SignSGD(AbstractRowsUpdate):
 
     References:
         The formula of `IterationLimit`, in n dimensions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: w[0] * w[1] * x
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=predict)
+        >>> manifold, noise = mf.ZeroLossManifold(loss), mf.LabelNoise(1.0, batch_size=1)
+        >>> flow = mf.LimitDiffusion(manifold, noise, mf.updates.SignSGD())
+        >>> print(flow.drift(jnp.array([2.0, 0.5])) + 0.0)
+        [0. 0.]
     """
 
     keeps_gradients: ClassVar[bool] = False
