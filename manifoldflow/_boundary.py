@@ -8,6 +8,7 @@ Values are checked where they are used; here only kinds, ranks and lengths that 
 import functools
 import inspect
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -115,7 +116,12 @@ _NO_FORWARD = (
     "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
     "the model and for mf.solve itself, adjoint=diffrax.DirectAdjoint()."
 )
+_OTHER_DEVICES = (
+    "Call manifoldflow.shard_examples(loss) and manifoldflow.shard_parameters(point) within the "
+    "`with manifoldflow.mesh(…)` in which they are used."
+)
 _REFUSALS = {
+    "Received incompatible devices for jitted computation": _OTHER_DEVICES,
     "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
     "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
     "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
@@ -126,7 +132,11 @@ def _of_jax(error: Exception) -> str | None:
     if not isinstance(error, TypeError | ValueError | NotImplementedError):
         return None
     message = str(error)
-    return next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
+    ours = next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
+    if ours is _OTHER_DEVICES:
+        ids = " and ".join(dict.fromkeys(re.findall(r"device ids (\[[\d, ]*\])", message)))
+        ours = f"All arrays must lie on the devices of one mesh; got devices {ids}. {ours}"
+    return ours
 
 
 def checked_fields(module: Any) -> None:

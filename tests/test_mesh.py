@@ -1,5 +1,7 @@
 """Examples over several devices: the same numbers, in messages that are few and chosen."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,6 +13,9 @@ from processes import finished, start, two_reports
 
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose.
 MOST = 40
+# With parameters spread also for each weight and each factor, in each of these products.
+MOST_WITH_PARAMETERS = 90
+KINDS = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
 
 
 def test_meshes_change_nothing_but_the_messages():
@@ -25,10 +30,30 @@ def test_meshes_change_nothing_but_the_messages():
     equal("messages on 2 and 8", report["drift, 2 devices"][1], report["drift, 8 devices"][1])
 
 
+def test_parameters_are_spread():
+    report, _ = finished(start("mesh_programs.py", "parameters", num_devices=8))
+    for name, (gap, sent, _) in report.items():
+        at_most(f"{name}: relative difference from one device", gap, 1e-10)
+        assert set(sent) <= KINDS, f"{name}: messages {sent}"
+        at_most(f"{name}: messages {sent}", sum(sent.values()), MOST_WITH_PARAMETERS)
+    for name, shape in (("drift", (2, 1)), ("drift", (4, 2)), ("project", (2, 2))):
+        part = report[f"{name} on {shape}"][2]
+        equal(f"{name} on {shape}: the share of one device", part, 1 / math.prod(shape))
+
+
 def test_two_processes():
     for report in two_reports("mesh_programs.py"):
         equal("devices", report["devices"], 4)
         at_most("relative difference from one device", report["gap"], 1e-10)
+        at_most("with parameters spread as well", report["gap with parameters"], 1e-10)
+        equal("the share of one device", report["part"], 1 / 4)
+
+
+def test_a_loss_on_other_devices():
+    report, _ = finished(start("mesh_programs.py", "elsewhere", num_devices=4))
+    for name, message in report.items():
+        for word in ("All arrays", "[0, 1] and [0, 1, 2, 3]", "shard_examples"):
+            assert word in message, f"{name}: {message}"
 
 
 def test_a_mesh_without_the_axis_changes_nothing():
