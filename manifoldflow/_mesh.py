@@ -243,23 +243,22 @@ def layer(fn: Callable[..., Any], orders: Sequence[tuple[int, ...] | None]) -> C
         orders: for each of them the axes of a parameter in their order there; None if it is none.
     """
     sizes = _axes()
-    is_weight = [order is not None for order in orders]
-    if PARAMETERS not in sizes or all(is_weight) or not any(is_weight):
+    has_weight = None in orders and any(order is not None for order in orders)
+    if PARAMETERS not in sizes or sizes.get(EXAMPLES, 1) == 1 or not has_weight:
         return fn
 
-    def gathered(array: Array, order: tuple[int, ...] | None) -> Array:
-        if order is None:
+    def gathered(array: Array, order: tuple[int, ...] | None, others: list[Array]) -> Array:
+        if order is None or array.size * array.dtype.itemsize <= _SMALL:
             return array
         shape = [array.shape[order.index(axis)] for axis in range(array.ndim)]
         names = _names_at_work(jax.ShapeDtypeStruct(shape, array.dtype), sizes)
         spec = PartitionSpec(*(names[axis] for axis in order))
-        return jax.lax.with_sharding_constraint(array, spec)
+        return jax.lax.with_sharding_constraint(_after(others, array), spec)
 
     @jax.checkpoint
     def of_parts(*arrays: Array) -> Any:
         others = [array for array, order in zip(arrays, orders) if order is None]
-        in_parts = [x if order is None else _after(others, x) for x, order in zip(arrays, orders)]
-        return fn(*map(gathered, in_parts, orders))
+        return fn(*(gathered(array, order, others) for array, order in zip(arrays, orders)))
 
     return of_parts
 

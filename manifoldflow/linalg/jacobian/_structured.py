@@ -10,6 +10,8 @@ than the loss. Leaves without such structure keep explicit rows, alone.
 """
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -109,12 +111,22 @@ class StructuredJacobian(AbstractJacobian):
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
-        for pairs in zip(self.blocks, other.blocks, strict=True):
-            blocks, partners = _mesh.in_turn(total, pairs)
-            for block, partner in zip(_mesh.rows_cut(blocks), _mesh.columns_cut(partners)):
-                total = total + block.cross_gram(partner).reshape(total.shape)
+        for layer in self._layers():
+            # At once, since a weight and its bias share a factor.
+            pairs = [(self.blocks[leaf], other.blocks[leaf]) for leaf in layer]
+            for blocks, partners in _mesh.in_turn(total, pairs):
+                for block, partner in zip(_mesh.rows_cut(blocks), _mesh.columns_cut(partners)):
+                    total = total + block.cross_gram(partner).reshape(total.shape)
             total = _mesh.in_blocks(total)
         return total
+
+    def _layers(self) -> list[list[int]]:
+        """The numbers of the leaves that have one place in the point, as a weight and its bias."""
+        places = [re.sub(r"(\.\w+|\[[^\]]*\])$", "", path) for path, _ in self.labels]
+        return [
+            list(layer)
+            for _, layer in itertools.groupby(range(len(places)), key=places.__getitem__)
+        ]
 
     @property
     def _is_spread(self) -> bool:
