@@ -263,31 +263,52 @@ def layer(fn: Callable[..., Any], orders: Sequence[tuple[int, ...] | None]) -> C
     return of_parts
 
 
-def gathered(tree: Tree) -> Tree:
-    """`columns_cut` in one message where the arrays are small; else they are as they were."""
-    if num_devices() == 1:
-        return tree
+def columns_cut(tree: Tree) -> Tree:
+    """Every array as the columns of a Gram matrix: whole, or along the axis of parameters."""
+    return _constrained(tree, lambda x: PartitionSpec(_name(PARAMETERS)))
+
+
+def in_one(place: Callable[[Tree], Tree], tree: Tree) -> Tree:
+    """`rows_cut` or `columns_cut` in one message where the arrays are small.
+
+    Large ones are left as they are: they are sent layer by layer.
+    """
+    if num_devices() == 1 or (place is rows_cut and PARAMETERS not in _axes()):
+        return tree  # All of a row is there.
     leaves, treedef = jax.tree.flatten(tree)
     # A weight and its bias share a factor.
     distinct = {id(leaf): leaf for leaf in leaves}
     arrays = list(distinct.values())
     is_small = sum(array.nbytes for array in arrays) <= _ONE_MESSAGE
     if not is_small or len({array.dtype for array in arrays}) > 1:
-        return tree  # Layer by layer then.
-    found = dict(zip(distinct, _in_one(arrays)))
+        return tree
+    found = dict(zip(distinct, _in_one(place, arrays)))
     return jax.tree.unflatten(treedef, [found[id(leaf)] for leaf in leaves])
 
 
-def columns_cut(tree: Tree) -> Tree:
-    """Every array as the columns of a Gram matrix: whole, or along the axis of parameters."""
-    return _constrained(tree, lambda x: PartitionSpec(_name(PARAMETERS)))
+def _in_one(place: Callable[[Any], Any], arrays: list[Array]) -> list[Array]:
+    """Those that are cut along widths in one message, all others in another."""
+    sizes = _axes()
+    packed: dict[int, list[Array]] = {}
+    for array in arrays:
+        packed.setdefault(_num_parts(array, sizes), []).append(array)
+    found: dict[int, Array] = {}
+    for num_parts, pack in packed.items():
+        # The parts of a width stay where they are.
+        parts = [array.reshape(array.shape[0], num_parts, -1) for array in pack]
+        ends = np.cumsum([part.shape[2] for part in parts])
+        at = PartitionSpec(_examples(parts[0]), _name(PARAMETERS) if num_parts > 1 else None)
+        joined = jnp.concatenate(_constrained(parts, lambda _, at=at: at), axis=2)
+        placed = jnp.split(place(joined), ends[:-1], axis=2)
+        found |= {id(x): part.reshape(x.shape) for x, part in zip(pack, placed)}
+    return [found[id(array)] for array in arrays]
 
 
-def _in_one(arrays: list[Array]) -> list[Array]:
-    flat = [array.reshape(array.shape[0], -1) for array in arrays]
-    ends = np.cumsum([array.shape[1] for array in flat])
-    parts = jnp.split(columns_cut(jnp.concatenate(rows_cut(flat), axis=1)), ends[:-1], axis=1)
-    return [part.reshape(array.shape) for part, array in zip(parts, arrays)]
+def _num_parts(array: Array, sizes: dict[str, int]) -> int:
+    """Over how many devices the width of rows is cut: the first axis that is longer than one."""
+    names = _names(array, {n: s for n, s in sizes.items() if n == PARAMETERS}, first=1)
+    axis = next((axis for axis in range(1, array.ndim) if array.shape[axis] > 1), 0)
+    return sizes[PARAMETERS] if PARAMETERS in names[axis] else 1
 
 
 def _name(axis: str) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ class DenseJacobian(AbstractJacobian):
         return _mesh.whole(self._in_blocks(other))
 
     def _in_blocks(self, other: "DenseJacobian") -> Float[Array, "n m"]:
-        mine = _mesh.rows_cut(self._matrices())
-        theirs = _mesh.columns_cut(_mesh.gathered(other._matrices()))
+        mine = _mesh.rows_cut(_mesh.in_one(_mesh.rows_cut, self._matrices()))
+        theirs = _mesh.columns_cut(_mesh.in_one(_mesh.columns_cut, other._matrices()))
         products = [_precision.matmul(a, b.T) for a, b in zip(mine, theirs, strict=True)]
         return _mesh.in_blocks(sum(products[1:], products[0]))
 

@@ -136,8 +136,10 @@ class StructuredJacobian(AbstractJacobian):
         """Each device has its own rows, and gets the factors of its columns."""
         if not self._is_spread:
             return self._products(other)
-        theirs = dataclasses.replace(other, blocks=_mesh.gathered(other.blocks))
-        return self._products(theirs)
+        rows = _mesh.in_one(_mesh.rows_cut, self.blocks)
+        columns = _mesh.in_one(_mesh.columns_cut, other.blocks)
+        mine = dataclasses.replace(self, blocks=rows)
+        return mine._products(dataclasses.replace(other, blocks=columns))
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
