@@ -157,10 +157,10 @@ def elsewhere():
 
 
 def largest_part(tree):
-    """Of the leaves above 64 kB, what one device holds of one, times the number of devices."""
-    large = [leaf for leaf in jax.tree.leaves(tree) if leaf.nbytes > 2**16]
+    """The largest share of a leaf that one device holds; small leaves do not count."""
+    large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size >= NUM_EXAMPLES**2]
     parts = [leaf.addressable_shards[0].data.size / leaf.size for leaf in large]
-    return max(parts, default=0)
+    return max(parts)
 
 
 def process(index, port):

@@ -36,9 +36,11 @@ def test_parameters_are_spread():
         at_most(f"{name}: relative difference from one device", gap, 1e-10)
         assert set(sent) <= KINDS, f"{name}: messages {sent}"
         at_most(f"{name}: messages {sent}", sum(sent.values()), MOST_WITH_PARAMETERS)
-    for name, shape in (("drift", (2, 1)), ("drift", (4, 2)), ("project", (2, 2))):
+    cut = ("drift", (2, 1)), ("drift", (4, 2)), ("project", (2, 2)), ("gram", (4, 2))
+    for name, shape in cut:
         part = report[f"{name} on {shape}"][2]
         equal(f"{name} on {shape}: the share of one device", part, 1 / math.prod(shape))
+    equal("layer by layer", report["gram, layer by layer"][2], 1 / 8)
 
 
 def test_two_processes():
