@@ -1,4 +1,4 @@
-"""The network that is walked: how it is made, trained and measured."""
+"""The network that is walked: its construction, its training and its measures."""
 
 import argparse
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def landed_network(loss: LeastSquares, model: eqx.nn.MLP, is_raw: bool) -> eqx.n
 
     Args:
         loss: on the training examples.
-        model: where training starts.
-        is_raw: whether the data are as they came, and not standardised.
+        model: the start of training.
+        is_raw: True if the data are as they came, and not standardised.
 
     Raises:
         ValueError: it did not get there.

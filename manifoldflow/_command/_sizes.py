@@ -1,4 +1,4 @@
-"""Problems that are too large are refused before anything is computed."""
+"""Refusals of problems that are too large, before anything is computed."""
 
 import os
 from collections.abc import Callable
@@ -17,14 +17,14 @@ def check_sizes(
     fewer: Callable[[int], str],
     wider: str,
 ) -> None:
-    """Whether there is a manifold of perfect fits, and whether a walk on it can be afforded.
+    """Refuses a problem without a manifold of perfect fits, or too large for a walk on it.
 
     Args:
         num_residuals: n, examples × outputs.
         num_coordinates: D, weights that move.
         itemsize: bytes of a number.
-        fewer: what to ask for to have so many residuals at most.
-        wider: what to ask for to have more than n coordinates.
+        fewer: the option for at most that number of residuals.
+        wider: the option for more than n coordinates.
 
     Raises:
         ValueError: says which size is too large, and what to ask for instead.
@@ -58,7 +58,7 @@ def check_sizes(
 
 
 def memory_of_this_machine() -> int | None:
-    """Bytes, where the system tells."""
+    """The memory in bytes, where the system tells."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

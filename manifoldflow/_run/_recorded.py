@@ -22,15 +22,15 @@ State = TypeVar("State")
 
 
 class Save(NamedTuple):
-    """What is kept of a run after some of its steps.
+    """The content of a journal after some of the steps of a run.
 
     Attributes:
-        step: how many.
+        step: the number of steps.
         time: on the clock of the run.
         row: coordinates, observables, numbers to go on with.
-        state: what to go on from besides.
-        must_write: whether it is to be written, whatever that costs.
-        is_told: whether it is to be shown: not where the run has ended before.
+        state: the rest that the next leg starts from.
+        must_write: True if it is to be written, whatever that costs.
+        is_told: False where the run has ended before, so that it is not shown.
     """
 
     step: int
@@ -42,11 +42,11 @@ class Save(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """Where a leg has come to.
+    """The place that a leg has come to.
 
     Attributes:
-        state: what the next one starts from.
-        share: how much of the run is done; None if it ended on the way.
+        state: the start of the next one.
+        share: the part of the run that is done; None if it ended on the way.
         save: None where nothing is kept, so that a run that goes on comes here once more.
     """
 
@@ -67,15 +67,15 @@ class AbstractRun(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def again(self, journal: Journal, state: PyTree[Array], step: int) -> State:
-        """What to go on from: the journal's last save, or the state after so many steps."""
+        """The state to go on from: the journal's last save, or the state after so many steps."""
 
     @abc.abstractmethod
     def legs(self, state: State, journal: Journal) -> Iterator[Leg]:
-        """From save to save, up to the end."""
+        """The legs from save to save, up to the end."""
 
 
 def check_concrete(kind: str, given: Any) -> None:
-    """Files are written by Python: not for values that are known only when a program runs."""
+    """Refuses files for values that are known only when a program runs: Python writes them."""
     if is_traced(given):
         raise ValueError(
             f"`checkpoint` needs concrete values: call `{kind}` outside jit and vmap, and the same "
@@ -89,13 +89,14 @@ def recorded(
     """The last state of a run, from wherever its journal has got to.
 
     Args:
-        run: what is run.
-        journal: where its saves are collected.
-        checkpoint: where they are written to, and read from if they are there; None: nowhere.
-        resume: where to read from instead; there must be something.
+        run: the run.
+        journal: collects its saves.
+        checkpoint: the place to write them to, and to read from if they are there; or None.
+        resume: the place to read from instead; there must be something.
     """
     shown = run.meter.init()
     with journal.opened(checkpoint) as target:
+        # `resume` is read only; the run is written to `checkpoint` from there on.
         source = target if resume is None else store_of("resume", resume)
         if source is not None and (resume is not None or source.has_any()):
             state = run.again(journal, *journal.read(source))
@@ -116,6 +117,7 @@ def recorded(
 
 def _keep(run: AbstractRun[Any], journal: Journal, target: Any, save: Save) -> None:
     journal.add(save.row, save.step, save.time)
+    # Written before it is shown: a callback that raises must not cost the save.
     if target is not None:
         journal.write(target, save.state, must=save.must_write)
     if save.is_told:

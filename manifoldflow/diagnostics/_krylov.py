@@ -28,7 +28,7 @@ class Top(NamedTuple):
     Attributes:
         values: (num,).
         bounds: ‖Av − λv‖ and the rounding of products: so near there is an eigenvalue.
-        is_found: whether all are as good as was asked for.
+        is_found: True where all are as good as was asked for.
         num_products: that it took.
         num_bytes: of the basis.
     """
@@ -118,6 +118,7 @@ class _Search:
         self.count += 1
 
     def _product(self, vector: Array) -> Array:
+        # JAX returns before it has computed: the clock would stop too early.
         image = jax.block_until_ready(self.product(vector))
         if self.num_products == 0:
             self.end = time.perf_counter() + self.seconds
