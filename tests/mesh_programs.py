@@ -82,8 +82,9 @@ def relative_gap(found, expected):
 
 def relative_gap_here(found, expected):
     """Of the parts that this process holds."""
-    gaps = [np.abs(part.data - expected[part.index]) for part in found.addressable_shards]
-    return float(max(map(np.max, gaps)) / np.max(np.abs(expected)))
+    expected = np.asarray(expected)
+    parts = [(np.asarray(part.data), expected[part.index]) for part in found.addressable_shards]
+    return float(max(np.max(np.abs(a - b)) for a, b in parts) / np.max(np.abs(expected)))
 
 
 def run(fn, loss, point):
