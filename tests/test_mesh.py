@@ -14,7 +14,7 @@ from processes import finished, start, two_reports
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose.
 MOST = 40
 # Of programs with several Jacobians, where each weight and factor is sent as well.
-MOST_OF = {"project": 60, "limit_map": 110, "in chunks": 115}
+MOST_OF = {"gram": 15, "project": 60, "limit_map": 110, "in chunks": 115}
 KINDS = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
 
 
@@ -75,6 +75,7 @@ def test_a_mesh_is_in_force_within_its_context_only():
     assert jax.sharding.get_mesh().empty
 
 
+@pytest.mark.quick
 def test_bad_input():
     loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=lambda w, x: w @ x)
     with refused(ValueError, "shard_examples", "mesh", "none"):
@@ -114,6 +115,7 @@ def test_parameters_are_placed():
         mf.mesh(examples=1, parameters=1000)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("count", [0, 1.5, "all"])
 def test_bad_counts(count):
     with refused(ValueError, "mesh: examples"):
