@@ -22,7 +22,8 @@ import jax.random as jr
 import numpy as np
 
 import manifoldflow as mf
-from manifoldflow import _mesh, linalg
+from manifoldflow import linalg
+from manifoldflow._mesh import _cuts
 
 NUM_EXAMPLES = 64
 WIDE = 160  # for leaves and factors of more than 64 kB
@@ -137,7 +138,7 @@ def parameters():
                 spread = mf.shard_examples(loss), mf.shard_parameters(model)
                 found, sent = run(every[name], *spread)
             report[f"{name} on {shape}"] = relative_gap(found, expected), sent, largest_part(found)
-    _mesh._ONE_MESSAGE = 0  # as if the factors were large
+    _cuts._ONE_MESSAGE = 0  # as if the factors were large
     with mf.mesh(examples=4, parameters=2):
         found, sent = run(every["gram"], mf.shard_examples(loss), mf.shard_parameters(model))
     expected, _ = run(every["gram"], loss, model)
