@@ -118,6 +118,15 @@ def _checked_function(
     return typing.cast(Function, call)
 
 
+def _refuse_tracing(name: str, arguments: Any) -> None:
+    # Inside jit JAX traces operations on constants as well: an addition tells.
+    if is_traced(arguments) or is_traced(jnp.add(0, 0)):
+        raise ValueError(
+            f"{name} needs concrete numbers; got a call within jit, vmap or grad. Call it outside, "
+            "with arrays that are not traced."
+        )
+
+
 def checked_fields(module: Any) -> None:
     """Checks the fields of a module without an `__init__`, as `checked` does arguments."""
     sizes: dict[str, int] = {}

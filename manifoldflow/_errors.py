@@ -203,15 +203,6 @@ _REFUSALS = {
 }
 
 
-def _refuse_tracing(name: str, arguments: Any) -> None:
-    # Inside jit JAX traces operations on constants as well: an addition tells.
-    if is_traced(arguments) or is_traced(jnp.add(0, 0)):
-        raise ValueError(
-            f"{name} needs concrete numbers; got a call within jit, vmap or grad. Call it outside, "
-            "with arrays that are not traced."
-        )
-
-
 def of_jax(error: Exception) -> str | None:
     """What to say instead of an error of JAX, where that is known."""
     if not isinstance(error, TypeError | ValueError | NotImplementedError):
