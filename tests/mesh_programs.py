@@ -110,8 +110,7 @@ def devices():
 
 
 PARTS = {
-    "drift": [(2, 1), (2, 2), (4, 2), (1, 4)],
-    "project": [(2, 2)],
+    "drift": [(2, 1), (4, 2), (1, 4)],
     "limit_map": [(2, 2)],
     "in chunks": [(4, 2)],
     "in rows": [(4, 2)],

@@ -14,7 +14,7 @@ from processes import finished, start, two_reports
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose.
 MOST = 40
 # Of programs with several Jacobians, where each weight and factor is sent as well.
-MOST_OF = {"gram": 15, "project": 60, "limit_map": 110, "in chunks": 115}
+MOST_OF = {"gram": 15, "limit_map": 110, "in chunks": 115}
 KINDS = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
 
 
@@ -37,7 +37,7 @@ def test_parameters_are_spread():
         assert set(sent) <= KINDS, f"{name}: messages {sent}"
         most = MOST_OF.get(name.split(" on ")[0], MOST)
         at_most(f"{name}: messages {sent}", sum(sent.values()), most)
-    cut = ("drift", (2, 1)), ("drift", (4, 2)), ("project", (2, 2)), ("gram", (4, 2))
+    cut = ("drift", (2, 1)), ("drift", (4, 2)), ("limit_map", (2, 2)), ("gram", (4, 2))
     for name, shape in cut:
         part = report[f"{name} on {shape}"][2]
         equal(f"{name} on {shape}: the share of one device", part, 1 / math.prod(shape))

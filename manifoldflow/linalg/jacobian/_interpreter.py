@@ -119,13 +119,13 @@ class Interpreter:
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate an equation as JAX would, whatever functions its parameters hold."""
         pairs = zip(eqn.invars, inputs, strict=True)
-        named = {var: value.array for var, value in pairs if not isinstance(var, jex.Literal)}
+        named = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
         jaxpr = self.template.replace(
             constvars=[], invars=list(named), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
         )
-        seen = {v: value.alias for v, value in zip(eqn.invars, inputs) if v in named}
-        fn = _mesh.layer(jex.jaxpr_as_fun(closed(jaxpr)), [_order(seen[v], v) for v in named])
-        return [Value(output) for output in fn(*named.values())]
+        orders = [_order(value.alias, var) for var, value in named.items()]
+        fn = _mesh.layer(jex.jaxpr_as_fun(closed(jaxpr)), orders)
+        return [Value(output) for output in fn(*(value.array for value in named.values()))]
 
     def give_up(self, values: Sequence[Value], reason: str | None = None) -> None:
         """These leaves are used in a way no rule knows: explicit rows for them."""
