@@ -11,7 +11,7 @@ RESULT_CLASSES = {
     "ensembles.Estimate", "ensembles.Statistics",
     "ensembles.WeakError", "flows.DriftEstimate", "linalg.Eigenvalues", "linalg.Estimate",
     "linalg.ChunkedJacobian", "linalg.DenseJacobian", "linalg.StructuredJacobian",
-    "linalg.ResidualFactor", "flows.IterationCheck",
+    "linalg.ResidualFactor", "linalg.TangentProjector", "flows.IterationCheck",
     "linalg.Equation", "linalg.LeafView",
     "limits.SecondDerivative", "manifolds.GramGeometry", "manifolds.HessianGeometry",
     "noise.LocalHessian", "noise.Batch", "updates.ScalingRule", "updates.Setting",

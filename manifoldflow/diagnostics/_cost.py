@@ -1,4 +1,4 @@
-"""How a model's Jacobian is kept, and how much memory a drift takes, before it is spent."""
+"""The form in which a Jacobian is kept, and the memory of a drift, before it is spent."""
 
 from typing import Any, NamedTuple
 
@@ -100,13 +100,19 @@ def explain(loss: AbstractResidualLoss | AbstractExampleLoss, point: Point) -> E
 
 
 class Plan(NamedTuple):
-    """Bytes that one drift of a flow takes at its peak, beside its arguments.
+    """The bytes that one drift of a flow takes at its peak, beside its arguments.
 
     Attributes:
         arguments: the point and the data, which are there already.
         drift: temporary memory of the drift as the flow would compute it.
         result: the drift itself.
-        dense_jacobian: what the n×D Jacobian alone would take, for comparison.
+        dense_jacobian: bytes that the n×D Jacobian alone would take, for comparison.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> needed = diagnostics.Plan(arguments=800, drift=4000, result=400, dense_jacobian=1600)
+        >>> print(needed.drift > needed.dense_jacobian)
+        True
     """
 
     arguments: int
@@ -132,6 +138,15 @@ def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
 
     Raises:
         MemoryError: the drift needs more than `limit`; says how much, and what to use.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: jnp.sum(jnp.sinh(w @ x))
+        >>> loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=predict)
+        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=1.0))
+        >>> print(mf.plan(flow, jnp.ones((2, 3))).drift < 10**6)
+        True
     """
     coordinates, _ = flow.split(point)
     compiled = eqx.filter_jit(lambda flow, point: flow.drift(point)).lower(flow, point).compile()

@@ -70,6 +70,10 @@ from manifoldflow.linalg._spectrum import (
     gram_log_determinant as gram_log_determinant,
     gram_top_eigenvector as gram_top_eigenvector,
 )
+from manifoldflow.linalg._tangent_projector import (
+    tangent_projector as tangent_projector,
+    TangentProjector as TangentProjector,
+)
 from manifoldflow.linalg._tangent_solve import tangent_solve as tangent_solve
 from manifoldflow.linalg.jacobian import (
     AbstractBlock as AbstractBlock,

@@ -14,3 +14,8 @@ def memory_budget() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit", 16 * _GIB)
     return int(limit) // 8
+
+
+def dense_fits(num_rows: int, itemsize: int, memory: int | None = None) -> bool:
+    """True where a Gram matrix, its factor and one temporary fit: 3n² numbers."""
+    return 3 * num_rows**2 * itemsize <= (memory_budget() if memory is None else memory)

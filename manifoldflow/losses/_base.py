@@ -126,9 +126,13 @@ class AbstractResidualLoss(AbstractLoss):
 
     @checked
     @jit_part
-    def jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """The Jacobian J = ∂r, a lineax operator from tangents to the n residuals."""
-        return _jacobian_of(self, self.example_residual, point, self.data)
+    def jacobian(self, point: Point, *, batch_size: int | None = None) -> linalg.AbstractJacobian:
+        """The Jacobian J = ∂r, a lineax operator from tangents to the n residuals.
+
+        With a `batch_size`, rows are formed anew for that many examples at a time wherever it is
+        used; else where all of them would take too much memory.
+        """
+        return _jacobian_of(self, self.example_residual, point, self.data, batch_size)
 
     @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
@@ -219,16 +223,27 @@ class AbstractExampleLoss(AbstractLoss):
         check_reach(self.example_output, coordinates, remainder, inputs)
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
 
-    def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """The Jacobian ∂f, from tangents to all outputs in the order of the examples."""
-        return _jacobian_of(self, self.example_output, point, self.inputs)
+    def output_jacobian(
+        self, point: Point, *, batch_size: int | None = None
+    ) -> linalg.AbstractJacobian:
+        """The Jacobian ∂f, from tangents to all outputs in the order of the examples.
+
+        With a `batch_size`, formed anew for that many examples at a time, as `jacobian`.
+        """
+        return _jacobian_of(self, self.example_output, point, self.inputs, batch_size)
 
 
 def _jacobian_of(
-    loss: AbstractLoss, fn: Callable[[Point, Example], Array], point: Point, data: PyTree[Array]
+    loss: AbstractLoss,
+    fn: Callable[[Point, Example], Array],
+    point: Point,
+    data: PyTree[Array],
+    batch_size: int | None,
 ) -> linalg.AbstractJacobian:
     coordinates, remainder = loss.split(point)
     of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
     data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
     check_reach(fn, coordinates, remainder, data)
+    if batch_size is not None:
+        return linalg.chunked_jacobian(of_coordinates, coordinates, data, batch_size)
     return linalg.jacobian(of_coordinates, coordinates, data)
