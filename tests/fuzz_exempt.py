@@ -29,5 +29,6 @@ ELSEWHERE = {
     "load_checkpoint", "plotting.plot_walk", "plotting.Colour", "plotting.draw_curve",
     "plotting.draw_surface", "plotting.light_png", "plotting.surface_axes",
     "noise.checked_noise", "linalg.positive_solver",
-    "walks.before_after", "LiveTable",
+    "walks.before_after", "LiveTable", "plotting.plot_before_after", "plotting.plot_convergence",
+    "plotting.plot_ensemble", "plotting.plot_spectrum",
 }  # fmt: skip
