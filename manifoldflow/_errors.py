@@ -1,6 +1,7 @@
 """Checks of arguments, and the sentences that say what is wrong with them."""
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +183,42 @@ def _checked_scalar(
     if not (is_fine(known) and np.isfinite(known)):
         raise ValueError(f"{message} Got {value!r}.")
     return converted
+
+
+# What JAX says of functions that cannot be differentiated as is needed, and what helps.
+_NO_LOOPS = (
+    "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced number "
+    "of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed number of steps, "
+    "or equinox.internal.while_loop(…, kind='checkpointed')."
+)
+_NO_FORWARD = (
+    "Second derivatives along given directions are taken forwards, and a function with a "
+    "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
+    "the model and for mf.solve itself, adjoint=diffrax.DirectAdjoint()."
+)
+_REFUSALS = {
+    "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
+    "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
+    "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
+}
+
+
+def of_jax(error: Exception) -> str | None:
+    """What to say instead of an error of JAX, where that is known."""
+    if not isinstance(error, TypeError | ValueError | NotImplementedError):
+        return None
+    message = str(error)
+    ours = next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
+    return _on_other_devices(message) if ours is None else ours
+
+
+def _on_other_devices(message: str) -> str | None:
+    """What to say for JAX's error about arrays on other devices than the rest, or the mesh."""
+    if "Received incompatible devices for jitted computation" not in message:
+        return None
+    ids = " and ".join(dict.fromkeys(re.findall(r"device ids (\[[\d, ]*\])", message)))
+    return (
+        f"All arrays must lie on the devices of one mesh; got devices {ids}. Call "
+        "manifoldflow.shard_examples(loss) and manifoldflow.shard_parameters(point) within the "
+        "`with manifoldflow.mesh(…)` in which they are used."
+    )

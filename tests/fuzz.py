@@ -146,6 +146,7 @@ EXCEPTIONS = {
 POTENTIALS = "diagnostics.is_gradient_flow"
 EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
 EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count", ("mesh", "examples"): "count"}
+EXCEPTIONS |= {("mesh", "parameters"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"
@@ -209,6 +210,7 @@ FITS = {
     ("linalg.displacement", "origin"): "integers|booleans",
     ("theory.kernel_regime_error_bound", "truth"): "longer",
     ("SAMGradient", "radius"): "zero",
+    ("shard_parameters", "point"): "complex",  # frozen leaves may be
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",
 }

@@ -164,6 +164,10 @@ CALLS = {
         "loss": LOSS,
         "mesh": jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
     },
+    "shard_parameters": {
+        "point": X,
+        "mesh": jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
+    },
     "simulate": {
         "loss": LOSS, "noise": LABEL, "optimizer": optax.sgd, "point": X, **SGD, "num_saves": 1,
         "momentum": 0.0, "observe": {"h": height}, "until": mf.Stationary(0.1), "throw": False,

@@ -109,8 +109,8 @@ def ensemble(
     data = _padded(data, run.num_local * num_devices)
     shared, static = eqx.partition((fn, args), _is_data)
     if mesh is not None:
-        data = placed(data, mesh, is_split=True)
-        shared = placed(shared, mesh, is_split=False)
+        data = placed(data, mesh, mesh.axis_names[0])
+        shared = placed(shared, mesh, None)
     results = _compiled(run, data, shared, static)
     if len(data) == num_members:
         return results

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _mesh, _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
@@ -121,7 +121,7 @@ class AbstractResidualLoss(AbstractLoss):
         # Data in float64 would promote a float32 point, and all that follows from it.
         data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
         check_reach(self.example_residual, coordinates, remainder, data)
-        point = _tree.join(coordinates, remainder)
+        point = _tree.join(_mesh.at_work(coordinates), remainder)
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
     @checked
@@ -218,7 +218,7 @@ class AbstractExampleLoss(AbstractLoss):
         """The outputs of all examples, in the point's dtype."""
         coordinates, remainder = self.split(point)
         dtype = _tree.dtype_of(coordinates)
-        point = _tree.join(coordinates, remainder)
+        point = _tree.join(_mesh.at_work(coordinates), remainder)
         inputs = _tree.cast_floats(self.inputs, dtype)
         check_reach(self.example_output, coordinates, remainder, inputs)
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)

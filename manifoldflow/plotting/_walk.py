@@ -75,6 +75,7 @@ def _draw_path(
 ) -> None:
     seen = _observables(walk)
     left = _known(seen, left, "sharpness" if "sharpness" in seen else next(iter(seen)))
+    assert left is not None
     right = _known(seen, right, "test_accuracy" if "test_accuracy" in seen else None)
     times = np.asarray(walk.times)
     is_sharpness = left == "sharpness"
@@ -111,7 +112,7 @@ def _observables(walk: Solution) -> dict[str, Any]:
     return found
 
 
-def _known(seen: dict[str, Any], name: str | None, default: Any) -> Any:
+def _known(seen: dict[str, Any], name: str | None, default: str | None) -> str | None:
     if name is not None and name not in seen:
         raise ValueError(f"plot_walk: observables are {sorted(seen)}; got {name!r}.")
     return default if name is None else name
