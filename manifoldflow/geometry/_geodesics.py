@@ -43,7 +43,7 @@ Bundle = tuple[Coordinates, tuple[Tangent, ...]]
 
 
 class GeodesicOptions(eqx.Module):
-    """How to solve for geodesics and transport.
+    """The options for solving for geodesics and transport.
 
     Args:
         solver: any Diffrax solver of ordinary differential equations; `diffrax.Dopri8()` by
@@ -51,8 +51,21 @@ class GeodesicOptions(eqx.Module):
         step_size: equal steps; adaptive ones by default.
         rtol: relative tolerance of adaptive steps; 1e-9 in float64 and 1e-5 in float32.
         atol: absolute tolerance; 1e-10 and 1e-6 times the largest coordinate at the start.
-        adjoint: how Diffrax differentiates; reverse mode by default,
+        adjoint: the way in which Diffrax differentiates; reverse mode by default,
             `diffrax.ForwardMode()` for forward mode.
+
+    Raises:
+        ValueError: a step size or tolerance that is not positive.
+
+    Examples:
+        >>> import diffrax as dfx
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> walk = mf.GeodesicOptions(solver=dfx.Heun(), step_size=0.01)
+        >>> quarter = jnp.array([0.0, jnp.pi / 2])
+        >>> print(jnp.abs(mf.exponential_map(circle, x, quarter, walk=walk)).round(3))
+        [0. 1.]
     """
 
     solver: dfx.AbstractSolver = dfx.Dopri8()
@@ -70,7 +83,10 @@ class GeodesicOptions(eqx.Module):
     def controller(
         self, size: Scalar, first: Scalar, unit: Scalar | float = 1.0
     ) -> dfx.AbstractStepSizeController:
-        """For numbers of this size; adaptive steps begin with `first`, in units of `unit`."""
+        """The step size controller for numbers of this size, in units of `unit`.
+
+        Adaptive steps begin with `first`.
+        """
         if self.step_size is not None:
             return EqualSteps(self.step_size / jnp.abs(unit))
         is_double = _precision.is_double(size)
@@ -79,6 +95,7 @@ class GeodesicOptions(eqx.Module):
         # Where no step can be landed, none is short enough: do not try for ever.
         smallest = jnp.asarray(_precision.eps_of_dtype(size), size.dtype)
         controller = dfx.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False)
+        # Diffrax would choose a first step from two more evaluations of the field.
         return AdaptiveSteps(controller, first)
 
 
@@ -96,7 +113,7 @@ def geodesic(
     walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
-    """γ(times) for the geodesic with γ(0) = point and γ′(0) = velocity.
+    """The points γ(times) of the geodesic with γ(0) = point and γ′(0) = velocity.
 
     Args:
         manifold: the manifold.
@@ -112,6 +129,15 @@ def geodesic(
     Raises:
         ValueError: times out of order.
         EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> path = mf.geodesic(circle, x, jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0]))
+        >>> print(path.round(3))  # (cos t, sin t)
+        [[0.878 0.479]
+         [0.54  0.841]]
     """
     path, _ = path_along(manifold, point, (velocity,), times, walk, throw)
     return path
@@ -126,14 +152,27 @@ def exponential_map(
     walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
-    """exp_p(v), the point that the geodesic from `point` along `vector` reaches at time 1.
+    """The point exp_p(v), which the geodesic from p along v reaches at time 1.
 
     Args:
         manifold: the manifold.
         point: p.
         vector: v; its tangent part counts.
-        walk: how to solve.
+        walk: the options for solving.
         throw: as for `geodesic`.
+
+    Returns:
+        A point of the manifold.
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> print(mf.exponential_map(circle, x, jnp.array([0.0, jnp.pi / 6])).round(3))
+        [0.866 0.5  ]
     """
     path, _ = path_along(manifold, point, (vector,), jnp.ones(1), walk, throw)
     return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
@@ -154,12 +193,26 @@ def transport_along_geodesic(
 
     Args:
         manifold: the manifold.
-        point: where the vector is.
+        point: the point at which the vector is a tangent.
         velocity: of the geodesic, at the point. Transported itself, it is γ′(time).
-        vector: what is transported; its tangent part counts.
-        time: how far, in the time of the geodesic; may be negative.
-        walk: how to solve.
+        vector: the tangent to be transported; its tangent part counts.
+        time: the time of the geodesic to transport to; may be negative.
+        walk: the options for solving.
         throw: as for `geodesic`.
+
+    Returns:
+        A tangent at γ(time).
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> up = jnp.array([0.0, 1.0])
+        >>> print(mf.transport_along_geodesic(circle, x, up, up, jnp.pi / 6).round(3))
+        [-0.5    0.866]
     """
     _, vectors = path_along(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
     return _last(vectors[1])
@@ -196,7 +249,7 @@ def path_along(
 
 
 class _Field(eqx.Module):
-    """x′ = v, v′ = II(v, v), V′ = II(v, V), times the unit of time."""
+    """The field x′ = v, v′ = II(v, v), V′ = II(v, V), times the unit of time."""
 
     manifold: AbstractManifold
     remainder: Point
@@ -208,12 +261,13 @@ class _Field(eqx.Module):
         x, vectors = y
         space = self.manifold.normal_space(_tree.join(x, self.remainder))
         local = self.manifold.local(_tree.join(x, self.remainder), space=space)
+        # V′ = II(γ′, V) is normal: its tangent part, the covariant derivative of V, is zero.
         slopes = vectors[0], tuple(local.form(vectors[0], vector) for vector in vectors)
         return _tree.scale(args, slopes)
 
 
 class _TangentBundle(eqx.Module):
-    """What `Projected` needs to keep a point on the manifold and vectors tangent to it."""
+    """The tangent bundle, on which `Projected` keeps a point and its tangents."""
 
     manifold: AbstractManifold
     remainder: Point
@@ -293,7 +347,7 @@ def _ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
 
 
 class _Here(eqx.Module):
-    """Where a geodesic has come to."""
+    """The state of a geodesic at a time."""
 
     bundle: Bundle
     time: Scalar
@@ -302,7 +356,7 @@ class _Here(eqx.Module):
 
 
 class _TransportField(eqx.Module):
-    """V′ = II(γ′, V) along a given path."""
+    """The field V′ = II(γ′, V) along a given path."""
 
     manifold: AbstractManifold
     path: Callable[..., Any]
@@ -345,6 +399,14 @@ def parallel_transport(
         ValueError: the path leaves the manifold (checked at its ends and in its middle).
         EquinoxRuntimeError: with the message of the `RESULTS` member; under a trace, also where
             the path leaves the manifold.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere = mf.LevelSet(lambda x: x @ x - 1)
+        >>> arc = lambda t: jnp.stack([jnp.cos(t), jnp.sin(t), 0 * t])  # on the equator
+        >>> print(mf.parallel_transport(sphere, arc, jnp.array([0.0, 1.0, 1.0])).round(3))
+        [-0.841  0.54   1.   ]
     """
     path = _tree.as_pytree_callable(path)
     ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]

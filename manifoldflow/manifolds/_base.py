@@ -41,7 +41,7 @@ class AbstractManifold(eqx.Module):
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> circle = mf.models.Sphere(1).manifold
         >>> isinstance(circle, mf.AbstractManifold)
         True
         >>> x = circle.project(jnp.array([3.0, 4.0]))

@@ -65,7 +65,7 @@ class GramGeometry(AbstractLocalGeometry):
             return _tree.zeros_like(self.coordinates)
         tangent = self.operator(self.space.tangent, is_symmetric=True)
         multiplier = self._multiplier()
-        # PΣP and PΣJ† from a factor F take two products per column; from Σ itself, D of them.
+        # One Hessian-vector product per column of a factor F; from Σ itself, one per residual.
         tangents = tangent @ sigma.operator
         if isinstance(sigma, linalg.Factor):
             multipliers = multiplier @ sigma.operator

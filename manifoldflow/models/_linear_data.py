@@ -18,32 +18,32 @@ Matrix = Float[Array, "_ _"]
 
 
 class AbstractLinearData(eqx.Module):
-    """Inputs x with outputs y, and the moments that decide where linear networks end."""
+    """Inputs x with outputs y, and the moments that determine the ends of linear networks."""
 
     target_map: eqx.AbstractVar[Matrix]
     """V, the best linear map from x to y."""
 
     @abc.abstractmethod
     def sample(self, key: Key, num_examples: int) -> Batch:
-        """Examples (x, y), drawn independently."""
+        """Independent draws of examples (x, y)."""
 
     @property
     @abc.abstractmethod
     def input_covariance(self) -> Matrix:
-        """Σ_x = E[xxᵀ]."""
+        """The covariance of the inputs, Σ_x = E[xxᵀ]."""
 
     @property
     @abc.abstractmethod
     def noise_covariance(self) -> Matrix:
-        """Σ_ε = E[εεᵀ] for ε = y − Vx."""
+        """The covariance of the noise, Σ_ε = E[εεᵀ] for ε = y − Vx."""
 
     @abc.abstractmethod
     def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
-        """E[‖r‖²xxᵀ] and E[‖x‖²rrᵀ] for the residuals r = Px − y of a linear map P."""
+        """The moments E[‖r‖²xxᵀ] and E[‖x‖²rrᵀ] for the residuals r = Px − y of a linear map P."""
 
 
 class LinearStream(AbstractLinearData):
-    """y = Vx + ε with independent normal x and ε of mean 0, new at every draw.
+    """A stream y = Vx + ε with independent normal x and ε of mean 0, new at every draw.
 
     Args:
         target_map: V, (d_y, d_x).
@@ -52,6 +52,15 @@ class LinearStream(AbstractLinearData):
 
     Raises:
         ValueError: shapes that do not fit, a covariance that is not positive semidefinite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.zeros(1))
+        >>> x, y = stream.sample(jr.key(0), 5)
+        >>> print(y.shape, bool(jnp.allclose(y[:, 0], 2 * x[:, 0] - x[:, 1], atol=1e-5)))
+        (5, 1) True
     """
 
     target_map: Matrix
@@ -82,7 +91,7 @@ class LinearStream(AbstractLinearData):
         return self.noise_root @ self.noise_root
 
     def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
-        """With D = P − V: (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ."""
+        """The moments (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ, with D = P − V."""
         gap, sigma = linear_map - self.target_map, self.input_covariance
         across = gap @ sigma
         residual = across @ gap.T + self.noise_covariance
@@ -91,7 +100,7 @@ class LinearStream(AbstractLinearData):
 
 
 class FiniteData(AbstractLinearData):
-    """N examples, drawn with replacement.
+    """A finite set of N examples, drawn with replacement.
 
     Args:
         inputs: x, (N, d_x).
@@ -99,6 +108,14 @@ class FiniteData(AbstractLinearData):
 
     Raises:
         ValueError: shapes that do not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> data = mf.models.FiniteData(x, x @ jnp.array([[2.0], [-1.0]]))
+        >>> print(data.target_map.round(3))
+        [[ 2. -1.]]
     """
 
     inputs: Float[Array, "N d_x"]
@@ -149,6 +166,7 @@ def _root(name: str, covariance: Any, size: int) -> Matrix:
         raise ValueError(
             f"{name} must be ({size}, {size}), or ({size},) for a diagonal; got {array.shape}."
         )
+    # Not Cholesky: a covariance may be singular.
     values, vectors = jnp.linalg.eigh(array)
     floor = -jnp.sqrt(_precision.eps_of_dtype(array)) * jnp.max(jnp.abs(array))
     if not is_traced(array) and (values[0] < floor or jnp.any(jnp.abs(array - array.T) > -floor)):

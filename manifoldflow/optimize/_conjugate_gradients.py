@@ -44,7 +44,7 @@ def truncated_cg(
     tolerance: Scalar,
     max_products: int,
 ) -> ModelStep:
-    """The method of Steihaug and Toint.
+    """Truncated conjugate gradients, the method of Steihaug and Toint.
 
     Conjugate gradients from zero until the residual is at most `tolerance`; on directions
     of negative curvature, and where the next iterate would be outside, to the boundary.
@@ -74,6 +74,7 @@ def truncated_cg(
         square = _tree.inner(residual, residual)
         length = square / _tree.where(curvature > 0, curvature, 1)
         ahead = _tree.add(vector, _tree.scale(length, direction))
+        # True for NaN as well: the step before is then kept.
         goes_out = ~(curvature > 0) | (_tree.norm(ahead) >= radius)
         length = _tree.where(goes_out, _to_boundary(vector, direction, radius), length)
         new_residual = _tree.add(residual, _tree.scale(length, image))

@@ -35,7 +35,7 @@ def minimize(
     checkpoint: Place | None = None,
     throw: bool = True,
 ) -> Solution:
-    """Go down to a stationary point of a function along a manifold.
+    """The descent of a function along a manifold to a stationary point.
 
     Every accepted step ends on the manifold. Works under jit and vmap; repeated calls on new
     data of the same shapes do not retrace. The result is not differentiable.
@@ -81,6 +81,14 @@ def minimize(
     Raises:
         ValueError: wrong options, or a function without scalar values.
         EquinoxRuntimeError: a failed search, with the message of its `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> found = mf.minimize(circle, lambda x: x[1], start)  # the lowest point
+        >>> print(found.final.round(3) + 0.0, found.stats["gradient_norm"] < 1e-4)
+        [ 0. -1.] True
     """
     if not isinstance(manifold, AbstractManifold):
         raise ValueError(

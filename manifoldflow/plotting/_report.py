@@ -1,4 +1,4 @@
-"""The picture of a report: eigenvalues, where the trace is, and whether the learning rate suits."""
+"""The picture of a report: eigenvalues, the trace by leaf, and the learning rate."""
 
 from typing import Any
 
@@ -29,8 +29,13 @@ def plot_report(report: Report) -> Figure:
     Returns:
         The figure, to be saved or shown.
 
-    Example:
-        >>> plot_report(mf.report(loss, model, learning_rate=0.1)).savefig("report.png")
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
+        >>> figure = mf.plotting.plot_report(mf.report(loss, jnp.ones(2), learning_rate=0.1))
+        >>> len(figure.axes)
+        2
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     _draw_eigenvalues(left, report)
@@ -68,6 +73,7 @@ def _draw_eigenvalues(axes: Any, report: Report) -> None:
     axes.set_title(
         "All eigenvalues that are not zero" if report.is_whole else "Largest eigenvalues"
     )
+    # matplotlib warns about a legend without entries.
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
 

@@ -24,19 +24,30 @@ def plot_walk(
     max_eigenvalues: int = 60,
     caption: str = "",
 ) -> Figure:
-    """Sharpness and test performance against limit time; Gram spectra before and after.
+    """Sharpness and test performance against limit time, and Gram spectra before and after.
 
     Args:
         walk: a solution with the two observables named next.
         sharpness: name of the observable with tr∇²L.
         test: name of the observable with the test performance.
-        test_label: what that is, for the axis.
+        test_label: the words for that performance on the axis.
         spectra: eigenvalues of the Gram matrix at the start and at the end, any order.
-        max_eigenvalues: how many of the largest to show.
+        max_eigenvalues: the number of the largest to show.
         caption: sentences to print below.
 
     Returns:
         The figure, to be saved or shown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.models.Sphere(1).manifold
+        >>> flow = mf.RiemannianGradientFlow(circle, lambda x: x[0])
+        >>> seen = {"sharpness": lambda x: x[0] + 2, "test_accuracy": lambda x: 0.9 + 0 * x[0]}
+        >>> walk = mf.solve(flow, jnp.array([0.6, 0.8]), end_time=1.0, observe=seen)
+        >>> figure = mf.plotting.plot_walk(walk)
+        >>> figure.axes[0].get_ylabel()
+        'sharpness  tr ∇²L'
     """
     columns, width = (1, 6) if spectra is None else (2, 11)
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.6), squeeze=False)

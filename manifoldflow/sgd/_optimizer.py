@@ -1,4 +1,4 @@
-"""Optax transforms: made from a learning rate, and asked which clock they run on."""
+"""Optax transforms: made from a learning rate, and tested for the clock that they run on."""
 
 import contextlib
 import functools
@@ -49,7 +49,7 @@ def updated(
     grad_fn: Callable[..., Any],
     value_fn: Callable[..., Any],
 ) -> tuple[Any, Any]:
-    """The update and the new state, from a transform that gets what it asks for.
+    """The update and the new state, from a transform that gets the arguments it asks for.
 
     Optax refuses what nobody asks for, and nothing says beforehand what is: SAM wants
     `grad_fn` alone, line searches `value`, `grad` and `value_fn` without it.
