@@ -233,6 +233,7 @@ def scalar_curvature(
         0.500
     """
     local = checked_local(manifold, point)
+    # E over independent normal u, v of ⟨II(u,u), II(v,v)⟩ − |II(u,v)|² is |tr II|² − |II|².
     if key is not None:
 
         def sample(key: Key) -> Scalar:

@@ -5,7 +5,6 @@ vectors projected on its tangent space there; since the field is tangent to the 
 order of the solver is kept.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
@@ -28,7 +27,7 @@ from manifoldflow._results import (
     without_step_limit,
 )
 from manifoldflow._run import AdaptiveSteps, EqualSteps, next_step, over_legs
-from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds import (
     AbstractManifold,
     Projected,
@@ -36,7 +35,7 @@ from manifoldflow.manifolds import (
 
 MAX_STEPS = 16**4
 # Of the whole time: Diffrax would evaluate the field twice to choose one.
-_FIRST_STEP = 0.01
+FIRST_STEP = 0.01
 
 Bundle = tuple[Coordinates, tuple[Tangent, ...]]
 """A point and some tangents there; the first is the velocity."""
@@ -120,7 +119,7 @@ def geodesic(
         point: γ(0), on the manifold; rounding is mended.
         velocity: γ′(0), units of length per unit of time; its tangent part counts.
         times: (T,) in order, away from 0 on one side of it; may be traced.
-        walk: how to solve.
+        walk: the options for solving.
         throw: raise if the solve fails; with `throw=False` the coordinates are NaN.
 
     Returns:
@@ -175,7 +174,7 @@ def exponential_map(
         [0.866 0.5  ]
     """
     path, _ = path_along(manifold, point, (vector,), jnp.ones(1), walk, throw)
-    return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
+    return _tree.join(last(manifold.split(path)[0]), manifold.split(point)[1])
 
 
 @checked
@@ -215,10 +214,10 @@ def transport_along_geodesic(
         [-0.5    0.866]
     """
     _, vectors = path_along(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
-    return _last(vectors[1])
+    return last(vectors[1])
 
 
-def _last(tree: Any) -> Any:
+def last(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[-1], tree)
 
 
@@ -309,7 +308,7 @@ def walk_along(
     terms = dfx.ODETerm(_Field(manifold, remainder))
     solver = Projected(walk.solver, _TangentBundle(manifold, remainder))
     begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
-    first = jnp.asarray(_FIRST_STEP, times.dtype)
+    first = jnp.asarray(FIRST_STEP, times.dtype)
 
     def leg(here: _Here, end: Scalar) -> _Here:
         is_going = here.result == RESULTS.successful
@@ -328,8 +327,8 @@ def walk_along(
             throw=False,
         )
         assert solution.ys is not None
-        bundle = _tree.cast_like(_last(solution.ys), here.bundle)
-        result = _tree.where(is_going, _ended(solution, bundle), here.result)
+        bundle = _tree.cast_like(last(solution.ys), here.bundle)
+        result = _tree.where(is_going, ended(solution, bundle), here.result)
         step = next_step(solution) if walk.step_size is None else here.step
         return _Here(bundle, end, step, result)
 
@@ -342,7 +341,7 @@ def walk_along(
     return _tree.join(path, remainder), moved, here.result
 
 
-def _ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
+def ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
     return without_step_limit(from_diffrax(solution.result, reached))
 
 
@@ -353,108 +352,3 @@ class _Here(eqx.Module):
     time: Scalar
     step: Scalar
     result: RESULTS
-
-
-class _TransportField(eqx.Module):
-    """The field V′ = II(γ′, V) along a given path."""
-
-    manifold: AbstractManifold
-    path: Callable[..., Any]
-
-    def __call__(self, t: Any, y: Tangent, args: Any) -> Tangent:
-        del args
-        of_time = lambda t: self.manifold.split(self.path(t))[0]
-        x, velocity = jax.jvp(of_time, (t,), (jnp.ones_like(t),))
-        remainder = self.manifold.split(self.path(t))[1]
-        space = self.manifold.normal_space(_tree.join(x, remainder))
-        # Diffrax keeps one precision for all leaves.
-        vector, velocity = _tree.cast_like(y, x), _tree.cast_like(velocity, x)
-        return self.manifold.local(_tree.join(x, remainder), space=space).form(velocity, vector)
-
-
-@checked
-def parallel_transport(
-    manifold: AbstractManifold,
-    path: Callable[[Scalar], Point],
-    vector: Tangent,
-    *,
-    walk: GeodesicOptions | None = None,
-    throw: bool = True,
-) -> Tangent:
-    """The parallel transport of a tangent at path(0) along a path to path(1).
-
-    Args:
-        manifold: the manifold.
-        path: time in [0, 1] → point of the manifold, differentiable in forward mode: one
-            that is solved for, as by `geodesic`, with
-            `GeodesicOptions(adjoint=diffrax.ForwardMode())`.
-        vector: a tangent at path(0); its tangent part counts.
-        walk: how to solve.
-        throw: as for `geodesic`.
-
-    Returns:
-        A tangent at path(1), as long as the tangent part of the vector.
-
-    Raises:
-        ValueError: the path leaves the manifold (checked at its ends and in its middle).
-        EquinoxRuntimeError: with the message of the `RESULTS` member; under a trace, also where
-            the path leaves the manifold.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> import manifoldflow as mf
-        >>> sphere = mf.LevelSet(lambda x: x @ x - 1)
-        >>> arc = lambda t: jnp.stack([jnp.cos(t), jnp.sin(t), 0 * t])  # on the equator
-        >>> print(mf.parallel_transport(sphere, arc, jnp.array([0.0, 1.0, 1.0])).round(3))
-        [-0.841  0.54   1.   ]
-    """
-    path = _tree.as_pytree_callable(path)
-    ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]
-    if not is_traced((manifold, ends)):
-        with jax.ensure_compile_time_eval():
-            for time, point in zip((0.0, 0.5, 1.0), ends):
-                if not bool(manifold.is_on(point, tol=1e-4)):
-                    raise ValueError(
-                        f"The path must lie on the manifold; at time {time} it is "
-                        f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
-                    )
-    coordinates, _ = manifold.split(ends[0])
-    vector = _tree.as_tangent(coordinates, vector)
-    return delivered(*_transported(manifold, path, vector, walk or GeodesicOptions()), throw)
-
-
-def _is_on_path(manifold: AbstractManifold, path: Callable[..., Any], time: Scalar) -> Flag:
-    fixed, steady = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (manifold, path)
-    )
-    return fixed.is_on(steady(time), tol=1e-4)
-
-
-@eqx.filter_jit
-def _transported(
-    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: GeodesicOptions
-) -> tuple[Tangent, RESULTS]:
-    dtype = _tree.dtype_of(vector)
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    size = _tree.size_of(jax.lax.stop_gradient(vector))
-    solution = dfx.diffeqsolve(
-        dfx.ODETerm(_TransportField(manifold, path)),
-        walk.solver,
-        zero,
-        one,
-        None,
-        manifold.normal_space(path(zero)).tangent(vector),
-        stepsize_controller=walk.controller(size, jnp.asarray(_FIRST_STEP, dtype)),
-        adjoint=walk.adjoint,
-        max_steps=MAX_STEPS,
-        throw=False,
-    )
-    assert solution.ys is not None
-    # Transport keeps vectors tangent; what the solver left off it is its error.
-    ended = _tree.cast_like(_last(solution.ys), vector)
-    moved = manifold.normal_space(path(one)).tangent(ended)
-    result = _ended(solution, moved)
-    is_on = jax.lax.map(lambda time: _is_on_path(manifold, path, time), jnp.linspace(zero, one, 3))
-    result = _tree.where(jnp.all(is_on), result, RESULTS.not_on_manifold)
-    is_there = result == RESULTS.successful
-    return or_nan(moved, is_there, of=(manifold, path, vector)), result

@@ -46,5 +46,6 @@ def geodesic_with_velocity(
         >>> print(points.round(3), velocities.round(3))
         [[0.866 0.5  ]] [[-0.5    0.866]]
     """
+    # The velocity is transported along its own geodesic: one solve gives both.
     path, vectors = path_along(manifold, point, (velocity,), times, walk, throw)
     return path, vectors[0]

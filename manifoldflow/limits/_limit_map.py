@@ -283,6 +283,7 @@ def _follow(
         way = _tree.norm(_tree.subtract(moved, state.coordinates))
         num_slow = _tree.where(way < _SLOW * remaining, state.num_slow + 1, 0)
         is_stuck = ~(ratio <= 1) | (num_slow >= _MOST_SLOW)
+        # Kept for derivatives alone: a value needs no memory of its path.
         if history is not None:
             history = jax.tree.map(
                 lambda all_, one: all_.at[state.num_steps].set(one),

@@ -60,6 +60,7 @@ def flipped_labels_loss(
             "flipped_labels_loss needs a function of a margin, as lambda z: jnp.exp(-z); got "
             f"{described(margin_loss)}."
         )
+    # p = 0 would send the minimum to infinity, as hard labels do.
     chance = checked_positive("flipped_labels_loss: probability", probability)
     if not is_traced(chance) and not float(chance) < 0.5:
         raise ValueError(

@@ -93,6 +93,7 @@ class LinearStream(AbstractLinearData):
     def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
         """The moments (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ, with D = P − V."""
         gap, sigma = linear_map - self.target_map, self.input_covariance
+        # Isserlis' theorem for normal x: E[‖Dx‖²xxᵀ] = tr(DΣDᵀ)Σ + 2ΣDᵀDΣ.
         across = gap @ sigma
         residual = across @ gap.T + self.noise_covariance
         of_inputs = jnp.trace(residual) * sigma + 2 * across.T @ across

@@ -59,6 +59,7 @@ class AbstractLinearNetwork(eqx.Module):
         Least squares on d_x inputs, the columns of the root, so that descent on it is exact.
         """
         values, vectors = jnp.linalg.eigh(self.data.input_covariance)
+        # The rows of Σ_x^{1/2} as d_x examples: their squared loss is the expectation over all x.
         inputs = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
         targets = inputs @ self.data.target_map.T
         return LeastSquares(inputs, targets, predict=self.predict, scale=2.0)

@@ -91,6 +91,7 @@ class KPhaseMotor(eqx.Module):
 
 def _phases(num_phases: int, point: Float[Array, " D"]) -> Float[Array, "k 2"]:
     """The unit vectors vⱼ."""
+    # In NumPy, in double precision: constants of the program in any precision of the point.
     angles = 2 * np.pi * np.arange(num_phases) / num_phases
     return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1), point.dtype)
 

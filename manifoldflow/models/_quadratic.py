@@ -94,6 +94,7 @@ class OverparametrizedLinear(AbstractRegression):
         larger = half + jnp.abs(weights) / 2
         is_there = larger > 0
         larger = jnp.where(is_there, jnp.sqrt(jnp.where(is_there, larger, 1)), 0)
+        # From uv = q, not from the difference of roots, which cancels where w ≫ q.
         smaller = charges / jnp.where(is_there, larger, 1)
         is_positive = weights >= 0
         u = jnp.where(is_positive, larger, jnp.abs(smaller))

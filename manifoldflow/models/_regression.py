@@ -108,6 +108,7 @@ class LinearRegression(AbstractRegression):
         return self._decayed(start, factors**num_steps)
 
     def _decayed(self, start: Any, factors: np.ndarray) -> Float[np.ndarray, " d"]:
+        # Along each singular vector of X descent is a scalar recursion: (1 − ηλ)^k, or e^{−λt}.
         modes = np.linalg.svd(np.asarray(self.inputs), full_matrices=False)[2]
         limit = self.limit(start)
         return limit + (factors * (modes @ (np.asarray(start) - limit))) @ modes

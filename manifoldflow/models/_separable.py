@@ -129,6 +129,7 @@ class SeparableClassification(eqx.Module):
         if self.kind == "exponential":  # p' ≥ γ̄²e^{−p} for p = ℓ⁻¹(L)
             reached = np.log(np.exp(start) + gained)
         else:  # p' ≥ γ̄²/(1 + e^p)
+            # p + e^p = s has the solution p = ln ω(s), ω Wright's omega: stable for all s.
             reached = np.log(wrightomega(start + np.exp(start) + gained))
         is_separated = reached > 0
         share = start / np.where(is_separated, reached, 1)
@@ -176,6 +177,7 @@ def _products(signed: Float[Array, "n d"], point: Float[Array, " d"]) -> Float[A
 
 def _per_length(value: Scalar, point: Float[Array, " d"]) -> Scalar:
     length = jnp.linalg.norm(point)
+    # The inner `where` keeps 0/0 out of the derivative: NaN times 0 is NaN.
     return jnp.where(length > 0, value / jnp.where(length > 0, length, 1), -jnp.inf)
 
 

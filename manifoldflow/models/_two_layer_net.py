@@ -121,5 +121,6 @@ class _Network(eqx.Module):
     second_layer: Float[Array, " m"]
 
     def __call__(self, point: Weights, x: Float[Array, " d"]) -> Scalar:
+        # A fixed layer in float64 would promote a point in float32.
         layer = self.second_layer.astype(point.dtype)
         return jnp.vdot(layer, self.activation(point @ x))

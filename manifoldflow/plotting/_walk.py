@@ -70,6 +70,7 @@ def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label:
     )
     axes.set_xlabel("limit time  t = Σ η²  (steps × learning rate²)")
     axes.set_ylabel("sharpness  tr ∇²L", color=SHARPNESS_COLOUR)
+    # From 0, so that a fall of a few percent does not look like one to nothing.
     axes.set_ylim(bottom=0)
     right = axes.twinx()
     (second,) = right.plot(

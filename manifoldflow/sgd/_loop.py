@@ -79,11 +79,13 @@ class Stepper:
         if self.problem.clock_gain is not None:
             problem = self.problem
             one = optax.constant_schedule(1.0) if callable(problem.learning_rate) else 1.0
+            # Asked with the learning rate 1: the answer is then the gain itself.
             check_clock(problem.optimizer, one, coordinates, self.problem.clock_gain)
         return State(
             coordinates,
             jax.tree.map(jnp.asarray, self.transform.init(coordinates)),
             jnp.asarray(-1, jnp.int32),
+            # Long before overflow: later steps would only spread NaN, and cost as much.
             _DIVERGED * jnp.maximum(_largest(coordinates), 1),
             None if self.problem.until is None else jnp.asarray(-1, jnp.int32),
         )
@@ -205,6 +207,7 @@ def _advance(
         return jax.lax.scan(lambda s, k: (stepper(s, k), None), state, numbers)[0]
 
     meter = stepper.problem.meter
+    # A callback to the host stops the device: a thousand are enough for a bar.
     block = max(1, num_steps // _METER_UPDATES)
     if not stepper.problem.has_meter or length <= block:
         state = steps(state, first, length)
@@ -270,6 +273,7 @@ def solution_of(
 def _largest(coordinates: Coordinates) -> Scalar:
     """The largest absolute value among the coordinates; NaN if one is NaN."""
     leaves = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(coordinates) if leaf.size]
+    # In float32 at least: 10⁸ does not fit into float16.
     return jnp.max(jnp.stack(leaves).astype(jnp.result_type(jnp.float32, *leaves)))
 
 

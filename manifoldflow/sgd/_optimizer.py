@@ -109,6 +109,7 @@ def check_clock(
     if is_traced(found):
         return  # The user's transform holds traced values: not known before it runs.
     rest, answers, doubled, huge = (np.asarray(each, float) for each in found)
+    # Against the answer to no gradient, which is not 0 where weights decay.
     first, second, third = answers = (rest - answers) / 1e-3
     for size, answer in ((2e-3, doubled), (1e6, huge)):
         if not np.allclose((rest - answer) / size, answers, rtol=1e-2, atol=1e-3):
@@ -116,6 +117,7 @@ def check_clock(
     if np.any(np.abs(rest) > 1e-6):
         raise ValueError(_DECAYS)
     has_memory = np.abs(second) > 1e-3
+    # Momentum answers g, βg, β²g, …: the first plus second/(1 − β) is the whole sum.
     decay = np.where(has_memory, third / np.where(has_memory, second, 1), 0)
     gains = (first + second / (1 - decay))[first != 0]  # Others are frozen.
     if not gains.size or np.ptp(gains) > 1e-2 * gains[0]:
