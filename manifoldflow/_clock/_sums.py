@@ -75,7 +75,7 @@ def num_steps_for(
         max_steps: more steps than these are an error.
         clock: `limit_times`, `gradient_flow_times`, or any clock's value, which then knows its
             momentum.
-        advice: what to do where the end is too far, for callers with other options.
+        advice: the remedy where the end is too far, for callers with other options.
 
     Raises:
         ValueError: values that are traced or out of range; an end time that is not reached

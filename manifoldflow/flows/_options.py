@@ -112,7 +112,7 @@ def noise_options(
     save_times: Any,
     end_time: Any,
 ) -> NoiseOptions | None:
-    """None for ordinary differential equations."""
+    """The options of a stochastic flow; None for ordinary differential equations."""
     if not is_stochastic(flow):
         return None
     name = type(flow).__name__

@@ -28,8 +28,8 @@ from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLoss
 
 ORDER = 7
 
-# A step is slow that goes less than this share of the way that remains. Steps grow tenfold, so that
-# kinks that are crossed take a few each; so many in a row go to and fro across one.
+# A slow step goes less than this share of the way that remains. Steps grow tenfold, so that a kink
+# that is crossed takes a few of them; this number in a row goes to and fro across one.
 _SLOW, _MOST_SLOW = 1e-3, 100
 
 

@@ -52,11 +52,11 @@ def limit_map_second_derivative(
 
     Args:
         manifold: the minimisers of the loss whose gradient flow defines Φ.
-        point: a point of the manifold; off it, the formula is evaluated where it stands.
-        covariance: Σ as a lineax operator on tangents, of which the symmetric part counts;
+        point: a point of the manifold; off it, the formula is evaluated there.
+        covariance: Σ as a lineax operator on tangents, whose symmetric part counts;
             or a factor F with Σ = F Fᵀ: an operator from another space to tangents, or a
             PyTree like the point whose arrays have a trailing axis of noise columns.
-        is_factor: whether an operator is F; by default, it is if it does not act on
+        is_factor: True if an operator is F; by default, it is if it does not act on
             tangents. An operator on tangents can be either, and counts as Σ.
 
     Returns:

@@ -37,7 +37,7 @@ def flipped_labels_loss(
             `lambda z: jnp.exp(-z)`.
         probability: p in (0, ½), with which a label is wrong.
         predict: `predict(point, x)` → f, one number for one example; by default `point(x)`.
-        trainable: which leaves may move, as for `LeastSquares`.
+        trainable: says which leaves may move, as for `LeastSquares`.
 
     Returns:
         The loss, with the probabilities of the label 1 as targets.

@@ -70,7 +70,7 @@ class AbstractManifold(eqx.Module):
     def residual_loss(self) -> AbstractResidualLoss | None:
         """The loss, if the manifold is the zero set of its residuals, else None; by types alone.
 
-        It is the loss wherever that has residuals, except on manifolds of stationary points. The
+        It is the loss where that has residuals, except on manifolds of stationary points. The
         constraint is then taken to be the residual, in the same order.
         """
         loss = self.loss
@@ -183,7 +183,13 @@ class AbstractManifold(eqx.Module):
     def project_with_info(
         self, point: Point, *, throw: bool = False, max_steps: int = MAX_STEPS
     ) -> tuple[Point, Info]:
-        """As `project`, with the `Info` of the search."""
+        """The point of `project`, with the `Info` of the search.
+
+        Args:
+            point: any point in the neighbourhood of the manifold.
+            throw: raise if the search fails; by default the result then has NaN coordinates.
+            max_steps: Gauss-Newton steps before the search gives up.
+        """
         landed, info = self._landed(point, jnp.asarray(checked_count("max_steps", max_steps)))
         return delivered(landed, info.result, throw), info
 
@@ -252,7 +258,7 @@ class AbstractManifold(eqx.Module):
         max_steps: int = MAX_STEPS,
         space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        """As `retract`, with the `Info` of the search.
+        """The point of `retract`, with the `Info` of the search.
 
         Where `space`, the normal space at the point, is known already it is not made again;
         the vector must then be tangent, and derivatives do not go through it.

@@ -86,7 +86,7 @@ def look(
 
 
 def nothing_found(like: Scalar) -> Found:
-    """Before the first look, in the precision of a length."""
+    """The findings before the first look, in the precision of a length."""
     no = jnp.asarray(False)
     infinite = jnp.full_like(like, jnp.inf)
     return Found(infinite, infinite, no, no, no, no, no)

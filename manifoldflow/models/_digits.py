@@ -21,8 +21,8 @@ def digits(
     The 1,797 images are shuffled once; 1,000 are for training, 797 for testing.
 
     Args:
-        num_examples: how many; by default all.
-        test: from the test part in place of the training part.
+        num_examples: the number of images; by default all.
+        test: take them from the test part in place of the training part.
         seed: of the shuffle.
 
     Returns:

@@ -191,7 +191,7 @@ def separable_data(
         key: a key of `jax.random`.
         num_examples: n.
         num_features: d.
-        margin: how far from the plane all inputs are at least, ≥ 0.
+        margin: the least distance of an input from the plane, ≥ 0.
 
     Returns:
         Inputs (n, d), labels ±1 (n,) and the plane's normal (d,), of length 1: its margin is

@@ -16,8 +16,8 @@ class ModelStep(eqx.Module):
 
     Attributes:
         vector: v.
-        decrease: by how much.
-        is_at_boundary: whether it is as long as it may be.
+        decrease: the amount by which it lowers the model.
+        is_at_boundary: True if it is as long as the radius allows.
         num_products: products with H.
     """
 
@@ -111,7 +111,7 @@ def truncated_cg(
 
 
 def _decrease(gradient: Tangent, state: _State) -> Scalar:
-    """−⟨g, v⟩ − ½⟨v, Hv⟩, as −½⟨v, g + residual⟩."""
+    """The decrease −⟨g, v⟩ − ½⟨v, Hv⟩ of the model, as −½⟨v, g + residual⟩."""
     return -_tree.inner(state.vector, _tree.add(gradient, state.residual)) / 2
 
 

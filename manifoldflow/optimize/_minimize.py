@@ -44,10 +44,10 @@ def minimize(
     no method moves.
 
     Args:
-        manifold: where to look.
+        manifold: the manifold to search.
         fn: the function F to be minimised, point → scalar, on and near the manifold; twice
             differentiable for `RiemannianTrustRegion`, once for the others.
-        point: where to start; it is projected on the manifold first.
+        point: the start; it is projected on the manifold first.
         method: `RiemannianTrustRegion()` by default, `RiemannianGradientDescent()`,
             `RiemannianOptax(optax.adam(1e-2))`, or another `AbstractMethod`.
         gradient_tolerance: stop once ‖P∇F‖ is at most this. By default eps^⅔ of the point's

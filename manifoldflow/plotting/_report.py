@@ -10,9 +10,9 @@ from manifoldflow._boundary import checked
 from manifoldflow.diagnostics import Report
 
 COLOUR, RATE_COLOUR, BAND_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
-# So many leaves, those with the largest share of the trace.
+# The number of leaves shown, those with the largest share of the trace.
 _LEAVES = 16
-# Up to so many eigenvalues have bars, more of them a band.
+# Up to this number eigenvalues have bars, more of them a band.
 _FEW = 12
 
 

@@ -53,7 +53,7 @@ class State(eqx.Module):
     opt_state: PyTree[Array]
     diverged_at: Int[Array, ""]
     bound: Scalar
-    stopped_after: Int[Array, ""] | None  # so many steps; None where nothing stops a run
+    stopped_after: Int[Array, ""] | None  # this number of steps; None where nothing stops a run
 
     @property
     def is_going(self) -> Flag:
