@@ -44,6 +44,9 @@ def mesh(*, examples: int | None = None) -> AbstractContextManager[Mesh]:
     Args:
         examples: how many devices share the examples; by default all, of all processes.
 
+    Returns:
+        A context manager that gives the mesh.
+
     Raises:
         ValueError: more devices than there are.
 

@@ -35,6 +35,9 @@ def member_keys(key: Key, num_members: int) -> Array:
         key: one key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`).
         num_members: a positive integer.
 
+    Returns:
+        (num_members,) keys of the kind of `key`.
+
     Raises:
         ValueError: a number of members that is not positive.
 

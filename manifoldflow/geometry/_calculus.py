@@ -31,6 +31,9 @@ def riemannian_gradient(
         point: a point of the manifold; off it, the projection there is used.
         throw: as for `manifold.tangent_projection`.
 
+    Returns:
+        A tangent at the point, with the structure of the coordinates; NaN if there is none.
+
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point.
 
@@ -141,6 +144,9 @@ def covariant_hessian(
         fn: point → scalar, twice differentiable on and near the manifold.
         point: a point of the manifold.
 
+    Returns:
+        A symmetric lineax operator on tangents.
+
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
             finite.
@@ -187,6 +193,9 @@ def covariant_derivative(
         field: W, point → tangent, defined near the manifold.
         point: a point of the manifold.
         vector: V; its tangent part counts.
+
+    Returns:
+        A tangent at the point.
 
     Examples:
         >>> import jax.numpy as jnp

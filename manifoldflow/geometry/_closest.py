@@ -33,6 +33,9 @@ def closest_point(
         throw: raise if none is found; with `throw=False` the coordinates are NaN.
         max_steps: of Newton's method, and of each way back to the manifold.
 
+    Returns:
+        A point of the manifold.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
 

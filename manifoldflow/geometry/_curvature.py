@@ -80,6 +80,9 @@ def shape_operator(
         point: a point of the manifold.
         normal: n; its tangent part does not count.
 
+    Returns:
+        A symmetric lineax operator on tangents.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
@@ -145,6 +148,9 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
         point: a point of the manifold.
         u: a tangent; its normal part does not count.
         v: another, independent of the first.
+
+    Returns:
+        A number, in units of one over a squared length.
 
     Raises:
         EquinoxRuntimeError: the tangent parts are parallel to working precision.

@@ -38,6 +38,9 @@ def logarithm_map(
         other: another.
         throw: raise if no geodesic is found; with `throw=False` the result is NaN.
 
+    Returns:
+        A tangent at `point`, whose length is that of the geodesic.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
         NotImplementedError: a second derivative is asked for.
@@ -66,6 +69,9 @@ def distance(
         point: a point of the manifold.
         other: another.
         throw: as for `logarithm_map`.
+
+    Returns:
+        A length ≥ 0, in units of the coordinates.
 
     Examples:
         >>> import jax.numpy as jnp

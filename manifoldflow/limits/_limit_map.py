@@ -63,6 +63,9 @@ def limit_map(
             (steps so far), coordinates, remaining.
         throw: raise where the flow does not reach a minimum; else NaN coordinates.
 
+    Returns:
+        A point of the manifold, of the kind of `point`.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member; `not_smooth` where the flow
             is held by a kink of the loss, as that of networks with ReLU mostly is.

@@ -19,6 +19,9 @@ def limit_map_derivative(manifold: AbstractManifold, point: Point, vector: Tange
         point: a point of the manifold. Off it, differentiate `limit_map`.
         vector: with the structure of the point's coordinates.
 
+    Returns:
+        A tangent at the point.
+
     References:
         [LiWangArora2022, Lemma 4.3].
 
@@ -173,6 +176,9 @@ def normal_second_derivative_parts(
         manifold: the zero set of residuals with the Jacobian J.
         point: a point of the manifold.
         residual_factor: G, from any space to Rⁿ.
+
+    Returns:
+        A `SecondDerivative`.
 
     Raises:
         ValueError: the manifold is not the zero set of residuals.

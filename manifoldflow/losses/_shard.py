@@ -28,6 +28,9 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
         loss: with N examples.
         mesh: with one axis of devices whose number divides N; by default the one that is in force.
 
+    Returns:
+        A loss of the same kind, whose data lie on the devices of the mesh.
+
     Raises:
         ValueError: no mesh at all; several axes, or N is not divisible.
 

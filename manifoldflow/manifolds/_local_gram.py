@@ -25,6 +25,15 @@ class GramGeometry(AbstractLocalGeometry):
 
     `manifold.local(point)` gives it for `LevelSet`, `ZeroLossManifold` and `OutputManifold`.
 
+    Attributes:
+        manifold: the manifold.
+        loss: the loss with these residuals.
+        coordinates: the coordinates of the point.
+        remainder: its other leaves.
+        space: the normal space there.
+        gram: K = JJᵀ, (n, n), or None until `prepared`.
+        inverse: its rank-aware inverse, or None.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
