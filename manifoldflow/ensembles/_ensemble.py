@@ -177,6 +177,7 @@ def _compiled(run: _Run, data: Array, shared: PyTree[Any], static: PyTree[Any]) 
             out_specs=split,
             check_vma=False,
         )
+    # `returned` is filled while `member` is traced: its static parts are no outputs of the program.
     return eqx.combine(device(data, shared), returned[-1])
 
 
@@ -209,6 +210,7 @@ def _reported(run: _Run, meter_state: Any, number: Array, results: PyTree[Array]
     report, meter = run.report, run.meter
     if report is None and isinstance(meter, dfx.NoProgressMeter):
         return meter_state
+    # Without it XLA may report a chunk as done before it is begun.
     number, _ = jax.lax.optimization_barrier((number, results))
     if report is not None:
         call = functools.partial(_call, report, run.num_members, run.num_members / run.num_chunks)

@@ -194,6 +194,7 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
                 "steps."
             )
     magnitudes = jnp.abs(errors)
+    # In units of the largest step, so that both columns are of one size.
     design = jnp.stack([jnp.log(steps / jnp.max(steps)), jnp.ones_like(steps)], axis=1)
     return _fitted(design, jnp.log(magnitudes), None if sigmas is None else sigmas / magnitudes)
 

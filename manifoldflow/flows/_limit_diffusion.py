@@ -133,6 +133,8 @@ class LimitDiffusion(AbstractDiffusion):
     @property
     def is_stochastic(self) -> bool:
         """True where the limit is a stochastic differential equation: by types, never by values."""
+        # Asked before any value is known: `solve` needs a key or none, and compiles one of two
+        # programs.
         if isinstance(self.update, AbstractLimitedUpdate):
             return False
         limit = self.short_limit

@@ -71,6 +71,7 @@ class NoetherFlow(AbstractFlow):
         weight_decay: Any = 0.0,
         manifold: AbstractManifold | None = None,
     ):
+        # A tuple, so that k symmetries are part of the structure and not of the data.
         self.symmetries = symmetries_of(symmetry)
         self.noise = SGDNoise(
             example_loss,

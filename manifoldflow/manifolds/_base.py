@@ -74,6 +74,7 @@ class AbstractManifold(eqx.Module):
         constraint is then taken to be the residual, in the same order.
         """
         loss = self.loss
+        # By types, which are known where a program is traced; values are not.
         is_residual = isinstance(loss, AbstractResidualLoss)
         return None if isinstance(self, AbstractStationaryManifold) or not is_residual else loss
 
@@ -190,6 +191,7 @@ class AbstractManifold(eqx.Module):
             throw: raise if the search fails; by default the result then has NaN coordinates.
             max_steps: Gauss-Newton steps before the search gives up.
         """
+        # The limit as an array: another limit is then no other program.
         landed, info = self._landed(point, jnp.asarray(checked_count("max_steps", max_steps)))
         return delivered(landed, info.result, throw), info
 
@@ -211,6 +213,8 @@ class AbstractManifold(eqx.Module):
         """The verdict on a search that ended here; a stationary point that is no minimum fails."""
         if not isinstance(self, AbstractStationaryManifold):
             return info
+        # A verdict has no derivative, and that of a Hessian's eigenvalues would be a third one of
+        # L.
         space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
         result = _tree.where(info.is_successful, space.curvature(), info.result)
         return eqx.tree_at(lambda i: i.result, info, result)
@@ -277,6 +281,8 @@ class AbstractManifold(eqx.Module):
     ) -> tuple[Point, Info]:
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
+        # The derivative goes through the point: through a space made from it as well, it would
+        # count twice.
         base = jax.lax.stop_gradient(base)
         landed, info = orthographic_retract(
             self, coordinates, vector, remainder, max_steps=max_steps, base=base
@@ -318,6 +324,8 @@ class AbstractManifold(eqx.Module):
         """
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
+        # The squares of entries near 1e-23 are zero in float32, and every vector of them would be
+        # tangent.
         vector, _ = _tree.in_own_units(_tree.as_tangent(coordinates, vector))
         normal = self.normal_projection(point, vector, throw=False)
         return _tree.norm(normal) <= tol * _tree.norm(vector)

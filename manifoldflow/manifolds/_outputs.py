@@ -95,6 +95,8 @@ class OutputManifold(AbstractManifold):
 
 def _finite(outputs: Array) -> Array:
     if not is_traced(outputs):
+        # Looked at here: NaN targets would make every search fail later, without a hint of the
+        # cause.
         bad = np.argwhere(~np.isfinite(np.asarray(outputs)))
         if len(bad):
             raise ValueError(

@@ -133,6 +133,7 @@ class FiniteData(AbstractLinearData):
             )
 
     def sample(self, key: Key, num_examples: int) -> Batch:
+        # With replacement: then batches are independent examples, as the formulas for SGD assume.
         drawn = jr.randint(key, (num_examples,), 0, len(self.inputs))
         return self.inputs[drawn], self.targets[drawn]
 

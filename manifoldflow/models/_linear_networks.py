@@ -99,6 +99,7 @@ class AbstractLinearNetwork(eqx.Module):
         spread, pairs = jnp.sqrt(jnp.asarray(given, float)), list(zip(self.sizes, self.sizes[1:]))
         if spread.shape != (len(pairs),):
             raise ValueError(f"variances needs {len(pairs)} numbers; got shape {spread.shape}.")
+        # One key per layer: layers of one shape would else begin as equals.
         keys = jr.split(key, len(pairs))
         drawn = [jr.normal(k, (outputs, inputs)) for k, (inputs, outputs) in zip(keys, pairs)]
         return self.point([scale * weight for scale, weight in zip(spread, drawn)])

@@ -169,6 +169,8 @@ class SpecialOrthogonal(eqx.Module):
     def point(self, key: Key) -> Matrix:
         """A uniform random rotation, by the law of Haar."""
         found = _orthonormal(jr.normal(key, (self.size, self.size)))
+        # A reflection of one column takes the component det = −1 to that of det = 1, and Haar to
+        # Haar.
         return found.at[:, 0].multiply(jnp.sign(jnp.linalg.det(found)))
 
     def sectional_curvature(self, point: Matrix, u: Matrix, v: Matrix) -> Scalar:
@@ -330,6 +332,7 @@ class FixedProduct(eqx.Module):
         return self.normal_part(point, bend)
 
     def _svd(self) -> tuple[Array, Array, Array]:
+        # Singular vectors of equal singular values, the zeros here, have no derivative.
         left, values, right = jnp.linalg.svd(jax.lax.stop_gradient(self.target))
         return left, values, right
 

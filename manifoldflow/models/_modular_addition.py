@@ -80,6 +80,7 @@ class ModularAddition(eqx.Module):
             raise ValueError(f"ModularAddition: seed must not be negative; got {seed}.")
         # NumPy's generator: the split must not depend on JAX's version or device.
         order = np.random.default_rng(seed).permutation(modulus**2)
+        # At least one pair on either side: an accuracy over no pairs is NaN.
         count = min(max(1, int(fraction * modulus**2)), modulus**2 - 1)
         pairs = np.stack([order % modulus, order // modulus], axis=1)
         self.train, self.test = jnp.asarray(pairs[:count]), jnp.asarray(pairs[count:])

@@ -59,6 +59,7 @@ class OverparametrizedLinear(AbstractRegression):
 
     def random(self, key: Key, scale: Any = 1.0) -> Pair:
         """Independent u and v, normal with this standard deviation."""
+        # Two keys: with one, u = v, the start that has no weights.
         keys, size = jr.split(key), self.inputs.shape[1]
         u, v = (scale * jr.normal(k, (size,), self.inputs.dtype) for k in keys)
         return {"u": u, "v": v}

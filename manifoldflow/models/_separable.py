@@ -112,6 +112,7 @@ class SeparableClassification(eqx.Module):
     @property
     def max_margin(self) -> float:
         """The largest margin γ̄."""
+        # From the direction, not from the dual value: the margin is then exact for this direction.
         products = self._products(jnp.asarray(self.max_margin_direction()))
         return float(jnp.min(products))
 

@@ -170,6 +170,7 @@ class _Tube(eqx.Module):
 
     def __call__(self, point: Float[Array, "3"]) -> Scalar:
         major, minor = self.major.astype(point.dtype), self.minor.astype(point.dtype)
+        # The norm has no derivative on the axis, which is R − r or more away from the torus.
         return (jnp.linalg.norm(point[:2]) - major) ** 2 + point[2] ** 2 - minor**2
 
 

@@ -64,6 +64,8 @@ class SAMGradient(AbstractStochasticGradient):
             slope = self.noise.gradient(loss, point, key)
             size = _tree.norm(slope)
             length = jnp.where(size > 0, self.radius / jnp.where(size > 0, size, 1), 0)
+            # The same key at the top: a climb on one batch and a slope of another would be plain
+            # noise.
             top = _tree.add(coordinates, _tree.scale(length, slope))
             return self.noise.gradient(loss, _tree.join(top, remainder), key)
 

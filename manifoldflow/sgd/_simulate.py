@@ -158,9 +158,11 @@ def simulate(
         meter=meter_of(progress),
         reports=row_reports(progress),
         until=_tree.as_pytree_callable(until) if callable(until) else until,
+        # Only an end time needs the clock to be right; an update knows its own.
         clock_gain=1 / (1 - float(beta)) if has_end_time and is_bare else None,
         clock=clock.formula,
     )
+    # In float16 the times of neighbouring steps are one number after some 10³ of them.
     time_dtype = jnp.result_type(dtype, jnp.float32)
     times = _at(steps_of_saves(num_steps, num_saves), step_times).astype(time_dtype)
     if checkpoint is None and resume is None:
