@@ -113,6 +113,7 @@ if _typing.TYPE_CHECKING:
         models as models,
         optimize as optimize,
         theory as theory,
+        walks as walks,
     )
     from manifoldflow.diagnostics import (
         explain as explain,
@@ -127,6 +128,7 @@ if _typing.TYPE_CHECKING:
         RiemannianTrustRegion as RiemannianTrustRegion,
     )
     from manifoldflow.sgd import SAMGradient as SAMGradient, simulate as simulate
+    from manifoldflow.walks import walk as walk
 
 
 def __getattr__(name: str) -> _typing.Any:
@@ -142,6 +144,7 @@ def __getattr__(name: str) -> _typing.Any:
         ),
         "sgd": ("SAMGradient", "simulate"),
         "theory": (),
+        "walks": ("walk",),
     }
     for room, names in rooms.items():
         if name == room or name in names:

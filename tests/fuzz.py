@@ -82,7 +82,8 @@ KINDS["nonnegative"] = KINDS["number"] | {"negative": -1.0}
 ARGUMENTS = {
     "instance": "manifold loss flow noise retraction solver adjoint method gram walk mesh jacobian"
     " operator left right multipliers tangents residual_factor hessian check mlp"
-    " loss_or_manifold symmetry symmetries until network_ optimizer local update use report",
+    " loss_or_manifold symmetry symmetries until network_ objective optimizer local update use"
+    " report",
     "function": "fn field factor_fn loss_fn predict minimizer_fn sample_fn example_loss path"
     " charge activation first second where term jacobian_fn potential mean_field slow_drift"
     " mv operation margin_loss velocity_fn",
@@ -92,12 +93,12 @@ ARGUMENTS = {
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers num_eigenvalues max_rows memory num_directions num_times num_nodes",
+    " modulus num_workers num_eigenvalues max_rows memory num_directions num_times num_nodes bits",
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
     " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
-    " label_variance batch_fraction failure_probability",
+    " label_variance batch_fraction failure_probability stationarity",
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
     " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"
@@ -109,7 +110,7 @@ ARGUMENTS = {
     " input_covariance noise_covariance target_map target truth residuals product input_noise"
     " output_noise features weights labels generator direction start coefficients second_moments"
     " margins gradients",
-    "word": "kind design distribution",
+    "word": "kind design distribution per",
     "sequence": "widths sizes variances axes radii times save_times levels step_sizes"
     " standard_errors parameters second_layer",
     "observe": "observe",

@@ -21,10 +21,11 @@ RESULT_CLASSES = {
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
     "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
-    "theory.MarginKKT",
+    "theory.MarginKKT", "walks.BeforeAfter",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.
 ELSEWHERE = {
     "load_checkpoint", "plotting.plot_walk", "noise.checked_noise", "linalg.positive_solver",
+    "walks.before_after",
 }  # fmt: skip

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from manifoldflow import linalg, symmetry
+import manifoldflow as mf
+from manifoldflow import linalg, symmetry, walks
 
 
 @jax.jit
@@ -41,7 +42,17 @@ TO_FIND = {
 }  # fmt: skip
 HEADS = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
 
+HYPERBOLA = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=lambda w, x: w[0] * w[1] * x)
+LEAST = {"loss": HYPERBOLA, "point": jnp.array([2.0, 0.5])}
+
 USES = {
+    "walk": {
+        **LEAST, "objective": walks.WeightNorm(), "manifold": mf.ZeroLossManifold(HYPERBOLA),
+        "method": "flow", "end_time": 0.1, "max_steps": 9, "num_saves": 2, "stationarity": 0.1,
+        "observe": {"first": lambda w: w[0]}, "throw": False,
+    },
+    "walks.Flatness": {}, "walks.LargestEigenvalue": {}, "walks.WeightNorm": {},
+    "walks.Rounding": {"bits": 4, "per": "row"},
     "linalg.eigh": {"matrix": np.diag([0.0, 1.0, 2.0])},
     "linalg.Recognised": {"use": Halved()},
     "linalg.register_use": {"operation": halved},

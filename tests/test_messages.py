@@ -21,6 +21,7 @@ TREES = {
 # whose they are.
 WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
+    ("walks/_walk.py", "_method_of"): {"max_steps": "walk"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
     ("symmetry/_equilibrium.py", "_check_in_the_limit"): {
@@ -78,6 +79,7 @@ MEMBERS = {
         "flows/_leg_by_scan.py": "solve",
         "sgd/_loop.py": "simulate",
         "sgd/_simulate.py": "simulate",
+        "walks/_walk.py": "solve",
     },
     "max_steps_reached": {
         "flows/_leg_by_diffrax.py": "solve",
@@ -86,12 +88,14 @@ MEMBERS = {
         "manifolds/_search.py": "AbstractManifold.project AbstractManifold.retract",
         "optimize/_resume.py": "minimize",
         "optimize/_search.py": "minimize",
+        "walks/_walk.py": "walk",
     },
     "rank_too_small": {"manifolds/_normal_space.py": "MinimizerManifold"},
     "stalled": {
         "optimize/_gradient_descent.py": "minimize",
         "optimize/_search.py": "minimize",
         "optimize/_trust_region.py": "minimize",
+        "walks/_walk.py": "minimize",
     },
     "no_equilibrium": {
         "symmetry/_balance.py": "symmetry.balance symmetry.balance_with_info",

@@ -36,6 +36,7 @@ def test_chunked_equals_structured(chunk_size):
         "J v": lambda jacobian: jacobian.mv(v),
         "K": lambda jacobian: jacobian.gram(),
         "row norms": lambda jacobian: jacobian.row_norms_squared(),
+        "column norms": lambda jacobian: jacobian.column_norms_squared(),
         "Jᵀw": lambda jacobian: flat(jacobian.transpose_mv(w)),
         "rows": lambda jacobian: jacobian.as_matrix(),
     }

@@ -97,6 +97,7 @@ def products(case: Case, params: Any, jac_fn: Callable[..., Any]) -> dict[str, A
         "cross_gram": jac.cross_gram(moved),
         "row_norms_squared": jac.row_norms_squared(),
         "leaf_row_norms_squared": jac.leaf_row_norms_squared(),
+        "column_norms_squared": jac.column_norms_squared(),
         "as_matrix": jac.as_matrix(),
     }
 
@@ -113,6 +114,7 @@ def dense_products(case: Case, params: Any) -> dict[str, Any]:
         "cross_gram": matrix @ moved.T,
         "row_norms_squared": jnp.sum(matrix**2, axis=1),
         "leaf_row_norms_squared": jax.tree.map(squares, rows),
+        "column_norms_squared": jax.tree.map(lambda leaf: jnp.sum(leaf**2, axis=0), rows),
         "as_matrix": matrix,
     }
 

@@ -43,6 +43,10 @@ class AbstractBlock(eqx.Module):
     def norms(self) -> Float[Array, "n k"]:
         """Squared norms of the rows."""
 
+    @abc.abstractmethod
+    def column_norms(self) -> Array:
+        """Sums over all rows of their squared entries, in the shape of the leaf."""
+
 
 class AbstractPositionBlock(AbstractBlock):
     """A block whose rows are sums over positions, at each of which the leaf is used alike."""
@@ -85,6 +89,12 @@ def accumulate(fn: Callable[[Any], Array], xs: Any) -> Array:
     structure = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
     step = jax.checkpoint(lambda total, x: (total + fn(x), None))
     return jax.lax.scan(step, jnp.zeros(structure.shape, structure.dtype), xs)[0]
+
+
+def column_norms_of_rows(block: AbstractBlock) -> Array:
+    """Squares of explicit rows, one example at a time: rows are sums, and have no short squares."""
+    one = lambda example: jax.tree.map(lambda x: x[None], example)
+    return accumulate(lambda example: jnp.sum(one(example).rows() ** 2, axis=(0, 1)), block)
 
 
 def over_positions(fn: Callable[[Place], Array], counts: tuple[int, int, int]) -> Array:

@@ -124,6 +124,17 @@ class ChunkedJacobian(AbstractJacobian):
     def row_norms_squared(self) -> Float[Array, " n"]:
         return self._over_rows(lambda chunk: self._jacobian(chunk).row_norms_squared())
 
+    def column_norms_squared(self) -> Tangent:
+        (head,), (tail,) = self._chunks()
+
+        @jax.checkpoint
+        def add(total: Tangent, chunk: Any) -> tuple[Tangent, None]:
+            return _tree.add(total, self._jacobian(chunk).column_norms_squared()), None
+
+        zeros = jax.tree.map(jnp.zeros_like, self.coordinates)
+        total, _ = jax.lax.scan(add, zeros, head)
+        return add(total, tail)[0] if self._has_tail else total
+
     def rows(self) -> PyTree[Float[Array, "n ..."]]:
         return structured_jacobian(self.fn, self.coordinates, self.data).rows()
 

@@ -52,6 +52,9 @@ class DenseJacobian(AbstractJacobian):
         norms = [jnp.sum(rows**2, axis=1) for rows in self._matrices()]
         return sum(norms[1:], norms[0])
 
+    def column_norms_squared(self) -> Tangent:
+        return jax.tree.map(lambda rows: jnp.sum(rows**2, axis=0), self.leaf_rows)
+
     def rows(self) -> PyTree[Float[Array, "n ..."]]:
         return self.leaf_rows
 

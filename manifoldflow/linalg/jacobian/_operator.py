@@ -35,6 +35,10 @@ class AbstractJacobian(lx.AbstractLinearOperator):
         """‖∇fᵢ‖² for every residual, the diagonal of the Gram matrix."""
 
     @abc.abstractmethod
+    def column_norms_squared(self) -> Tangent:
+        """Σᵢ (∂fᵢ/∂θⱼ)² for every coordinate, the diagonal of JᵀJ."""
+
+    @abc.abstractmethod
     def rows(self) -> PyTree[Float[Array, "n ..."]]:
         """All rows, explicitly: for every leaf of the point an array (n, *leaf.shape)."""
 

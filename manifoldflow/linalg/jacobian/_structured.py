@@ -158,6 +158,11 @@ class StructuredJacobian(AbstractJacobian):
         norms = jax.tree.leaves(self.leaf_row_norms_squared())
         return sum(norms, jnp.zeros(self._num_rows, self._dtype))
 
+    def column_norms_squared(self) -> PyTree[Float[Array, "..."]]:
+        """Σᵢ (∂fᵢ/∂θⱼ)² for every coordinate, a PyTree like the parameters."""
+        sums = self._each_leaf(lambda block: block.column_norms(), lambda leaf: leaf.shape)
+        return _mesh.whole(sums) if self._is_spread else sums
+
     def rows(self) -> PyTree[Float[Array, "rows ..."]]:
         """All rows, explicitly: n·k times the size of the parameters. For tests."""
         shape_fn = lambda leaf: (self._num_rows, *leaf.shape)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
+    column_norms_of_rows,
     einsum,
     inner_products,
     LeafView,
@@ -91,6 +92,9 @@ class LookUpBlock(AbstractPositionBlock):
             )
 
         return term((0, 0, 0)) if counts == (1, 1, 1) else over_positions(term, counts)
+
+    def column_norms(self) -> Array:
+        return column_norms_of_rows(self)
 
     def norms(self) -> Float[Array, "n k"]:
         same = self.index[:, :, None] == self.index[:, None, :]

@@ -17,6 +17,7 @@ from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
     accumulate,
+    column_norms_of_rows,
     einsum,
     inner_products,
     LeafView,
@@ -33,7 +34,7 @@ from manifoldflow.linalg.jacobian._use import (
     register_use,
 )
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
-from manifoldflow.linalg.jacobian._views import ints, View
+from manifoldflow.linalg.jacobian._views import ints, is_selection, View
 
 # Explicit rows are formed in pieces of at most this many numbers where they are not kept.
 PIECE = 2**20
@@ -106,6 +107,12 @@ class OuterBlock(AbstractPositionBlock):
             return times(jnp.sum(self.delta**2, axis=axes), jnp.sum(self.factor**2, axis=axes))
         pair = lambda x: einsum("nktbf,nksbf->nkbts", x, x)
         return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
+
+    def column_norms(self) -> Array:
+        # Entries are added before they are squared: over positions, and where a view repeats some.
+        if self.factor.shape[2] > 1 or not is_selection(self.leaf.steps):
+            return column_norms_of_rows(self)
+        return self.leaf.pull(einsum("nktbf,nktbc->bfc", self.delta**2, self.factor**2))
 
 
 def _concatenate_positions(arrays: list[Array]) -> Array:

@@ -19,6 +19,7 @@ from manifoldflow import _precision
 from manifoldflow.linalg.jacobian._block import (
     AbstractBlock,
     AbstractPositionBlock,
+    column_norms_of_rows,
     einsum,
     LeafView,
     merge_positions,
@@ -142,6 +143,9 @@ class PairBlock(AbstractPositionBlock):
 
         counts = self._num_positions, self._num_positions, 1
         return term((0, 0, 0)) if counts == (1, 1, 1) else over_positions(term, counts)
+
+    def column_norms(self) -> Array:
+        return column_norms_of_rows(self)
 
     def _at(self, position: Array | int) -> tuple[Array, PyTree[Array]]:
         """δ and a at one position."""

@@ -40,6 +40,9 @@ class RowBlock(AbstractBlock):
     def norms(self) -> Float[Array, "n k"]:
         return jnp.sum(self.array**2, axis=tuple(range(2, self.array.ndim)))
 
+    def column_norms(self) -> Array:
+        return jnp.sum(self.array**2, axis=(0, 1))
+
 
 def rows_of(
     use: Callable[[Array, Any], Array],

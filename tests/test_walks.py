@@ -1,0 +1,205 @@
+"""Walks keep the outputs and lower what they are asked to; objectives are what they say."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import manifoldflow as mf
+from checks import at_most, close, equal, refused
+from manifoldflow import walks
+
+INPUTS = jr.normal(jr.key(1), (6, 3))
+LABELS = jnp.arange(6) % 2
+CROSS_ENTROPY = mf.PerExampleLoss(INPUTS, LABELS, lambda f, y: jax.nn.logsumexp(f) - f[y])
+NETWORK = eqx.nn.MLP(3, 2, 8, 1, activation=jnp.tanh, key=jr.key(0))
+
+
+def product(data=1.0):
+    """w₀w₁x = 1: a hyperbola, whose shortest point is (1, 1)."""
+    predict = lambda w, x: w[0] * w[1] * x
+    return mf.LeastSquares(jnp.full(1, data), jnp.ones(1), predict=predict)
+
+
+def fitted():
+    """A network on its zero-loss manifold, and the loss."""
+    loss = mf.LeastSquares(INPUTS, jnp.sin(2 * INPUTS[:, :2]))
+    return loss, mf.ZeroLossManifold(loss).project(NETWORK)
+
+
+@pytest.mark.parametrize("per", ["row", "channel", "tensor"])
+def test_rounding_is_the_mean_rise_of_the_loss(per):
+    """Over random offsets of the grids, of a linear model: there the loss is quadratic.
+
+    In every grid one weight is the largest by far, so that its norm of order 32 is the maximum.
+    Errors of one grid share an offset: they do not meet in G where inputs are orthogonal.
+    """
+    weights = jnp.array([[5.0, 1.0, 0.5], [4.0, -0.5, 0.3]])
+    inputs = jnp.linalg.qr(INPUTS)[0]
+    loss = mf.LeastSquares(inputs, inputs @ weights.T, predict=lambda w, x: w @ x)
+    grid = walks.Rounding(5, per)
+    risen = jax.vmap(lambda key: loss(grid.rounded(weights, key)))(jr.split(jr.key(3), 20_000))
+    error = float(jnp.std(risen)) / len(risen) ** 0.5
+    gap = abs(float(jnp.mean(risen)) - float(grid(loss, weights)))
+    at_most(f"mean rise less F, F = {grid(loss, weights):.3e}", gap, 4 * error)
+
+
+def test_rounding_is_half_the_diagonal_of_the_gauss_newton_matrix_times_the_variance():
+    """Weights with one that is largest by far: there the norm of order 32 is the maximum."""
+    loss, point = fitted()
+    point = eqx.tree_at(
+        lambda m: [layer.weight for layer in m.layers],
+        point,
+        [layer.weight.at[:, 0].set(5.0) for layer in point.layers],
+    )
+    squares = loss.jacobian(point).rows()
+    expected = sum(
+        float(jnp.sum((5.0 / 7) ** 2 / 12 * loss.scale * layer.weight**2)) / 2
+        for layer in squares.layers
+    )
+    close("F", walks.Rounding(4, "row")(loss, point), expected, 1e-9)
+
+
+def test_rounding_is_differentiated_in_the_step_as_well():
+    loss, point = fitted()
+    grid, step = walks.Rounding(4, "tensor"), 1e-5
+    weight = point.layers[0].weight
+    scaled = lambda scale: eqx.tree_at(lambda m: m.layers[0].weight, point, scale * weight)
+    fn = lambda scale: grid(loss, scaled(scale))
+    slope = jax.grad(fn)(1.0)
+    close("dF", slope, (fn(1 + step) - fn(1 - step)) / (2 * step), 1e-6)
+
+
+def test_rounding_keeps_vectors_and_zeros():
+    point = {"w": jnp.array([[0.0, 0.0], [1.0, 0.3]]), "b": jnp.array([0.123]), "n": 3}
+    found = walks.Rounding(3).rounded(point)
+    close("w", found["w"], jnp.array([[0.0, 0.0], [1.0, 1 / 3]]), 1e-12)
+    equal("b", found["b"].tolist(), [0.123])
+    slope = jax.grad(lambda w: walks.Rounding(3)(zero_rows(), w))(point["w"])
+    assert jnp.all(jnp.isfinite(slope)), slope
+
+
+def test_objectives_of_ones_own():
+    class LargestBias(walks.AbstractObjective):
+        name = property(lambda self: "largest bias")
+
+        def __call__(self, loss, point):
+            return jnp.max(jnp.abs(point))
+
+    found = mf.walk(product(), jnp.array([4.0, 0.25]), objective=LargestBias(), max_steps=2)
+    assert walks.before_after(found).values["largest bias"][1] < 4
+
+
+@pytest.mark.parametrize("objective", [walks.Flatness(), walks.LargestEigenvalue()])
+def test_one_residual_has_one_eigenvalue(objective):
+    """G = ∇f∇fᵀ: its trace and its largest eigenvalue are ‖∇f‖² = w₀² + w₁²."""
+    close("objective", objective(product(), jnp.array([2.0, 0.5])), 4.25, 1e-12)
+
+
+def zero_rows():
+    return mf.LeastSquares(jnp.eye(2), jnp.ones((2, 2)), predict=lambda w, x: w @ x)
+
+
+def test_the_largest_eigenvalue_and_its_derivative():
+    loss, point = fitted()
+    objective = walks.LargestEigenvalue()
+    top = lambda p: loss.scale * jnp.linalg.eigvalsh(loss.jacobian(p).gram())[-1]
+    close("λ₁", objective(loss, point), top(point), 1e-9)
+    found, expected = (eqx.filter_grad(fn)(point) for fn in (lambda p: objective(loss, p), top))
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    at_most("dλ₁", max(float(jnp.max(jnp.abs(a - b))) for a, b in leaves), 1e-7)
+
+
+@pytest.mark.parametrize("method", [None, mf.RiemannianTrustRegion(), "flow"])
+def test_the_shortest_point_of_a_hyperbola(method):
+    options = {"objective": "weight_norm", "stationarity": 1e-4}
+    found = mf.walk(product(), jnp.array([4.0, 0.25]), method=method, **options)
+    close("final", found.final, jnp.ones(2), 1e-3)
+    assert found.is_successful
+
+
+def test_a_flow_is_the_riemannian_gradient_flow():
+    loss, start = product(), jnp.array([2.0, 0.5])
+    flow = mf.RiemannianGradientFlow(mf.ZeroLossManifold(loss), loss.trace_gauss_newton)
+    expected = mf.solve(flow, start, end_time=0.05, num_saves=2)
+    found = mf.walk(loss, start, method="flow", end_time=0.05, num_saves=2)
+    close("points", found.points, expected.points, 1e-9)
+    traces = found.observables["trace of G"]
+    close("objective", traces[-1], loss.trace_gauss_newton(expected.final), 1e-9)
+
+
+OBJECTIVES = ["flatness", walks.Rounding(4), lambda m: jnp.sum(m.layers[0].bias ** 2)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_outputs_under_a_cross_entropy_stay(objective):
+    """There is no zero loss; the budget ends the walk where it is."""
+    found = mf.walk(CROSS_ENTROPY, NETWORK, objective=objective, max_steps=5)
+    table = walks.before_after(found)
+    name = walks._objectives.objective_of(objective).name
+    before, after = table.values[name]
+    at_most(f"{name}: after / before", after / before, 0.8)
+    at_most("largest change of an output", table.values["largest change of an output"][1], 1e-10)
+    close("loss", table.values["loss"][1], table.values["loss"][0], 1e-10)
+    assert str(table).startswith("Ended after 5 steps."), str(table)
+
+
+def test_a_spent_budget_of_a_flow_keeps_what_was_reached():
+    found = mf.walk(
+        product(),
+        jnp.array([4.0, 0.25]),
+        method="flow",
+        end_time=1e3,
+        num_saves=1000,
+        max_steps=3,
+        stationarity=1e-9,
+    )
+    equal("result", bool(found.result == mf.RESULTS.successful), True)
+    assert np.isfinite(found.final).all() and np.isfinite(found.points).all(), found.points
+    equal("final is the last save", found.final.tolist(), found.points[-1].tolist())
+
+
+def test_units_do_not_matter():
+    """The same way for an objective in other units."""
+    start = jnp.array([4.0, 0.25])
+    objective = lambda factor: jax.tree_util.Partial(lambda c, w: c * jnp.sum(w**2), factor)
+    run = lambda factor: mf.walk(product(), start, objective=objective(factor), method="flow")
+    expected = run(1.0)
+    for factor in (1e8, 1e-8):
+        close(f"objective times {factor}", run(factor).final, expected.final, 1e-4)
+
+
+def test_jit_and_vmap():
+    fn = lambda start: mf.walk(product(), start, objective="weight_norm", stationarity=1e-4).final
+    starts = jnp.array([[4.0, 0.25], [0.5, 2.0]])
+    close("finals", jax.jit(jax.vmap(fn))(starts), jnp.ones((2, 2)), 1e-3)
+
+
+def test_bad_input():
+    start = jnp.array([4.0, 0.25])
+    for options, words in (
+        ({"objective": "sharpness"}, ("objective", "flatness", "sharpness")),
+        ({"method": "sgd"}, ("method", "flow", "sgd")),
+        ({"end_time": 1.0}, ("end_time", "flow")),
+        ({"method": "flow", "objective": lambda w: -1.0 + 0 * w[0]}, ("end_time", "positive")),
+        ({"observe": {"loss": lambda w: w[0]}}, ("observe", "loss")),
+        ({"stationarity": 0}, ("stationarity",)),
+    ):
+        with refused(ValueError, "walk", *words):
+            mf.walk(product(), start, **options)
+    with refused(ValueError, "trace of G", "FunctionLoss"):
+        circle = mf.LevelSet(lambda w: w @ w - 1)
+        mf.walk(mf.FunctionLoss(lambda w: (w @ w - 1) ** 2), start, manifold=circle)
+    with refused(ValueError, "Rounding", "bits", "17"):
+        walks.Rounding(17)
+    with refused(ValueError, "Rounding", "per", "block"):
+        walks.Rounding(4, "block")
+
+
+def test_before_after_takes_one_solution():
+    starts = jnp.array([[4.0, 0.25], [0.5, 2.0]])
+    run = lambda start: mf.walk(product(), start, objective="weight_norm", throw=False)
+    with refused(ValueError, "before_after", "batch", "(2,)"):
+        walks.before_after(jax.vmap(run)(starts))
