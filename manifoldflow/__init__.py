@@ -132,7 +132,7 @@ if _typing.TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Rooms that many programs never enter are imported when they or their names are asked for."""
+    """Imports rooms that many programs never enter when they, or their names, are asked for."""
     rooms = {
         "diagnostics": ("explain", "largest_stable_learning_rate", "plan", "report"),
         "models": (),

@@ -1,8 +1,8 @@
-"""What callers hand in, checked against the annotations of what they call.
+"""Checks of the arguments of public functions against their annotations.
 
-Type checkers are for those who run them. Everyone else gets a sentence from here instead of
-an error from the depths of JAX: which argument of which function, what it must be, what came.
-Values are checked where they are used; here only kinds, ranks and lengths that must agree.
+Type checkers are for those who run them. Everyone else gets a sentence from here instead of an
+error from the depths of JAX: the function, the argument, what it must be and what came. Values are
+checked where they are used; here only kinds, ranks and lengths that must agree.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
-from manifoldflow._errors import checked_point, described, numbers, shapes_of
+from manifoldflow._errors import checked_point, described, is_traced, numbers, shapes_of
 from manifoldflow._garbage import rare_collections
 from manifoldflow._signatures import readable
 from manifoldflow._tracebacks import shortened, with_few_frames
@@ -45,12 +45,12 @@ _HOW = {
 
 
 class _Unfit(Exception):
-    """The value is not what the annotation says."""
+    """The value does not fit its annotation."""
 
 
-def checked_but(*arguments: str) -> Callable[[Function], Function]:
-    """`checked` for all arguments but these."""
-    return lambda fn: _checked_function(fn, arguments)
+def checked_but(*arguments: str, is_concrete: bool = False) -> Callable[[Function], Function]:
+    """`checked`, or `checked_concrete`, for all arguments but these."""
+    return lambda fn: _checked_function(fn, arguments, is_concrete)
 
 
 def checked(fn: Function) -> Function:
@@ -65,7 +65,19 @@ def checked(fn: Function) -> Function:
     return _checked_function(fn, ())
 
 
-def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
+def checked_concrete(fn: Function) -> Function:
+    """`checked` for functions that compute with NumPy or branch on values.
+
+    Raises:
+        ValueError: on a call with arrays that are being traced. Otherwise the first conversion to
+            NumPy, somewhere within, would end in a `TracerArrayConversionError`.
+    """
+    return _checked_function(fn, (), is_concrete=True)
+
+
+def _checked_function(
+    fn: Function, left_out: tuple[str, ...], is_concrete: bool = False
+) -> Function:
     signature = inspect.signature(fn)
     wanted = {name: p.annotation for name, p in signature.parameters.items()}
     signature = readable(signature)
@@ -80,6 +92,8 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return fn(*args, **kwargs)  # Python itself says best which argument is missing.
+        if is_concrete:
+            _refuse_tracing(name, (args, kwargs))
         sizes: dict[str, int] = {}
         try:
             for argument in plain:
@@ -100,7 +114,7 @@ def _checked_function(fn: Function, left_out: tuple[str, ...]) -> Function:
                 raise
             raise short from None
 
-    call.__signature__ = readable(signature)  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return typing.cast(Function, call)
 
 
@@ -122,6 +136,15 @@ _REFUSALS = {
 }
 
 
+def _refuse_tracing(name: str, arguments: Any) -> None:
+    # Inside jit JAX traces operations on constants as well: an addition tells.
+    if is_traced(arguments) or is_traced(jnp.add(0, 0)):
+        raise ValueError(
+            f"{name} needs concrete numbers; got a call within jit, vmap or grad. Call it outside, "
+            "with arrays that are not traced."
+        )
+
+
 def _of_jax(error: Exception) -> str | None:
     if not isinstance(error, TypeError | ValueError | NotImplementedError):
         return None
@@ -130,7 +153,7 @@ def _of_jax(error: Exception) -> str | None:
 
 
 def checked_fields(module: Any) -> None:
-    """As `checked`, for the fields of a module that has no `__init__` of its own."""
+    """Checks the fields of a module without an `__init__`, as `checked` does arguments."""
     sizes: dict[str, int] = {}
     for field in module.__dataclass_fields__.values():
         value = getattr(module, field.name)
@@ -151,7 +174,7 @@ _COUNTS = {"batch_size", "chunk_size", "width", "size", "dimension", "count"}
 
 
 def _check_role(name: str, argument: str, wanted: Any, value: Any) -> None:
-    """What an argument's name says of it: the names are the same all over the library."""
+    """Checks what an argument's name says of it: names mean the same all over the library."""
     if argument.startswith(("num_", "max_")) or argument in _COUNTS:
         if _is_integer(value) and value < 1:
             raise ValueError(f"{name}: {argument} must be a positive integer; got {value!r}.")
@@ -188,7 +211,7 @@ def _is_coordinate(leaf: Any) -> bool:
 
 
 def _fitted(wanted: Any, value: Any, sizes: dict[str, int]) -> Any:
-    """The value in the form that is wanted."""
+    """The value in the form that its annotation wants."""
     if wanted is Any or wanted is inspect.Parameter.empty or isinstance(wanted, str):
         return value
     if isinstance(wanted, TypeVar):
@@ -232,7 +255,7 @@ def _first_fit(members: tuple[Any, ...], value: Any, sizes: dict[str, int]) -> A
 
 
 def _plain(wanted: Any, value: Any) -> Any:
-    """Flags, numbers and instances of classes."""
+    """The value itself if it is the flag, the number or the instance that is wanted."""
     if wanted is bool:
         return _kept(value, isinstance(value, bool | np.bool_))
     if wanted is int:
@@ -255,7 +278,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """One real number, in any type but that of flags."""
+    """True for one real number, of any type but that of flags."""
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -300,13 +323,14 @@ def _is_kept_array(value: Any) -> bool:
 
 
 def _check_sizes(dims: list[str], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Whether a shape has these names for its lengths, each the same wherever it occurs."""
+    """Checks that a shape has the named lengths, each the same wherever its name occurs."""
     if any(d.startswith(("...", "*")) for d in dims):
         if len(shape) < len(dims) - 1:
             raise _Unfit
         dims = dims[: next(i for i, d in enumerate(dims) if d.startswith(("...", "*")))]
     elif len(dims) != len(shape):
         raise _Unfit
+    # A copy, since a member of a union that does not fit in the end must leave no sizes behind.
     found = dict(sizes)
     for dim, length in zip(dims, shape):
         is_name = dim.isidentifier() and dim != "_"
@@ -332,7 +356,7 @@ def _class_names(wanted: Any) -> list[str]:
 
 
 def _members(wanted: Any) -> tuple[Any, ...]:
-    """What any one of is wanted, with the bounds of type variables in their place."""
+    """The members of a union, with the bounds of type variables in their place."""
     if isinstance(wanted, TypeVar):
         return _members(wanted.__bound__)
     return sum(map(_members, typing.get_args(wanted)), ()) if _is_union(wanted) else (wanted,)
@@ -349,7 +373,7 @@ _WORDS = {
 
 
 def _sentence(wanted: Any, sizes: dict[str, int]) -> str:
-    """What is wanted, in words."""
+    """The annotation in words."""
     words = [_word(member) for member in _members(wanted)]
     words = list(dict.fromkeys(words))
     lengths = [f"{n} = {size}" for n, size in sizes.items() if any(n in w for w in words)]

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in, and the sentences that say what is wrong."""
+"""Checks of arguments, and the sentences that say what is wrong with them."""
 
 import operator
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def shapes_of(tree: PyTree[Any]) -> str:
 
 
 def described(value: Any) -> str:
-    """What came instead of what was wanted, short enough for an error message."""
+    """The description of a wrong argument, short enough for an error message."""
     if isinstance(value, type):
         return f"the class {value.__name__} itself, not one of its values"
     if eqx.is_array(value) or isinstance(value, np.ndarray):
@@ -50,7 +50,7 @@ def numbers(name: str, value: Any) -> Array | np.ndarray:
 
 
 def real_numbers(name: str, value: Any) -> Array | np.ndarray:
-    """As `numbers`, but real ones."""
+    """The array of `numbers`, refused unless it is real."""
     array = numbers(name, value)
     is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if not is_real and array.dtype != bool:
@@ -106,6 +106,22 @@ def _is_inexact(leaf: Any) -> bool:
 
 def described_leaves(tree: PyTree[Any]) -> str:
     return ", ".join(described(leaf) for leaf in jax.tree.leaves(tree))[:600]
+
+
+def name_of(path: Any) -> str:
+    """A leaf, as messages and tables call it."""
+    return jax.tree_util.keystr(path).removesuffix(".value") or "the point"
+
+
+def refuse_nonfinite(name: str, coordinates: PyTree[Any]) -> None:
+    """Refuse a model with NaN or inf in it, and name the leaves."""
+    named = jax.tree_util.tree_leaves_with_path(coordinates)
+    wrong = [name_of(path) for path, leaf in named if not np.all(np.isfinite(np.asarray(leaf)))]
+    if wrong:
+        raise ValueError(
+            f"{name} needs a model of finite numbers; got NaN or inf in {', '.join(wrong)}. "
+            "Take the last point before training went wrong."
+        )
 
 
 def checked_indices(indices: Any, length: int) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """The collector works some seventy times more rarely.
+    """A context in which the collector works some seventy times more rarely.
 
     Tracing a program, and defining classes, make hundreds of thousands of objects of which nearly
     all stay: looking for garbage among them is a tenth of the time of a first call.

@@ -1,4 +1,4 @@
-"""What derivative rules of loops and searches share."""
+"""Functions that the derivative rules of loops and searches share."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def constraint_dot(
     remainder: Point,
     remainder_dot: PyTree[Any],
 ) -> PyTree[Any] | None:
-    """How a constraint changes at a fixed point when its data (or frozen leaves) do."""
+    """The change of a constraint at a fixed point when its data (or frozen leaves) change."""
     if not jax.tree.leaves((manifold_dot, remainder_dot)):
         return None
 

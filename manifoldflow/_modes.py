@@ -1,8 +1,8 @@
-"""Which ways derivatives are taken, for what lets them through one way only.
+"""Marks on arrays that let derivatives through in one mode only.
 
-A derivative goes through a marked array as it is the way that is allowed, and costs nothing. The
-other way raises a sentence where JAX would speak of its loops, sometimes as late as when the
-program of the caller is compiled, out of reach of our own functions.
+A derivative in the allowed mode goes through a marked array unchanged, and costs nothing. The other
+mode raises a sentence. JAX would speak of its loops instead, sometimes as late as when the program
+of the caller is compiled, out of reach of our own functions.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ def _linear(name: str) -> Any:
     def batched(arrays: Any, axes: Any, **params: Any) -> Any:
         return primitive.bind(*arrays, **params), axes[0]
 
+    # `vmap` passes through: the mark is the identity on every member.
     batching.primitive_batchers[primitive] = batched
     return primitive
 
@@ -39,8 +40,10 @@ def _refusing(*arrays: Any, forwards: str, **_: Any) -> Any:
     raise ValueError(forwards)
 
 
+# A tangent that is ever evaluated was wanted forwards. Reverse mode transposes it away before.
 _BACKWARDS.def_impl(_refusing)
 mlir.register_lowering(_BACKWARDS, lambda context, *_, **params: _refusing(**params))
+# The tangent is computed forwards as it is; only the transposition of this primitive raises.
 _FORWARDS.def_impl(lambda x, **_: x)
 mlir.register_lowering(_FORWARDS, lambda context, x, **_: [x])
 

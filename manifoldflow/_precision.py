@@ -1,7 +1,7 @@
-"""Precision: products without TF32 or bfloat16 inside, and what rounding is in a dtype.
+"""Products without TF32 or bfloat16 inside, and the rounding of a dtype.
 
-On GPUs and TPUs the products of single precision are cut by default to 10 or 7 bits, which a
-Gram matrix of condition 10⁴ does not survive.
+On GPUs and TPUs the products of single precision are cut by default to 10 or 7 bits, which a Gram
+matrix of condition 10⁴ does not survive.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def einsum(spec: str, *operands: Any) -> Array:
 
 
 def full_precision() -> contextlib.AbstractContextManager:
-    """For products that are not ours: those of a user's model."""
+    """A context of full precision for products that are not ours: those of a user's model."""
     return jax.default_matmul_precision("highest")
 
 
@@ -41,5 +41,5 @@ def eps_of_dtype(of: Any) -> float:
 
 
 def is_double(of: Any) -> bool:
-    """Whether a dtype, or that of an array, has more than single precision."""
+    """True for a dtype, or that of an array, of more than single precision."""
     return eps_of_dtype(of) < 1e-10

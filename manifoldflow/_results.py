@@ -147,7 +147,7 @@ class RESULTS(eqx.Enumeration):
 
 
 def without_step_limit(result: RESULTS) -> RESULTS:
-    """For callers that cannot choose how many steps a search inside them may take."""
+    """The result for callers that cannot choose the number of steps of a search inside them."""
     is_limit = result == RESULTS.max_steps_reached
     return _tree.where(is_limit, RESULTS.out_of_steps, result)
 
@@ -196,6 +196,7 @@ class Info(eqx.Module):
 
     @property
     def is_successful(self) -> Bool[Array, "..."]:
+        """True where the search reached its tolerance."""
         return self.result == RESULTS.successful
 
 
@@ -212,6 +213,7 @@ def or_nan(value: Value, is_there: Flag, of: Any = None) -> Value:
             them: else the derivatives in reverse mode would be zero in those.
     """
     leaves = jax.tree.leaves(value)
+    # One factor for each dtype, and not one program for each leaf.
     factors = {
         dtype: jax.lax.select(is_there, jnp.ones((), dtype), jnp.asarray(_missing(dtype), dtype))
         for dtype in {leaf.dtype for leaf in leaves}

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
 
@@ -35,7 +36,9 @@ def readable(signature: inspect.Signature) -> inspect.Signature:
     empty = inspect.Parameter.empty
 
     def as_text(annotation: Any) -> Any:
-        return empty if annotation is empty else _Shown(annotation)
+        # A signature that is readable already stays as it is.
+        is_done = annotation is empty or isinstance(annotation, _Shown)
+        return annotation if is_done else _Shown(annotation)
 
     parameters = [
         parameter.replace(annotation=as_text(parameter.annotation))
@@ -55,6 +58,8 @@ def text_of(annotation: Any) -> str:
         return text_of(annotation.__bound__) if annotation.__bound__ else "Any"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
+        if np.number in arguments:  # of `ArrayLike`: every kind of number, by its shortest name
+            arguments = [a for a in arguments if a not in (np.number, int, complex)]
         return " | ".join(dict.fromkeys(map(text_of, arguments)))
     if origin is typing.Literal:
         return " | ".join(map(repr, arguments))
@@ -74,4 +79,6 @@ def _array(annotation: Any) -> str:
     dtypes = annotation.dtypes
     if "prng_key" in dtypes or tuple(dtypes) == ("uint32",):
         return "Key"
+    if annotation.dim_str == "...":
+        return "Array"
     return f'Array["{annotation.dim_str}"]' if annotation.dim_str else "Scalar"

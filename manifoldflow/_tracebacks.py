@@ -1,7 +1,7 @@
-"""Tracebacks that end with what the user did, and a sentence.
+"""Tracebacks that end with the user's own line, and a sentence.
 
 Between a call and what was wrong with it lie a hundred lines of frames of this package, of Equinox
-and of Diffrax, of which none is the user's to mend. JAX hides its own, and says so below the
+and of Diffrax. None of them is the user's to mend. JAX hides its own, and says so below the
 sentence. `JAX_TRACEBACK_FILTERING=off` shows all.
 """
 
@@ -66,6 +66,7 @@ def _is_ours(error: Exception) -> bool:
     if not isinstance(error, ValueError | eqx.EquinoxRuntimeError):
         return False
     last = error.__traceback__
+    # An error of the user's model, raised below our frames, keeps its whole traceback.
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return last is not None and last.tb_frame.f_code.co_filename.startswith(_HERE)

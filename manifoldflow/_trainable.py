@@ -1,8 +1,8 @@
-"""Which leaves of a point are weights, where nobody says so.
+"""The leaves of a point that are weights, where nobody says so.
 
-All floating-point arrays are, but for what the model's own library knows to be something else:
-the running averages of batch normalisation. Flax need not be there: its classes are known by
-the names of their modules.
+All floating-point arrays are, but for what the model's own library knows to be something else: the
+running averages of batch normalisation. Flax need not be there: its classes are known by the names
+of their modules.
 """
 
 import functools
@@ -21,6 +21,7 @@ Kind = Literal["param", "variable", "nnx", "state", "mapping", "other"]
 def _kind(cls: type) -> Kind:
     if issubclass(cls, eqx.nn.State | eqx.nn.StateIndex):
         return "state"
+    # By name, so that Flax is neither needed nor imported.
     names = {base.__name__ for base in cls.__mro__ if base.__module__.startswith("flax.nnx")}
     if "Variable" in names:
         return "param" if "Param" in names else "variable"
@@ -45,7 +46,7 @@ def _is_variable(node: Any) -> bool:
 
 
 def _in_nnx(node: Any) -> list[bool]:
-    """Of a module, a state or a variable, leaf by leaf: whether it is in a Param."""
+    """The leaves of a module, a state or a variable, with True for those in a Param."""
     parts = jax.tree.leaves(node, is_leaf=_is_variable)
     return [_kind(type(p)) == "param" for p in parts for _ in jax.tree.leaves(p)]
 
@@ -70,7 +71,7 @@ def _in_state(node: Any) -> list[bool]:
 
 
 def weights_of(point: PyTree[Any]) -> list[bool] | None:
-    """Leaf by leaf whether it is a weight, None if all floating-point arrays are.
+    """A flag for each leaf that is True for weights; None if all floating-point arrays are.
 
     Raises:
         ValueError: the point holds the state of Equinox's stateful layers.
@@ -97,7 +98,7 @@ _mentioned: set[str] = set()
 
 
 def _mention(point: PyTree[Any], flags: list[bool]) -> None:
-    """Say once for every kind of model what stays as it is."""
+    """Says once for every kind of model which leaves stay as they are."""
     paths = jax.tree_util.tree_leaves_with_path(point)
     frozen = [
         jax.tree_util.keystr(path).removesuffix(".value")

@@ -49,6 +49,7 @@ def as_pytree_callable(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     A module keeps its arrays as leaves; a bare function becomes static.
     """
+    # A `Partial` has its function in the treedef: jit compares it by identity and does not retrace.
     is_module = issubclass(type(fn), eqx.Module)
     is_bare = not is_module and jax.tree.leaves(fn) == [fn]
     return jax.tree_util.Partial(fn) if is_bare else fn
@@ -148,6 +149,7 @@ def join(coordinates: Coordinates, remainder: Point) -> Point:
 
 def as_tangent(coordinates: Coordinates, vector: PyTree[Any], name: str = "vector") -> Tangent:
     """The vector as a tangent at a point with these coordinates, or a clear error."""
+    # None is no leaf for JAX: trees with None in the same places have the same structure.
     marks = jax.tree.map(lambda _: True, coordinates)
     try:
         tangent = jax.tree.map(lambda _, leaf: jnp.asarray(leaf), marks, vector)
@@ -179,7 +181,7 @@ def eps_of(tree: PyTree[Any]) -> float:
 
 
 def relative_rank_cutoff(dtype: Any) -> float:
-    """Below this part of λ_max a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
+    """The part of λ_max below which a Hessian's eigenvalue near a minimum counts as zero: eps^⅓."""
     return _precision.eps_of_dtype(dtype) ** (1 / 3)
 
 
@@ -232,6 +234,7 @@ def inner(x: Tangent, y: Tangent) -> Scalar:
 
 def norm(x: PyTree[Array]) -> Scalar:
     """Euclidean norm, with derivative zero (not NaN) at zero; NaN stays NaN."""
+    # √ has an infinite derivative at 0, and 0·∞ is NaN: hence two `where`s, one inside.
     square = inner(x, x)
     is_zero = square == 0
     return where(is_zero, 0, jnp.sqrt(where(is_zero, 1, square)))
@@ -275,6 +278,7 @@ def all_finite(tree: PyTree[Any]) -> Array:
 
 def random_normal_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:
     leaves, treedef = jax.tree.flatten(tree)
+    # A key for each leaf: leaves of the same shape must not be drawn alike.
     keys = jr.split(key, len(leaves))
     drawn = [jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
     return jax.tree.unflatten(treedef, drawn)

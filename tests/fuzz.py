@@ -98,7 +98,8 @@ ARGUMENTS = {
     "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
     " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
     " third_derivative train_fraction max_norm averaging batch_factor seconds probability"
-    " label_variance batch_fraction failure_probability stationarity",
+    " label_variance batch_fraction failure_probability stationarity"
+    " max_change relative_step",
     "nonnegative": "flatness least_flatness landing_time std noise_scale weight_decay tolerance"
     " momentum input_trace strength"
     " reference_standard_error noise_constant label_std averaging_rate gradient_time trace"

@@ -21,7 +21,7 @@ RESULT_CLASSES = {
     "symmetry.Rescaling", "symmetry.SymmetryCheck", "theory.ActivationConstants",
     "theory.RestrictedIsometry", "theory.RecoveryCertificate", "diagnostics.KernelChange",
     "theory.RecoveryStages", "theory.OrnsteinUhlenbeckLaw",
-    "theory.MarginKKT", "walks.BeforeAfter",
+    "theory.MarginKKT", "walks.BeforeAfter", "walks.HeldOutputs",
 }  # fmt: skip
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.

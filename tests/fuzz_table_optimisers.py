@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import manifoldflow as mf
 
@@ -34,6 +35,10 @@ OPTIMISERS = {
     },
     "plotting.plot_report": {"report": mf.diagnostics.Report({}, (), (), (), (), False)},
     "LimitClock": {"momentum": 0.5},
+    "walks.StochasticWalk": {"strength": 0.1, "batch_size": 1, "relative_step": 0.1},
+    "walks.hold_outputs": {
+        "optimizer": optax.sgd(0.1), "manifold": CIRCLE, "like": np.ones(2), "max_change": 0.1
+    },
     "GradientClock": {"momentum": 0.5},
     "SAMClock": {"radius": 0.1},
     "DecayClock": {"weight_decay": 0.1},

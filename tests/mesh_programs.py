@@ -48,6 +48,9 @@ FUNCTIONS = {
     "drift": drift,
     "project": lambda loss, p: mf.ZeroLossManifold(loss).project(p, throw=False),
     "limit_map": lambda loss, p: mf.limit_map(loss, p, throw=False),
+    "stochastic walk": lambda loss, p: mf.walks.StochasticWalk(
+        1.0, relative_step=0.01
+    ).gradient_and_trace(loss, p, jr.key(3)),
     "in chunks": lambda loss, p: (
         chunked(loss, p).gram(),
         chunked(loss, p).mv(loss.split(p)[0]),

@@ -75,6 +75,7 @@ print(json.dumps({
     "unwanted": sorted({
         "matplotlib", "sklearn", "pytest", "beartype", "manifoldflow.models", "manifoldflow.theory",
         "manifoldflow.diagnostics", "manifoldflow.optimize", "manifoldflow.sgd",
+        "manifoldflow.walks",
     } & set(sys.modules)),
     "x64": bool(jax.config.jax_enable_x64),
 }))

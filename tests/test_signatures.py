@@ -2,8 +2,12 @@
 
 import inspect
 import pydoc
+import re
 
+import numpy as np
 import pytest
+from jax.typing import ArrayLike
+from jaxtyping import Float, Num
 
 import manifoldflow as mf
 from manifoldflow import _signatures
@@ -37,6 +41,16 @@ def test_no_signature_names_a_module():
     assert not wrong, wrong
 
 
+def test_every_signature_is_readable():
+    """No default without a text of its own, no annotation that is a rest of another one."""
+    wrong = {
+        name: str(inspect.signature(thing))
+        for name, thing in public_names().items()
+        if inspect.isfunction(thing) and re.search(r"<|: \"|> \"", str(inspect.signature(thing)))
+    }
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize(
     "annotation, text",
     [
@@ -46,6 +60,9 @@ def test_no_signature_names_a_module():
         (None, "None"),
         (type(None), "None"),
         ("Later", "Later"),
+        (Float[np.ndarray, "..."], "Array"),
+        (Float[np.ndarray, "n d"], 'Array["n d"]'),
+        (Num[ArrayLike, "..."] | None, "Array | float | None"),
     ],
 )
 def test_texts(annotation, text):

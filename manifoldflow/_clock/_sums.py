@@ -85,6 +85,7 @@ def num_steps_for(
     if is_traced((learning_rate, end_time, momentum, clock)):
         raise ValueError(_TRACED)
     power, gain = _power_and_gain(clock, momentum)
+    # By NumPy: the answer is the length of a scan and must be known when tracing.
     known = np.asarray(real_numbers("end_time", end_time), float)
     if known.ndim or not 0 < known < math.inf:
         raise ValueError(f"end_time must be one positive, finite number; got {end_time!r}.")
@@ -92,6 +93,7 @@ def num_steps_for(
     rounding = 8 * max(_eps(value) for value in (learning_rate, end_time, momentum))
     if not callable(learning_rate):
         step = _checked_rate(learning_rate) ** power
+        # Ten steps of 0.1 are 1 − eps in floating point: without the slack there would be eleven.
         count, shown = math.ceil((end - min(rounding * end, step / 2)) / step), max_steps * step
         if count <= max_steps:
             return max(count, 1)

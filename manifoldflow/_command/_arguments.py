@@ -1,4 +1,4 @@
-"""What can be asked for, and its refusals in one sentence."""
+"""The options of the command line, and their refusals in one sentence."""
 
 import argparse
 import pathlib

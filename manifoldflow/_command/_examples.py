@@ -1,4 +1,4 @@
-"""What a file of examples holds."""
+"""The contents of a file of examples."""
 
 from typing import NamedTuple
 

@@ -66,7 +66,7 @@ def _model(options: argparse.Namespace) -> mf.models.ModularAddition:
 
 
 def _widest(options: argparse.Namespace) -> float:
-    """The modulus up to which a network of this width has more weights than residuals."""
+    """The largest modulus for which a network of this width has more weights than residuals."""
     return math.sqrt(3 * options.width / options.train_fraction)
 
 
@@ -90,7 +90,7 @@ def _start(options: argparse.Namespace, loss: mf.LeastSquares, initial: Any) -> 
 
 
 def _half_square(point: Any) -> Array:
-    """½|θ|², what weight decay lowers."""
+    """½‖θ‖², which weight decay lowers."""
     return sum((jnp.sum(leaf**2) for leaf in tree.leaves(point)), jnp.zeros(())) / 2
 
 

@@ -1,4 +1,4 @@
-"""The network where it has landed, kept on the disk: it takes long to get there."""
+"""The landed network, kept on the disk: it takes long to get there."""
 
 import os
 import pathlib
@@ -39,7 +39,7 @@ class Landed:
         self._identity = digest((arrays, rest, jax.__version__))
 
     def found(self, like: Any) -> Any | None:
-        """What an earlier call has left here, if it was for the same; else nothing is left.
+        """The network that an earlier call has left here, if it was for the same problem.
 
         Raises:
             ValueError: a walk of something else was stopped here, and could still go on.

@@ -1,4 +1,4 @@
-"""Which limit a walk follows: noise, optimiser, weight decay."""
+"""The limit that a walk follows: noise, optimiser, weight decay."""
 
 import argparse
 import inspect
@@ -34,7 +34,7 @@ def flow_of(options: argparse.Namespace, manifold: ZeroLossManifold) -> Abstract
 
 
 def end_time_of(options: argparse.Namespace, manifold: ZeroLossManifold, start: Any) -> float:
-    """How long to walk, in the time of the limit."""
+    """The length of the walk, in the time of the limit."""
     if options.end_time is not None:
         return options.end_time
     if options.noise in END_TIMES:

@@ -1,4 +1,4 @@
-"""What a user has written, by module:function."""
+"""Functions of the user's own, by module:function."""
 
 import importlib
 import os
@@ -84,7 +84,7 @@ def _is_own(value: Any, module: str) -> bool:
 
 
 def _is_users(frame: traceback.FrameSummary) -> bool:
-    """No part of a library, of this one neither, nor of Python itself."""
+    """True for a file that belongs to no library, nor to Python itself."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     is_library = "site-packages" in frame.filename or frame.filename.startswith((here, "<"))
     return not is_library and not frame.filename.startswith(os.path.dirname(os.__file__))

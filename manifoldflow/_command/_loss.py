@@ -22,7 +22,7 @@ LossFn = Callable[[Any, Any], Any]
 
 
 class Network(NamedTuple):
-    """What `--model` builds.
+    """The network that `--model` builds.
 
     Attributes:
         point: the model, or its weights.
@@ -36,7 +36,7 @@ class Network(NamedTuple):
 def loss_of(
     options: argparse.Namespace, network: Network, data: TrainedOn, own: LossFn | None
 ) -> AbstractExampleLoss:
-    """What `--loss` names, or what suits the targets; says which.
+    """The loss that `--loss` names, or one that suits the targets; says which.
 
     Raises:
         ValueError: outputs, targets and loss that do not fit, in one sentence.
@@ -70,7 +70,7 @@ def loss_of(
 
 
 def how_well(loss: AbstractExampleLoss, point: Any, data: TrainedOn) -> str:
-    """What shows whether these are the data, and the units, that the network knows."""
+    """The numbers that show whether these are the data, and the units, that the network knows."""
     outputs = np.asarray(loss.outputs(point), float).reshape(len(data.targets), -1)
     targets = np.asarray(data.targets)
     if data.is_classes:
@@ -86,7 +86,7 @@ def _commonest(labels: np.ndarray) -> float:
 
 
 def _output_shape(options: argparse.Namespace, network: Network, inputs: Array) -> tuple[int, ...]:
-    """Of one example; a loss without targets tells what is wrong with the network."""
+    """The output shape of one example, by a loss without targets."""
     probe = mf.PerExampleLoss(inputs, jnp.zeros(len(inputs)), _nothing, predict=network.predict)
     try:
         outputs = eqx.filter_eval_shape(lambda loss, point: loss.outputs(point), probe, network[0])
@@ -119,7 +119,7 @@ def _of_ones_own(
 
 
 def _check_outputs(options: argparse.Namespace, labels: Array, shape: tuple[int, ...]) -> None:
-    """Whether there is an output for every label."""
+    """Refuses a network without an output for every label."""
     least, most = int(jnp.min(labels)), int(jnp.max(labels))
     if len(shape) != 1 or shape == (1,):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The entry point: what was asked for, compiled programs that are kept, and errors in a line."""
+"""The entry point: options, compiled programs that are kept, and errors in a line."""
 
 import argparse
 import os

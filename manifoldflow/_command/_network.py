@@ -1,4 +1,4 @@
-"""The network that is walked: how it is made, trained and measured."""
+"""The network that is walked: its construction, its training and its measures."""
 
 import argparse
 from collections.abc import Callable

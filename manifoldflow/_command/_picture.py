@@ -1,4 +1,4 @@
-"""The picture of grokking: what was learnt when, and what it looks like in the weights."""
+"""The picture of grokking: right answers in time, and the spectra of the weights."""
 
 from typing import Any
 

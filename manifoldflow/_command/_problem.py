@@ -1,4 +1,4 @@
-"""Examples to train on and to test with: which are which, what they are, in which units."""
+"""Examples to train on and to test with, their kind, and their units."""
 
 import argparse
 import pathlib
@@ -21,7 +21,7 @@ DIGITS = 1000  # training images among them
 
 
 class Problem(NamedTuple):
-    """What to fit, and what to measure.
+    """A problem to fit, and the measures of its solution.
 
     Attributes:
         train: inputs (N, d) and targets (N, k).
@@ -66,7 +66,7 @@ def asked(options: argparse.Namespace) -> tuple[Examples, bool, str]:
 
 
 def read(place: str, target: str | None = None, dropped: list[str] | None = None) -> Examples:
-    """What a file or a name stands for."""
+    """The examples of a file, or of a name."""
     path, dropped = pathlib.Path(place), dropped or []
     suffix = path.suffix.lower()
     if place in BUILTIN:
@@ -81,7 +81,7 @@ def read(place: str, target: str | None = None, dropped: list[str] | None = None
 
 
 def guessed(targets: np.ndarray) -> tuple[bool, str]:
-    """Whether the targets look like classes, and why; few distinct whole numbers do."""
+    """True where the targets look like classes, and the reason; few distinct whole numbers do."""
     if targets.dtype.kind in "US":
         return True, "since the targets are texts"
     if targets.ndim == 2:
@@ -97,7 +97,7 @@ def guessed(targets: np.ndarray) -> tuple[bool, str]:
 
 
 def _encoded(place: str, targets: np.ndarray, is_classes: bool) -> tuple[np.ndarray, str]:
-    """Targets (N, k), and what they are."""
+    """Targets (N, k), and their kind."""
     if not is_classes:
         return numbers_of(place, targets)
     if targets.ndim == 2:
@@ -113,7 +113,7 @@ def _encoded(place: str, targets: np.ndarray, is_classes: bool) -> tuple[np.ndar
 
 
 def numbers_of(place: str, targets: np.ndarray) -> tuple[np.ndarray, str]:
-    """Targets (N, k) of a regression, and what they are."""
+    """Targets (N, k) of a regression, and their kind."""
     if targets.dtype.kind in "US":
         raise ValueError(
             f"{place}: --task regression needs numbers as targets; got texts such as "
@@ -155,7 +155,7 @@ def in_units(
     is_classes: bool,
     parts: tuple[np.ndarray, np.ndarray],
 ) -> Problem:
-    """With means 0 and standard deviations 1 on the training examples, unless asked not to."""
+    """The problem with means 0 and deviations 1 on the training examples, unless asked not to."""
     inputs, chosen = examples.inputs, parts[0]
     measure = "test accuracy" if is_classes else "test error"
     if not options.no_standardise:

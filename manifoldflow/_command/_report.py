@@ -1,4 +1,4 @@
-"""What is known about a network that a user has trained."""
+"""The report on a network that a user has trained."""
 
 import argparse
 import pathlib
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What can be told before anything is imported."""
+    """Refuses what can be refused before anything is imported."""
     if options.model is None:
         raise ValueError(
             "a report needs --model MODULE:FUNCTION, what builds the network, e.g. --model "

@@ -1,4 +1,4 @@
-"""Problems that are too large are refused before anything is computed."""
+"""Refusals of problems that are too large, before anything is computed."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def check_sizes(
     fewer: Callable[[int], str],
     wider: str,
 ) -> None:
-    """Whether there is a manifold of perfect fits, and whether a walk on it can be afforded.
+    """Refuses a problem without a manifold of perfect fits, or too large for a walk on it.
 
     Args:
         num_residuals: n, examples × outputs.
@@ -58,7 +58,7 @@ def check_sizes(
 
 
 def memory_of_this_machine() -> int | None:
-    """Bytes, where the system tells."""
+    """The memory in bytes, where the system tells."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -64,7 +64,7 @@ def _digits(options: argparse.Namespace) -> TrainedOn:
 
 
 def _labels(place: str, targets: np.ndarray) -> tuple[np.ndarray, str]:
-    """Labels (N,), and what they are."""
+    """Labels (N,), and their kind."""
     if targets.ndim == 2:
         return np.argmax(targets, axis=1), f"one-hot labels of {targets.shape[1]} classes"
     if targets.dtype.kind in "US":
@@ -93,6 +93,6 @@ def _chosen(options: argparse.Namespace, inputs: np.ndarray) -> np.ndarray:
 
 
 def _shaped(inputs: Array, examples: Examples) -> Array:
-    """As they came, if all numbers are still there."""
+    """The inputs in their original shape, if all their numbers are still there."""
     shape = examples.shape or (inputs.shape[1],)
     return inputs.reshape(-1, *shape) if np.prod(shape) == inputs.shape[1] else inputs

@@ -1,4 +1,4 @@
-"""What takes long is announced on stderr."""
+"""Announcements on stderr of what takes long."""
 
 import sys
 import threading

@@ -65,7 +65,7 @@ def _check_sizes(
 
 
 def _start(options: argparse.Namespace, loss: mf.LeastSquares, model: eqx.nn.MLP) -> eqx.nn.MLP:
-    """Where the walk begins: from an earlier call of the same command, or trained."""
+    """The start of the walk: from an earlier call of the same command, or trained."""
     landed = Landed(options.out, loss, model, NUM_STEPS)
     start = landed.found(model)
     if start is not None:

@@ -159,7 +159,7 @@ def _of_another_number(
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:
-    """In the type and the precision of the leaf."""
+    """The array in the type and the precision of the leaf."""
     if not eqx.is_array(leaf):
         return array.item()
     if array.dtype.kind == "V":  # bfloat16 has no name in NumPy's files

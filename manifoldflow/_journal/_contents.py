@@ -1,4 +1,4 @@
-"""What is in a checkpoint: arrays, and one text that says what they are and their checksums."""
+"""The contents of a checkpoint: arrays, and one text that describes them, with their checksums."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ _ABOUT = "about"
 
 
 def packed(kind: str, identity: dict[str, Any], arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays, and what is to be known about them."""
+    """The arrays, with one more that describes them."""
     plain = {name: np.asarray(array) for name, array in arrays.items()}
     about = {
         "format": FORMAT,
@@ -26,7 +26,7 @@ def packed(kind: str, identity: dict[str, Any], arrays: dict[str, Any]) -> dict[
 def unpacked(
     name: str, stored: dict[str, np.ndarray], kind: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(what is said about them, the arrays)`, checked.
+    """The description of the arrays, and the arrays, checked.
 
     Raises:
         ValueError: the arrays are not what was packed; says how.
@@ -37,6 +37,7 @@ def unpacked(
         version, told = about["format"], about["arrays"]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a checkpoint of {kind}. Give another file.") from error
+    # Told apart before the checksums, so that the refusal names the version and not a damage.
     if version != FORMAT:
         age = "an older" if version < FORMAT else "a newer"
         raise ValueError(
@@ -53,6 +54,7 @@ def unpacked(
 
 
 def _told(array: np.ndarray) -> list[Any]:
+    # Over the bytes: −0.0 and other bit patterns of NaN count as different numbers.
     sum_ = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     return [str(array.dtype), list(array.shape), sum_]
 

@@ -40,6 +40,7 @@ def write_whole(path: str, arrays: Mapping[str, np.ndarray]) -> None:
     content = buffer.getvalue()[:-2] + _NUM_END.to_bytes(2, "little")
     with _aside(path) as partial:
         _write(partial, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+        # Atomic within a folder: readers see the old file or the new one, nothing between.
         os.replace(partial, path)
     _settle(_folder(path))
 
@@ -86,7 +87,7 @@ def make_place(path: str) -> None:
 
 
 def check_space(path: str, num_bytes: int) -> None:
-    """See to it that a file can be written here, before any time is spent.
+    """Makes sure that a file can be written here, before any time is spent.
 
     Args:
         path: of the file.
@@ -103,6 +104,7 @@ def check_space(path: str, num_bytes: int) -> None:
         there = os.path.getsize(path) if os.path.exists(path) else 0
     except OSError as error:
         raise cannot_write(path, error) from error
+    # The old file, if there is one, is replaced and gives its space back.
     needed = 2 * num_bytes - there
     if free < needed:
         raise OSError(
@@ -113,14 +115,14 @@ def check_space(path: str, num_bytes: int) -> None:
 
 
 def remove_leftovers(path: str) -> None:
-    """What killed runs were just writing; to be called by who holds the lock."""
+    """Removes what killed runs were just writing; for the holder of the lock."""
     for name in glob.glob(glob.escape(path) + ".*.partial"):
         with contextlib.suppress(OSError):
             os.remove(name)
 
 
 def because(error: OSError) -> str:
-    """What an error of the operating system says, in a few words."""
+    """The words of an error of the operating system, in short."""
     return error.strerror or str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -134,13 +136,15 @@ def _write(path: str, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
         file.write(content)
+        # Before the file is moved its bytes must be on the disk: after a power cut a file of zeros
+        # would have the right name.
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def _aside(path: str) -> Iterator[str]:
-    """A name in the same folder that nobody else uses, and nothing left under it."""
+    """A name in the same folder that nobody else uses, with nothing left under it."""
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         yield partial
@@ -165,7 +169,7 @@ def _folder(path: str) -> str:
 
 
 def _what_else(content: bytes, kind: str) -> str:
-    """What a file is that does not end as ours do."""
+    """The kind of a file that does not end as ours do."""
     if not content:
         return f"is empty, not a checkpoint of {kind}."
     names: set[Any] = set()

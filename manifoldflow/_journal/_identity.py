@@ -1,4 +1,4 @@
-"""What tells one run from all others, by parts, so that a refusal can name what changed."""
+"""The identity of a run, in parts, so that a refusal can name what changed."""
 
 import dataclasses
 import importlib.metadata
@@ -23,8 +23,8 @@ class Identity(eqx.Module):
     Attributes:
         values: numbers and arrays, bit by bit: "key", "noise.std", "learning rate".
         functions: digests of functions that stand by themselves: "until", "optimizer".
-        chain: the same for functions each of which calls those before it, so that only the
-            first that differs tells something.
+        chain: the same for functions each of which calls those before it, so that only the first
+            that differs tells something.
         versions: of what computes and of this format.
     """
 
@@ -37,7 +37,7 @@ class Identity(eqx.Module):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def other_versions(self, there: dict[str, dict[str, str]]) -> str | None:
-        """What to say of the versions that a file was written with, if they are others."""
+        """The words on the versions that a file was written with, if they are others."""
         found = _differences(there["versions"], self.versions)
         return " and ".join(f"{name} {old}, not {new}" for name, old, new in found) or None
 
@@ -50,8 +50,10 @@ class Identity(eqx.Module):
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that make the steps: another one may round otherwise, or print its
-    programs in another way."""
+    """The versions of the libraries that make the steps.
+
+    Another version may round otherwise, or print its programs in another way.
+    """
     names = "jax", "equinox", "diffrax", "optax"
     found = {name: importlib.metadata.version(name) for name in names}
     found["jax_threefry_partitionable"] = str(
@@ -77,7 +79,7 @@ def parts_of(name: str, value: PyTree[Any], whole: bool = False) -> dict[str, st
 
 
 def start_of(coordinates: Coordinates, remainder: Point) -> dict[str, str]:
-    """The point that a run starts from."""
+    """The starting point of a run, as texts."""
     frozen = parts_of("frozen part of the point", remainder, whole=True)
     return {**parts_of("start", coordinates, whole=True), **frozen}
 
@@ -95,12 +97,14 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, _SIMPLE):
         yield name, repr(value)
     elif isinstance(value, dict):
+        # The order of a dict's keys is no part of what it says.
         for key in sorted(value, key=str):
             yield from _parts(f"{name}[{key!r}]", value[key])
     elif isinstance(value, tuple | list):
         for index, part in enumerate(value):
             yield from _parts(f"{name}[{index}]", part)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Two classes may have the same fields: noises differ by their class alone.
         yield name, type(value).__qualname__
         for field in dataclasses.fields(value):
             yield from _parts(f"{name}.{field.name}", getattr(value, field.name, None))

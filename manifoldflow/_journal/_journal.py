@@ -59,7 +59,7 @@ class Journal:
 
     @property
     def num_done(self) -> int:
-        """Saves so far."""
+        """The number of saves so far."""
         return len(self._steps)
 
     @contextlib.contextmanager
@@ -125,7 +125,7 @@ class Journal:
         self._write_seconds = self._written_at - began
 
     def read(self, store: AbstractStore) -> tuple[PyTree[Array], int]:
-        """Take over what is stored; returns the state, and after how many steps it was.
+        """Takes over what is stored; returns the state, and the number of its steps.
 
         They are more than `step` where the file has gone further than this run is to go.
 
@@ -215,7 +215,7 @@ def _num_bytes(like: Any) -> int:
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    """As NumPy can store it: random keys as their words."""
+    """The array in a form that NumPy can store: random keys as their words."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jr.key_data(leaf)
     return np.asarray(leaf)

@@ -65,7 +65,7 @@ def _acquired(path: str) -> int | None:
 
 
 def _is_there(descriptor: int, path: str) -> bool:
-    """Whether the file that was locked is still the one of this name."""
+    """True where the file that was locked is still the one of this name."""
     try:
         there = os.stat(_name(path))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What a function does, as a digest that is the same in every process.
+"""Digests of functions by what they do, the same in every process.
 
 A function is its jaxpr: the operations in their order, with all that they are told and the
-constants that were closed over. Names of variables and functions, addresses, source lines and
-rules of differentiation (which nothing here takes) do not count.
+constants that were closed over. Names of variables and functions, addresses, source lines and rules
+of differentiation (which nothing here takes) do not count.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def _call(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """A digest of a value by what it is made of."""
+    """The digest of a value, by its parts."""
     return "sha256:" + _Digester().of(value, 0).hex()
 
 
@@ -134,7 +134,7 @@ class _Digester:
 
 
 def _plain_text(value: Any) -> str | None:
-    """Of values that are not made of others."""
+    """The text of values that have no parts."""
     if isinstance(value, enum.Enum):
         return f"{_name(type(value))}.{value.name}"
     if isinstance(value, jax.core.Tracer):
@@ -167,7 +167,7 @@ def _name(cls: type) -> str:
 
 
 def _cells(function: types.FunctionType) -> list[Any]:
-    """What a function closes over, as far as it can be told apart."""
+    """The values that a function closes over, as far as they can be told apart."""
     found = []
     for cell in function.__closure__ or ():
         try:

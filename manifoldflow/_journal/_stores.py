@@ -1,4 +1,4 @@
-"""Where a journal is kept: an .npz file, or an Orbax checkpoint manager."""
+"""The places where a journal is kept: an .npz file, or an Orbax checkpoint manager."""
 
 import abc
 import contextlib
@@ -28,11 +28,11 @@ class AbstractStore(eqx.Module):
 
     @abc.abstractmethod
     def has_any(self) -> bool:
-        """Whether there is something to read."""
+        """True where there is something to read."""
 
     @abc.abstractmethod
     def read(self, kind: str) -> dict[str, np.ndarray]:
-        """What was written last; `kind` says in messages what it should be."""
+        """The arrays that were written last; `kind` names them in messages."""
 
     @abc.abstractmethod
     def write(self, arrays: dict[str, np.ndarray], step: int) -> None:
@@ -40,7 +40,7 @@ class AbstractStore(eqx.Module):
 
     @abc.abstractmethod
     def name(self) -> str:
-        """For messages."""
+        """The name of the place, for messages."""
 
     @abc.abstractmethod
     def opened(self, num_bytes: int) -> contextlib.AbstractContextManager[None]:
@@ -69,6 +69,7 @@ class NpzStore(AbstractStore):
     def opened(self, num_bytes: int):
         make_place(self.path)
         with locked(self.path) as is_alone:
+            # Leftovers of another run that is still writing are not ours to remove.
             if is_alone:
                 remove_leftovers(self.path)
             check_space(self.path, num_bytes)

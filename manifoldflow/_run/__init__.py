@@ -1,5 +1,4 @@
-"""How a run goes from save to save, what it shows and writes down on its way, and which integral
-it solves."""
+"""The course of a run from save to save: its legs, its reports, its journal, and its integral."""
 
 from manifoldflow._run._forms import (
     AbstractVectorField as AbstractVectorField,

@@ -1,4 +1,4 @@
-"""Which stochastic integral a Diffrax solver approximates, and terms that say which they are."""
+"""The stochastic integral that a Diffrax solver approximates, and terms that know their own."""
 
 from typing import Any, Literal
 

@@ -26,12 +26,13 @@ def over_legs(
     state: State,
     ends: PyTree[Array],
 ) -> tuple[State, PyTree[Array]]:
-    """`state, saved = save(leg(state, end))` for each of `ends`; the last state, and all saved.
+    """The last state, and all saved, of `state, saved = save(leg(state, end))` for each end.
 
-    In reverse mode one leg after the other is run again, so that only the states between them
-    are kept. A single leg is not: it keeps what Diffrax keeps.
+    In reverse mode one leg after the other is run again, so that only the states between them are
+    kept. A single leg is not: it keeps what Diffrax keeps.
     """
     is_single = len(jax.tree.leaves(ends)[0]) == 1
+    # Within a scan common subexpressions are safe, and `prevent_cse` would only slow it down.
     follow = leg if is_single else eqx.filter_checkpoint(leg, prevent_cse=False)
 
     def body(state: State, end: Any) -> tuple[State, Any]:
@@ -44,7 +45,7 @@ def over_legs(
 
 
 def _next_end(begin: Any, size: Any, end: Any) -> Array:
-    """Where the step from `begin` ends: one of equal ones to the end of the leg.
+    """The end of the step from `begin`: one of equal ones to the end of the leg.
 
     As few as are no longer than asked for, so that none is left over that is much shorter.
     """
@@ -122,4 +123,6 @@ class AdaptiveSteps(dfx.AbstractAdaptiveStepSizeController):
 def next_step(solution: dfx.Solution) -> Scalar:
     """The size that `AdaptiveSteps` would have tried after a solve with `controller_state`."""
     assert solution.controller_state is not None
+    # The size of a step is no function of the problem: its derivative would be one of the error
+    # estimate.
     return jax.lax.stop_gradient(solution.controller_state[1])

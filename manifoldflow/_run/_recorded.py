@@ -22,7 +22,7 @@ State = TypeVar("State")
 
 
 class Save(NamedTuple):
-    """What is kept of a run after some of its steps.
+    """The content of a journal after some of the steps of a run.
 
     Attributes:
         step: how many.
@@ -42,7 +42,7 @@ class Save(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """Where a leg has come to.
+    """The place that a leg has come to.
 
     Attributes:
         state: what the next one starts from.
@@ -67,15 +67,15 @@ class AbstractRun(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def again(self, journal: Journal, state: PyTree[Array], step: int) -> State:
-        """What to go on from: the journal's last save, or the state after so many steps."""
+        """The state to go on from: the journal's last save, or the state after so many steps."""
 
     @abc.abstractmethod
     def legs(self, state: State, journal: Journal) -> Iterator[Leg]:
-        """From save to save, up to the end."""
+        """The legs from save to save, up to the end."""
 
 
 def check_concrete(kind: str, given: Any) -> None:
-    """Files are written by Python: not for values that are known only when a program runs."""
+    """Refuses files for values that are known only when a program runs: Python writes them."""
     if is_traced(given):
         raise ValueError(
             f"`checkpoint` needs concrete values: call `{kind}` outside jit and vmap, and the same "
@@ -96,6 +96,7 @@ def recorded(
     """
     shown = run.meter.init()
     with journal.opened(checkpoint) as target:
+        # `resume` is read only; the run is written to `checkpoint` from there on.
         source = target if resume is None else store_of("resume", resume)
         if source is not None and (resume is not None or source.has_any()):
             state = run.again(journal, *journal.read(source))
@@ -116,6 +117,7 @@ def recorded(
 
 def _keep(run: AbstractRun[Any], journal: Journal, target: Any, save: Save) -> None:
     journal.add(save.row, save.step, save.time)
+    # Written before it is shown: a callback that raises must not cost the save.
     if target is not None:
         journal.write(target, save.state, must=save.must_write)
     if save.is_told:

@@ -1,4 +1,4 @@
-"""What a long run shows on its way: observables, progress meters, reports."""
+"""The output of a long run on its way: observables, progress meters, reports."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +29,7 @@ def checked_observables(observe: Observables | None) -> dict[str, Callable[[Poin
 
 
 def observed(observe: Observables, point: Point) -> dict[str, PyTree[Array]]:
-    """What is to be seen at a point."""
+    """The observables at a point."""
     return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in observe.items()}
 
 
@@ -47,6 +47,7 @@ def meter_of(progress: Any) -> dfx.AbstractProgressMeter:
 def show(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen: Any) -> None:
     """Report from inside a program."""
     for report in reports:
+        # Not ordered: an ordered effect would keep the program from running on several devices.
         jax.debug.callback(report, time, coordinates, seen)
 
 
@@ -61,7 +62,8 @@ def tell(reports: tuple[Report, ...], time: Any, coordinates: Coordinates, seen:
 
 
 def share_of_decades(first: Scalar, least: Scalar, wanted: Scalar) -> Scalar:
-    """How many of the decimal places that a number has to fall it has fallen."""
+    """The share of the decimal places that a number has to fall which it has fallen."""
+    # 0/0 where the start is good enough already.
     return jnp.nan_to_num(jnp.log(first / least) / jnp.log(first / wanted))
 
 

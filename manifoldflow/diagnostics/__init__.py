@@ -1,4 +1,4 @@
-"""What a computation will cost, and whether its assumptions hold."""
+"""Checks of assumptions, of derivatives and of learning rates, and the cost of a computation."""
 
 from manifoldflow.diagnostics._certify import (
     Certificate as Certificate,
@@ -6,12 +6,10 @@ from manifoldflow.diagnostics._certify import (
     certify as certify,
 )
 from manifoldflow.diagnostics._checks import (
-    check_dimension as check_dimension,
     check_geodesic as check_geodesic,
     check_gradient as check_gradient,
     check_hessian as check_hessian,
     check_retraction as check_retraction,
-    DimensionCheck as DimensionCheck,
     GeodesicCheck as GeodesicCheck,
     SlopeCheck as SlopeCheck,
 )
@@ -24,6 +22,10 @@ from manifoldflow.diagnostics._cost import (
     Explanation as Explanation,
     Plan as Plan,
     plan as plan,
+)
+from manifoldflow.diagnostics._dimension import (
+    check_dimension as check_dimension,
+    DimensionCheck as DimensionCheck,
 )
 from manifoldflow.diagnostics._entries import (
     LeafTrace as LeafTrace,

@@ -1,4 +1,4 @@
-"""Do the theorems' assumptions hold along a path? One certificate for each, with its margin."""
+"""Certificates that the theorems' assumptions hold along a path, each with its margin."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._results import Solution
 from manifoldflow._types import Coordinates, Key, Point, Tangent
-from manifoldflow.diagnostics._checks import counted_constraints
+from manifoldflow.diagnostics._dimension import counted_constraints
 from manifoldflow.losses import AbstractLoss, AbstractResidualLoss, LeastSquares
 from manifoldflow.manifolds import AbstractManifold
 from manifoldflow.noise import AbstractNoise
@@ -23,15 +23,21 @@ _NUM_PROBES = 4
 
 
 class Certificate(NamedTuple):
-    """One assumption, measured.
+    """One assumption of a theorem, measured along a path.
 
     Attributes:
-        name: what is assumed.
-        value: the worst that was seen.
-        threshold: what it is compared with.
-        relation: how: the value must be ">", "≥" or "≤" the threshold.
-        where: the place of the worst: a number of a save on the path, or an argument.
-        citation: where it is assumed, by the keys of the README.
+        name: the assumption.
+        value: the worst value that was seen.
+        threshold: the bound that it is compared with.
+        relation: ">", "≥" or "≤": the relation in which the value must be to the threshold.
+        where: the place of the worst value: the number of a save on the path, or an argument.
+        citation: the source of the assumption, by the keys of the README.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> rank = diagnostics.Certificate("rank", 3.0, 2.0, "≥", "save 0", "LiWangArora2022")
+        >>> print(rank.holds, rank.margin)
+        True 1.0
     """
 
     name: str
@@ -43,18 +49,26 @@ class Certificate(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """How far on the right side of the threshold; negative on the wrong one."""
+        """The distance to the threshold: positive on the right side, negative on the wrong one."""
         gap = self.value - self.threshold
         return (-gap if self.relation == "≤" else gap) + 0.0  # not −0
 
     @property
     def holds(self) -> bool:
-        """False where the value is not a number."""
+        """True where the value is on the right side of the threshold; False where it is NaN."""
         return self.margin > 0 if self.relation == ">" else self.margin >= 0
 
 
 class Certificates(tuple[Certificate, ...]):
-    """All certificates of a path: true if all hold, by name, printed as a table."""
+    """All certificates of a path: true if all hold; printed as a table.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> rank = diagnostics.Certificate("rank", 1.0, 2.0, "≥", "save 0", "LiWangArora2022")
+        >>> found = diagnostics.Certificates([rank])
+        >>> print(bool(found), found.named("rank").margin)
+        False -1.0
+    """
 
     def __bool__(self) -> bool:
         return all(certificate.holds for certificate in self)
@@ -92,7 +106,7 @@ def _row(certificate: Certificate) -> tuple[str, ...]:
 
 @runtime_checkable
 class TwoLayer(Protocol):
-    """What `certify` needs of a two-layer network, as `models.TwoLayerNet` has it."""
+    """The part of a two-layer network that `certify` needs; `models.TwoLayerNet` has it."""
 
     @property
     def inputs(self) -> Array: ...
@@ -106,7 +120,7 @@ class TwoLayer(Protocol):
     def features(self, point: Any) -> Array: ...
 
 
-@checked
+@checked_concrete
 def certify(
     manifold: AbstractManifold,
     path: Solution | Point,
@@ -115,26 +129,39 @@ def certify(
     network: TwoLayer | None = None,
     key: Key | None = None,
 ) -> Certificates:
-    """Which assumptions of the theorems hold along a path, and by how much.
+    """The assumptions of the theorems, measured along a path, each with its margin.
 
-    Always: the path is on the manifold, the rank is constant, and the spectrum of J Jᵀ has a
-    gap. With a residual loss: the constant c of ‖∇L‖² ≥ c·L and that tr∇²L does not grow.
-    With a noise: its covariance is normal, and proportional to the Hessian. With a two-layer
-    network: norms and coherence of its inputs, and the constants of its activation on the
-    range of features that the path visits.
+    Always: the path is on the manifold, the rank is constant, and the spectrum of JJᵀ has a gap.
+    With a residual loss: the constant c of ‖∇L‖² ≥ c·L, and that tr∇²L does not grow. With a noise:
+    its covariance is normal, and proportional to the Hessian. With a two-layer network: norms and
+    coherence of its inputs, and the constants of its activation on the range of features that the
+    path visits.
 
     Args:
-        manifold: a manifold, whose `loss` is meant.
-        path: a `Solution`, or one point. Costs a spectrum and some products a save.
-        noise: for `LimitDiffusion`, what it is given.
-        network: a `models.TwoLayerNet`, or what has its fields and `features`.
-        key: for the random vectors on which covariance and Hessian are compared.
+        manifold: a manifold, with the loss in question as its `loss`.
+        path: a `Solution`, or one point. The cost is a spectrum and some products for each save.
+        noise: a noise, as for `LimitDiffusion`.
+        network: a `models.TwoLayerNet`, or an object with its fields and `features`.
+        key: draws the random vectors on which covariance and Hessian are compared.
+
+    Returns:
+        `Certificates`: true if all hold, and printable.
 
     Raises:
-        ValueError: a path that is not finite; a network on a loss other than `LeastSquares`.
+        ValueError: a path that is not finite; a network on a loss other than `LeastSquares`; a call
+            inside jit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.ones(1), jnp.ones(1), predict=lambda p, x: p[0] * p[1] * x)
+        >>> manifold = mf.ZeroLossManifold(loss)
+        >>> found = mf.diagnostics.certify(manifold, jnp.array([2.0, 0.5]))
+        >>> print(bool(found), found.named("rank").value, found.named("c of ‖∇L‖² ≥ c·L").value)
+        True 1.0 8.5
 
     References:
-        [LiWangArora2022, Assumptions 3.1 and 3.2, section 5]; [Gatmiry2024, Assumptions 1-3].
+        [LiWangArora2022, Assumptions 3.1 and 3.2, section 5; Gatmiry2024, Assumptions 1-3].
     """
     coordinates, remainder = _stacked(manifold, path)
     if not bool(_tree.all_finite(coordinates)):
@@ -143,6 +170,7 @@ def certify(
             "solution.result says how; project with throw=True."
         )
     seen = _measured(manifold, noise, coordinates, remainder, jr.key(0) if key is None else key)
+    # Distances on a path are those of its solver, far above rounding.
     tol = _tree.eps_of(coordinates) ** (1 / 3)
     codimension = counted_constraints(manifold, _tree.join(_at(coordinates, 0), remainder))
     found = [*_of_manifold(seen, codimension, tol)]
@@ -168,12 +196,13 @@ def _measured(
     remainder: Point,
     key: Key,
 ) -> dict[str, Array]:
-    """Numbers at each save."""
+    """The numbers of all certificates, at each save."""
     loss: AbstractLoss = manifold.loss
 
     def at(x: Coordinates) -> dict[str, Any]:
         point = _tree.join(x, remainder)
         space = manifold.normal_space(point)
+        # The range only: the rest of a Hessian's spectrum is zero by design.
         values = space.eigenvalues()[-manifold.codimension(point) :]
         size = _tree.norm(x)
         seen = {
@@ -193,6 +222,7 @@ def _measured(
             seen |= _compared(manifold, noise, point, x, key)
         return seen
 
+    # One save after the other: a spectrum of each at once would take the memory of all.
     return jax.lax.map(at, coordinates)
 
 
@@ -293,7 +323,7 @@ def _of_network(
 def _least(
     name: str, values: Any, threshold: float, source: str, relation: str = ">"
 ) -> Certificate:
-    """Of a number that must be large at each save."""
+    """The certificate of a number that must be large at each save."""
     values = np.asarray(values, float)
     worst = int(np.argmin(values))  # of NaN the first
     where = f"save {worst}"
@@ -303,7 +333,7 @@ def _least(
 def _most(
     name: str, values: Any, threshold: float, source: str, place: str = "save"
 ) -> Certificate:
-    """Of a number that must be small at each save."""
+    """The certificate of a number that must be small at each save."""
     values = np.asarray(values, float)
     worst = int(np.argmax(values))
     where = f"{place} {worst}"

@@ -1,4 +1,4 @@
-"""Numerical checks of derivatives and of maps on a manifold: does the error fall as it must?"""
+"""Numerical checks of derivatives and of maps on a manifold, by the rate at which errors fall."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive
 from manifoldflow._types import Key, Point, Tangent
 from manifoldflow.geometry import (
@@ -33,17 +33,25 @@ _WINDOW = 9
 
 
 class SlopeCheck(eqx.Module):
-    """How an error falls with the size t of a step, error ~ t^slope.
+    """The rate at which an error falls with the size t of a step, error ~ t^slope.
 
     Attributes:
-        name: what was checked.
-        slope: measured over the window of sizes where it is steadiest; NaN if the error is
-            at rounding everywhere.
-        expected: what theory says.
+        name: of the check.
+        slope: measured over the window of sizes where it is steadiest; NaN if the error is at
+            rounding everywhere.
+        expected: the slope by theory.
         window: (smallest, largest) t of that window.
         sizes: all t.
         errors: the error at each of them.
-        holds: whether the slope is at least `expected` − 0.1, or all errors are at rounding.
+        holds: True where the slope is at least `expected` − 0.1, or all errors are at rounding.
+
+    Examples:
+        >>> import numpy as np
+        >>> from manifoldflow import diagnostics
+        >>> sizes = np.logspace(-3, 0, 4)
+        >>> check = diagnostics.SlopeCheck("gradient", 2.0, 2.0, (1e-3, 1.0), sizes, sizes**2, True)
+        >>> print(bool(check), check)
+        True gradient: slope 2.000 over t = 1.0e-03 … 1.0e+00, expected 2: holds
     """
 
     name: str
@@ -66,7 +74,7 @@ class SlopeCheck(eqx.Module):
         )
 
 
-@checked
+@checked_concrete
 def check_gradient(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -75,14 +83,33 @@ def check_gradient(
     *,
     gradient: Tangent | None = None,
 ) -> SlopeCheck:
-    """Is it the gradient? F(R(tv)) − F − t⟨∇F, v⟩ must fall like t².
+    """The check of a Riemannian gradient: F(R(tv)) − F − t⟨∇F, v⟩ must fall like t².
 
     Args:
         manifold: the manifold.
         fn: F, point → scalar.
         point: a point of the manifold.
-        key: for the random unit tangent v.
-        gradient: what to check; by default `riemannian_gradient`. Its tangent part is checked.
+        key: draws the random unit tangent v.
+        gradient: the gradient to check; None for `riemannian_gradient`. Its tangent part is
+            checked.
+
+    Returns:
+        A `SlopeCheck`: true or false, and printable.
+
+    Raises:
+        ValueError: a manifold of dimension 0; a point that is not finite; a call inside jit.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, point = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.6, 0.8])
+        >>> wrong = jnp.array([0.8, -0.6])  # the gradient of x₀ is 0.8 times that
+        >>> check = mf.diagnostics.check_gradient(
+        ...     circle, lambda x: x[0], point, jax.random.key(0), gradient=wrong
+        ... )
+        >>> print(bool(check))
+        False
     """
     if gradient is None:
         gradient = riemannian_gradient(manifold, fn, point)
@@ -93,7 +120,7 @@ def check_gradient(
     return _check("gradient", errors, 2, point, start)
 
 
-@checked
+@checked_concrete
 def check_hessian(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -102,16 +129,32 @@ def check_hessian(
     *,
     hessian: lx.AbstractLinearOperator | None = None,
 ) -> SlopeCheck:
-    """Is it the Hessian? F(R(tv)) − F − t⟨∇F, v⟩ − ½t²⟨v, Hv⟩ must fall like t³.
+    """The check of a Riemannian Hessian: F(R(tv)) − F − t⟨∇F, v⟩ − ½t²⟨v, Hv⟩ must fall like t³.
 
-    With a retraction R of second order, so that this is so at any point, stationary or not.
+    R is a retraction of second order, so that this holds at any point, stationary or not.
 
     Args:
         manifold: the manifold.
         fn: F, point → scalar.
         point: a point of the manifold.
-        key: for the random unit tangent v.
-        hessian: what to check; by default `covariant_hessian`.
+        key: draws the random unit tangent v.
+        hessian: the operator to check; None for `covariant_hessian`.
+
+    Returns:
+        A `SlopeCheck`: true or false, and printable.
+
+    Raises:
+        ValueError: a manifold of dimension 0; a point that is not finite; a call inside jit.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, point = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.6, 0.8])
+        >>> print(
+        ...     bool(mf.diagnostics.check_hessian(circle, lambda x: x[0], point, jax.random.key(0)))
+        ... )
+        True
     """
     if hessian is None:
         hessian = covariant_hessian(manifold, fn, point)
@@ -124,20 +167,36 @@ def check_hessian(
     return _check("Hessian", errors, 3, point, start)
 
 
-@checked
+@checked_concrete
 def check_retraction(
     manifold: AbstractManifold,
     retraction: AbstractRetraction,
     point: Point,
     key: Key,
 ) -> SlopeCheck:
-    """Is the retraction of the order it says? |R(tv) − exp(tv)| must fall like t^(order + 1).
+    """The check of a retraction's order: ‖R(tv) − exp(tv)‖ must fall like t^(order + 1).
 
     Args:
         manifold: the manifold.
-        retraction: a value as `NewtonRetraction()`.
+        retraction: a value such as `NewtonRetraction()`.
         point: a point of the manifold.
-        key: for the random unit tangent v.
+        key: draws the random unit tangent v.
+
+    Returns:
+        A `SlopeCheck`: true or false, and printable.
+
+    Raises:
+        ValueError: a manifold of dimension 0; a point that is not finite; a call inside jit.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, point = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.6, 0.8])
+        >>> newton = mf.NewtonRetraction()
+        >>> check = mf.diagnostics.check_retraction(circle, newton, point, jax.random.key(0))
+        >>> print(check.expected, bool(check))
+        3 True
     """
     vector = _unit_tangent(manifold, point, key)
 
@@ -153,14 +212,20 @@ def check_retraction(
 
 
 class GeodesicCheck(eqx.Module):
-    """Whether a curve that claims to be a geodesic is one.
+    """The verdict on a curve that claims to be a geodesic, from `check_geodesic`; true or false.
 
     Attributes:
         speed_error: the largest change of the speed, relative to it.
-        transport_error: |transported γ′(0) − γ′(t)| relative to the speed, by differences.
+        transport_error: ‖transported γ′(0) − γ′(t)‖ relative to the speed, by differences.
         defect: the largest distance from the manifold.
-        tolerance: what all of them must be below.
-        holds: whether they are.
+        tolerance: the bound on all three.
+        holds: True where all three are at most the tolerance.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> check = diagnostics.GeodesicCheck(1e-9, 1e-8, 0.0, 1e-6, True)
+        >>> print(bool(check))
+        True
     """
 
     speed_error: float
@@ -173,7 +238,7 @@ class GeodesicCheck(eqx.Module):
         return self.holds
 
 
-@checked
+@checked_concrete
 def check_geodesic(
     manifold: AbstractManifold,
     point: Point,
@@ -183,16 +248,31 @@ def check_geodesic(
     path: Callable[[Any], Point] | None = None,
     tolerance: float | None = None,
 ) -> GeodesicCheck:
-    """Has a curve constant speed, and is its velocity transported parallel to itself?
+    """The check that a curve has constant speed and that its velocity is parallel along it.
 
     Args:
         manifold: the manifold.
-        point: where the curve starts.
+        point: the start of the curve.
         velocity: its first velocity.
-        time: where it ends.
-        path: the curve, time → point, differentiable in forward mode; by default the
-            geodesic that the library finds.
-        tolerance: of the relative errors; by default 1e-6 in float64 and 1e-3 in float32.
+        time: the end of the curve, > 0.
+        path: the curve, time → point, differentiable in forward mode; None for the geodesic that
+            the library finds.
+        tolerance: of the relative errors; None for 1e-6 in float64 and 1e-3 in float32.
+
+    Returns:
+        A `GeodesicCheck`: true or false.
+
+    Raises:
+        ValueError: a velocity without a part along the manifold; a call inside jit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> start, velocity = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+        >>> wave = lambda t: jnp.array([jnp.cos(t + t**2), jnp.sin(t + t**2)])  # accelerates
+        >>> print(bool(mf.diagnostics.check_geodesic(circle, start, velocity, path=wave)))
+        False
     """
     coordinates, remainder = manifold.split(point)
     if tolerance is None:
@@ -201,6 +281,7 @@ def check_geodesic(
     velocity = manifold.tangent_projection(point, velocity)
     if path is None:
         walk = Walk(adjoint=dfx.ForwardMode())
+        # Forward mode, since the check differentiates the curve by time, through the solver.
         path = lambda t: exponential_map(manifold, point, _tree.scale(t, velocity), walk=walk)
     of_time = path
     speed = float(_tree.norm(velocity))
@@ -222,45 +303,6 @@ def check_geodesic(
     return GeodesicCheck(speed_error, transport_error, defect, tolerance, bool(worst <= tolerance))
 
 
-class DimensionCheck(eqx.Module):
-    """Whether as many constraints are independent at a point as the manifold counts.
-
-    Attributes:
-        rank: measured.
-        codimension: counted.
-        condition_number: of J Jᵀ over the eigenvalues that make the rank.
-        holds: whether the two agree.
-    """
-
-    rank: int
-    codimension: int
-    condition_number: float
-    holds: bool
-
-    def __bool__(self) -> bool:
-        return self.holds
-
-
-def counted_constraints(manifold: AbstractManifold, point: Point) -> int:
-    """How many constraints there are, before anything is known of the point."""
-    found: list[int] = []
-    eqx.filter_eval_shape(lambda point: found.append(manifold.codimension(point)), point)
-    return found[0]
-
-
-@checked
-def check_dimension(manifold: AbstractManifold, point: Point) -> DimensionCheck:
-    """Are all constraints independent at this point?
-
-    Args:
-        manifold: the manifold.
-        point: a point of the manifold.
-    """
-    rank, codimension = int(manifold.rank(point)), counted_constraints(manifold, point)
-    condition = float(manifold.condition_number(point))
-    return DimensionCheck(rank, codimension, condition, rank == codimension)
-
-
 def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent:
     vector = manifold.random_tangent(point, key)
     size = _tree.norm(vector)
@@ -276,6 +318,7 @@ def _unit_tangent(manifold: AbstractManifold, point: Point, key: Key) -> Tangent
 def _sizes(point: Point) -> np.ndarray:
     """Steps from 1 down to where differences of second order drown in rounding."""
     eps = _tree.eps_of(_tree.split(point, None)[0])
+    # An error of order t² drowns in rounding at t = √eps; one of order t³ before that.
     return np.logspace(0, np.log10(eps) / 2, _NUM_SIZES)
 
 
@@ -300,6 +343,7 @@ def _check(
 ) -> SlopeCheck:
     """The slope in log-log scale over the window where it is steadiest, above rounding."""
     sizes, errors = _sizes(point), np.abs(errors)
+    # Errors are differences of numbers of size `scale`, wrong by some eps of it.
     floor = 50 * _tree.eps_of(_tree.split(point, None)[0]) * max(1.0, abs(scale))
     usable = np.isfinite(errors) & (errors > floor)
     best: tuple[float, float, tuple[float, float]] = (np.inf, np.nan, (np.nan, np.nan))

@@ -18,7 +18,7 @@ _MOST, _FEWEST, _WHOLE = 64, 32, 128
 
 
 class Gradient(NamedTuple):
-    """Of all examples.
+    """The loss and its gradient, over all examples.
 
     Attributes:
         loss: L.
@@ -44,6 +44,7 @@ class Chunks:
         without_rest = (size for size in range(_MOST, _FEWEST - 1, -1) if count % size == 0)
         self.size = count if count <= _WHOLE else next(without_rest, _MOST)
         self.number = count // self.size
+        # Files are often sorted by class: a part in their order would be no sample of them.
         self._order = random.permutation(count)
 
     def __getitem__(self, index: int) -> AbstractExampleLoss:
@@ -52,7 +53,7 @@ class Chunks:
         return self.loss.select(self._order[index * self.size : (index + 1) * self.size])
 
     def words_for(self, number: int) -> str:
-        """On how many examples some parts are; nothing if on all."""
+        """The words " on … of … examples" for some parts; "" for all."""
         some, count = number * self.size, len(self._order)
         return "" if some == count else f" on {some} of {count} examples"
 

@@ -1,4 +1,4 @@
-"""Is a function convex along the geodesics through a point?"""
+"""The check that a function is convex along the geodesics through a point."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive, shapes_of
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.geometry import (
@@ -23,16 +23,22 @@ from manifoldflow.manifolds import AbstractManifold
 
 
 class ConvexityCheck(eqx.Module):
-    """How a function bends along geodesics of unit speed.
+    """The second derivatives of a function along geodesics of unit speed; true where it is convex.
 
     Attributes:
         least: the least second derivative of F that was met.
         largest: the largest.
-        direction: of which geodesic the least is, counted from 0.
-        time: where on that geodesic it is, as a length from the point, negative backwards.
+        direction: the number of the geodesic with the least one, counted from 0.
+        time: its place on that geodesic, as a length from the point, negative backwards.
         steepest: the largest norm of the gradient of F along the manifold that was met.
-        tolerance: what `least` may be below 0, over the largest second derivative in size.
-        holds: whether F is convex at all places that were looked at.
+        tolerance: the bound on −`least`, relative to the largest second derivative in size.
+        holds: True where F is convex at all places that were looked at.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> check = diagnostics.ConvexityCheck(0.5, 2.0, 3, -0.1, 1.0, 1e-6, True)
+        >>> print(bool(check), str(check)[-12:])
+        True convex there
     """
 
     least: float
@@ -54,7 +60,7 @@ class ConvexityCheck(eqx.Module):
         )
 
 
-@checked
+@checked_concrete
 def check_geodesic_convexity(
     manifold: AbstractManifold,
     fn: Callable[[Point], Any],
@@ -67,27 +73,42 @@ def check_geodesic_convexity(
     num_times: int = 2,
     tolerance: float | None = None,
 ) -> ConvexityCheck:
-    """Is F convex along geodesics through a point? d²F(γ(t))/dt² must not be negative.
+    """The check that F is convex along geodesics through a point: d²F(γ(t))/dt² ≥ 0.
 
-    For γ of unit speed, at the point and at `num_times` places on either side of it. At one point
-    the least of all directions is the smallest eigenvalue of `covariant_hessian`, for
-    `linalg.smallest_eigenvalues`; along geodesics one can only try directions. Where the gradient
-    of F is small, [Gatmiry2024] has F = ½ tr ∇²L convex: `steepest` is how large it got.
+    γ has unit speed; the second derivative is taken at the point and at `num_times` places on
+    either side of it. At one point the least of all directions is the smallest eigenvalue of
+    `covariant_hessian` (`linalg.smallest_eigenvalues`); along geodesics one can only try
+    directions. [Gatmiry2024] has F = ½tr∇²L convex where its gradient is small: `steepest` is the
+    largest that was met.
 
     Args:
         manifold: the manifold.
         fn: F, point → scalar, twice differentiable.
         point: a point of the manifold.
-        key: for random directions, if none are given.
-        length: how far the geodesics go to either side, > 0.
+        key: draws random directions, if none are given.
+        length: of the geodesics to either side, > 0.
         directions: tangents with a leading axis of their number; their tangent parts count.
-        num_directions: how many random ones.
-        num_times: how many places on either side, the ends among them.
-        tolerance: by default 1e-6 in float64 and 1e-3 in float32.
+        num_directions: the number of random ones.
+        num_times: the number of places on either side, the ends among them.
+        tolerance: relative; None for 1e-6 in float64 and 1e-3 in float32.
+
+    Returns:
+        A `ConvexityCheck`: true or false, and printable.
 
     Raises:
-        ValueError: neither a key nor directions; a direction without a tangent part; geodesics
-            that cannot be followed so far.
+        ValueError: neither a key nor directions; a direction without a tangent part; geodesics that
+            cannot be followed so far; a call inside jit.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, top = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.0, 1.0])
+        >>> check = mf.diagnostics.check_geodesic_convexity(
+        ...     circle, lambda x: -x[1], top, jax.random.key(0), length=1.0, num_directions=1
+        ... )
+        >>> print(bool(check), round(check.least, 3), round(check.largest, 3))  # cos 1 and 1
+        True 0.54 1.0
 
     References:
         [Gatmiry2024, Lemmas 4 and 19].

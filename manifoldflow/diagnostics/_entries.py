@@ -7,15 +7,21 @@ import numpy as np
 
 
 class Quantity(NamedTuple):
-    """A number of a report.
+    """A number of a report, with its uncertainty and its origin.
 
     Attributes:
-        name: what it is.
+        name: of the number.
         value: the number.
         standard_error: of the value, if it is a mean over samples; a bound on the error, if it is
             an eigenvalue; None where it is exact to rounding.
-        how: from what it comes.
-        num_samples: of which it is a mean; None if it is none.
+        how: the origin of the number.
+        num_samples: the number of samples of a mean; None for others.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> trace = diagnostics.Quantity("trace of G", 2.5, 0.1, "tr JᵀWJ", num_samples=64)
+        >>> print(f"{trace.interval[0]:.2f} to {trace.interval[1]:.2f}")
+        2.30 to 2.70
     """
 
     name: str
@@ -26,7 +32,7 @@ class Quantity(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % by Student's t for a mean over samples; value and bound for an eigenvalue."""
+        """The 95 % interval of a mean, by Student's t; value ± bound for an eigenvalue."""
         spread = self.standard_error or 0.0
         if self.num_samples is not None:
             from scipy.special import stdtrit  # it takes long to be imported
@@ -41,11 +47,16 @@ class Quantity(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What a report does not have, and why.
+    """A number that a report does not have, with the reason.
 
     Attributes:
-        name: what it would have been.
-        reason: why it is not there.
+        name: of the number.
+        reason: for its absence.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> print(" ".join(str(diagnostics.LeftOut("distance", "no residuals")).split()))
+        distance left out no residuals
     """
 
     name: str
@@ -60,9 +71,14 @@ class LeafTrace(NamedTuple):
 
     Attributes:
         leaf: its path.
-        size: its numbers.
+        size: the number of its entries.
         trace: its part of tr G.
-        standard_error: of that.
+        standard_error: of that part.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> print(" ".join(str(diagnostics.LeafTrace(".weight", 12, 0.5, 0.01)).split()))
+        .weight 0.5 ± 0.01 12 numbers
     """
 
     leaf: str
@@ -84,7 +100,7 @@ def mean_of(samples: np.ndarray) -> tuple[Any, Any]:
 
 
 def bytes_in_words(count: int) -> str:
-    """In MB of a million bytes, or in kB."""
+    """The number of bytes in MB of a million bytes, or in kB."""
     return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 

@@ -1,4 +1,4 @@
-"""The one point of the orbit of a network's rescalings where its weights have the least norm.
+"""The balanced network: the one point of the orbit of its rescalings with the least norm.
 
 Sharpness alone depends on where on that orbit a network is, though it is the same function. The
 programs are those of the report: nothing is compiled for it.
@@ -41,7 +41,7 @@ class _Pair:
         return before, second[0].sum(axis=0)
 
     def look(self, before: np.ndarray, after: np.ndarray, tolerance: float) -> bool:
-        """Which rescalings the outputs do not see, of all neurons as one and of each."""
+        """True where outputs do not see the layer's rescaling; notes that of neurons as well."""
         x, y = before.sum(axis=1), after.sum(axis=1)
         if not (np.isfinite(before).all() and np.abs(y).max() > 0):
             return False
@@ -66,6 +66,7 @@ class _Pair:
             up, down = np.full(len(up), up.sum()), np.full(len(down), down.sum())
         is_finite = (up > 0) & (down > 0)
         ratio = np.where(is_finite, self.degree * down / np.where(is_finite, up, 1), 1)
+        # e^{2λ}S = p·e^{−2pλ}T has λ = ln(pT/S)/(2 + 2p).
         logs = np.log(ratio) / (2 * (1 + self.degree))
         weight *= np.exp(logs)[:, None]
         if bias is not None:
@@ -117,7 +118,7 @@ def least_norm(
 def _shares(
     part: AbstractExampleLoss, point: Point, pairs: list[_Pair], like: Any, random: Any
 ) -> dict[_Pair, tuple[np.ndarray, np.ndarray]]:
-    """At the model and at weights a tenth away: what holds by chance holds there no more."""
+    """The shares of all pairs, at the model and at weights a tenth away, where chance breaks."""
     coordinates, remainder = part.split(point)
     flat, unravel = _tree.ravel(coordinates)
     rows: dict[_Pair, list[Any]] = {pair: [] for pair in pairs}

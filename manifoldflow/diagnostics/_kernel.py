@@ -1,4 +1,4 @@
-"""How far a model has left its kernel regime: its Gram matrix at two points."""
+"""The change of a model's kernel between two points: its departure from the kernel regime."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,17 @@ from manifoldflow.losses import AbstractExampleLoss, AbstractResidualLoss
 
 
 class KernelChange(NamedTuple):
-    """Of the kernel K at a point and K' at another.
+    """The difference between the kernel K at a point and K′ at another, from `kernel_change`.
 
     Attributes:
-        relative_change: ‖K' − K‖_F/‖K‖_F; infinite where K = 0 ≠ K'.
-        alignment: ⟨K, K'⟩/(‖K‖_F‖K'‖_F), from 0 to 1, which no scale changes; 0 where one is 0.
+        relative_change: ‖K′ − K‖_F/‖K‖_F; infinite where K = 0 ≠ K′.
+        alignment: ⟨K, K′⟩/(‖K‖_F‖K′‖_F), from 0 to 1, independent of scales; 0 where one is 0.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> change, alignment = diagnostics.KernelChange(0.5, 1.0)
+        >>> print(change, alignment)
+        0.5 1.0
     """
 
     relative_change: Scalar
@@ -27,10 +33,10 @@ class KernelChange(NamedTuple):
 def kernel_change(
     loss: AbstractResidualLoss | AbstractExampleLoss, point: Point, other: Point
 ) -> KernelChange:
-    """How much the neural tangent kernel K = JJᵀ on the data differs at another point.
+    """The change of the neural tangent kernel K = JJᵀ on the data from one point to another.
 
     In the kernel regime (wide networks, large initial weights) K hardly changes while a model is
-    trained, which then behaves like its linearisation `losses.linearized(loss, point)`, whose K
+    trained. The model then behaves like its linearisation `losses.linearized(loss, point)`, whose K
     does not change at all. Along a run, for instance:
 
         observe={"kernel": lambda now: kernel_change(loss, start, now).relative_change}
@@ -38,9 +44,23 @@ def kernel_change(
     Two n×n matrices are formed, from structured Jacobians where n×D numbers would be many.
 
     Args:
-        loss: over examples, of whose n outputs it is the kernel, or any with residuals.
-        point: where K is taken, as the start of a run.
-        other: where K' is taken.
+        loss: over examples, for the kernel of its n outputs; or any with residuals.
+        point: the point of K, such as the start of a run.
+        other: the point of K′.
+
+    Returns:
+        A `KernelChange`.
+
+    Raises:
+        ValueError: a loss without residuals and examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: (w @ x) ** 2)
+        >>> found = mf.diagnostics.kernel_change(loss, jnp.ones(2), jnp.array([2.0, 2.0]))
+        >>> print(found.relative_change.round(4), found.alignment.round(4))  # K grows fourfold
+        3.0 1.0
 
     References:
         [LiWangArora2022, section 6.3].

@@ -1,4 +1,4 @@
-"""Whether a model's outputs have kinks among its examples, read off its program and its values."""
+"""The kinks of a model's outputs among its examples, read off its program and its values."""
 
 import itertools
 from typing import Any
@@ -73,6 +73,7 @@ class _Look:
     def at(self, program: Any, arguments: list[Any], moves: list[bool]) -> tuple[list, list]:
         """The outputs, and which of them the coordinates move."""
         body, constants = program.jaxpr, program.consts
+        # A choice that no output depends on with a derivative, as of an argmax, is no kink.
         smooth = _with_derivative(body)
         env: dict[Any, tuple[Any, bool]] = {}
         env.update(zip(body.constvars, ((c, False) for c in constants), strict=True))
@@ -135,7 +136,7 @@ def _is_plain_maximum(eqn: Any) -> bool:
 
 
 def _names(program: Any) -> set[str]:
-    """Of all that is in a program, and in what it runs."""
+    """The names of all operations in a program, and in the programs that it runs."""
     if program is None:
         return set()
     eqns = getattr(program, "jaxpr", program).eqns
@@ -143,7 +144,7 @@ def _names(program: Any) -> set[str]:
 
 
 def _within(eqn: Any) -> set[str]:
-    """Names in the bodies of a loop or a branch, functions with their own derivatives aside."""
+    """The names in the bodies of a loop or a branch, functions with their own derivatives aside."""
     names: set[str] = set()
     parts = itertools.chain.from_iterable(
         value if isinstance(value, tuple | list) else [value] for value in eqn.params.values()

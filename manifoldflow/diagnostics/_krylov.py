@@ -118,6 +118,7 @@ class _Search:
         self.count += 1
 
     def _product(self, vector: Array) -> Array:
+        # JAX returns before it has computed: the clock would stop too early.
         image = jax.block_until_ready(self.product(vector))
         if self.num_products == 0:
             self.end = time.perf_counter() + self.seconds

@@ -44,6 +44,7 @@ def _rates(field: Field, x: Coordinates, moving: Tangent) -> Float[Array, " 3"]:
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), x, jittered(x))
     drifts = jax.lax.map(field, both)  # one copy of the drift in the program
     b, near = (jax.tree.map(lambda leaf, k=k: leaf[k], drifts) for k in (0, 1))
+    # A drift that vanishes is rounding: its circulation must be seen against that.
     speed, gap = _tree.norm(moving), _tree.norm(_tree.subtract(b, near))
     return jnp.stack([_tree.inner(b, moving), _tree.norm(b) * speed, gap * speed])
 
@@ -54,7 +55,7 @@ def circulation_of(
     loop: Callable[[Any], Point],
     tolerance: float,
 ) -> Circulation:
-    """By the trapezoidal rule, which converges fast on a smooth loop; refined until it has."""
+    """The circulation ∮⟨b, dγ⟩ round a loop, by the trapezoidal rule until it converges."""
     ends = [_tree.ravel(split(loop(jnp.asarray(t)))[0])[0] for t in (0.0, 1.0)]
     reach = max(float(jnp.linalg.norm(ends[0])), 1e-300)
     gap = float(jnp.linalg.norm(ends[1] - ends[0]))
@@ -137,7 +138,7 @@ def _gap(manifold: AbstractManifold, here: _Here, start: _Here) -> Scalar:
 
 @eqx.filter_jit
 def _left(manifold: AbstractManifold, here: _Here, start: _Here) -> tuple[Scalar, Flag]:
-    """How far it is to the start along the tangent, and whether that is the next step."""
+    """The distance to the start along the tangent, and True where the next step reaches it."""
     way = _tree.subtract(manifold.split(start.point)[0], manifold.split(here.point)[0])
     left = _tree.inner(way, here.direction)
     aside = _tree.norm(_tree.subtract(way, _tree.scale(left, here.direction)))

@@ -1,13 +1,13 @@
-"""What a step of mini-batch SGD does to the second moments of the residuals, in n dimensions.
+"""The map of a step of mini-batch SGD on the second moments of the residuals, in n dimensions.
 
 With Q = E[uuᵀ] for the residuals u, and K = A Aᵀ for A = ∂u of N examples with k rows each,
 
     Q → Q − η(KQ + QK) + η²K G(Q) K,    G(Q) = aQ + b·bd(Q),
 
-bd keeping each example's k×k block. In the eigenbasis of K, and with Q = √F ∘ Y for
-Fᵢⱼ = λᵢλⱼ/(λᵢ + λⱼ), that is Y → Y − D ∘ (Y − ηSY), Dᵢⱼ = η(λᵢ + λⱼ), where Sʸ = √F ∘ G(√F ∘ Y) is
-self-adjoint and positive: what there is to know are its largest eigenvalue, and solves with 1 − ηS.
-Outside the range of K, where no residual ever goes, F is zero.
+bd keeping each example's k×k block. In the eigenbasis of K, and with Q = √F ∘ Y for Fᵢⱼ = λᵢλⱼ/(λᵢ
++ λⱼ), that is Y → Y − D ∘ (Y − ηSY), Dᵢⱼ = η(λᵢ + λⱼ), where Sʸ = √F ∘ G(√F ∘ Y) is self-adjoint
+and positive: what there is to know are its largest eigenvalue, and solves with 1 − ηS. Outside the
+range of K, where no residual ever goes, F is zero.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _MOST = 2000
 
 
 class Batches(eqx.Module):
-    """How batches are drawn: G(Q) = whole·Q + own·bd(Q), over blocks of so many rows."""
+    """The law of batches: G(Q) = whole·Q + own·bd(Q), over blocks of `rows` rows."""
 
     whole: float = eqx.field(static=True)
     own: float = eqx.field(static=True)
@@ -63,6 +63,7 @@ class Moments(eqx.Module):
     def sums(self) -> Matrix:
         """λᵢ + λⱼ, 1 where that is zero."""
         sums = self.values[:, None] + self.values[None, :]
+        # In the null space of K nothing moves: √F is zero there, whatever it is divided by.
         return jnp.where(sums > 0, sums, 1)
 
     @property
@@ -85,10 +86,11 @@ class Moments(eqx.Module):
         return self.root * self.gathered(self.root * y)
 
     def turned(self, matrix: Matrix) -> Matrix:
-        """Into the eigenbasis."""
+        """The matrix in the eigenbasis."""
         return _precision.matmul(self.vectors.T, _precision.matmul(matrix, self.vectors))
 
     def turned_back(self, matrix: Matrix) -> Matrix:
+        """The matrix in the original basis."""
         return _precision.matmul(self.vectors, _precision.matmul(matrix, self.vectors.T))
 
 
@@ -151,10 +153,10 @@ def _ritz(chain: _Chain) -> tuple[Scalar, Scalar, Float[Array, " m"]]:
 
 
 def largest_eigenvalue(moments: Moments) -> Top:
-    """By Lanczos' method, which forgets its vectors: three n×n matrices of memory.
+    """The largest eigenvalue of S by Lanczos' method, in the memory of three n×n matrices.
 
-    Without orthogonalisation eigenvalues come back as copies of themselves; the largest stays
-    what it is, and so does its residual.
+    Without orthogonalisation eigenvalues come back as copies of themselves; the largest stays what
+    it is, and so does its residual.
     """
 
     def is_going(state: tuple[_Chain, Scalar, Scalar]) -> Array:
@@ -207,6 +209,7 @@ def solve(moments: Moments, rate: Scalar, right: Matrix) -> Matrix:
         is_found = dots(left, left) <= (10 * bound) ** 2 * dots(right, right)
         return jnp.where(is_found, z, jnp.nan)
 
+    # Derivatives by the equation: a while_loop has no reverse mode.
     return jax.lax.custom_linear_solve(mv, right, found, symmetric=True)
 
 

@@ -1,7 +1,7 @@
-"""What ordinary passes through a model tell of its loss: traces by random signs, products with G.
+"""Traces by random signs and products with G, from ordinary passes through a model.
 
-No Jacobian is kept, of whatever the model is made. With f the outputs, J = ∂f and W = ∂²L/∂f²,
-the Gauss-Newton matrix is G = JᵀWJ, and the Hessian ∇²L = G + Σⱼ ∂L/∂fⱼ·∇²fⱼ + λ.
+No Jacobian is kept, of whatever the model is made. With f the outputs, J = ∂f and W = ∂²L/∂f², the
+Gauss-Newton matrix is G = JᵀWJ, and the Hessian ∇²L = G + Σⱼ ∂L/∂fⱼ·∇²fⱼ + λ.
 
 One pass a program, and few programs: they take longer to be compiled than to be run. Python leads
 them, since within loops XLA's convolutions on CPUs take some fifteen times as long.
@@ -33,14 +33,14 @@ Vector = Float[Array, " D"]
 
 
 class Outputs(NamedTuple):
-    """What a pass forwards gives.
+    """The result of one forward pass.
 
     Attributes:
         loss: L.
         data_loss: L without the weight decay.
         slopes: ∂L/∂f.
-        roots: √W, a matrix an example, or one number; None where there are too many outputs. Of
-            a W with negative eigenvalues the root of its positive part.
+        roots: √W, a matrix an example, or one number; None where there are too many outputs. Of a W
+            with negative eigenvalues the root of its positive part.
     """
 
     loss: Scalar
@@ -62,6 +62,7 @@ def outputs_at(loss: AbstractExampleLoss, point: Point) -> Outputs:
     if isinstance(loss, LeastSquares):
         roots = jnp.sqrt(loss.scale.astype(outputs.dtype))
     elif math.prod(outputs.shape[1:]) <= _MOST_OUTPUTS:
+        # One small matrix an example, in one batch: no other factorisation runs beside it.
         values, vectors = jnp.linalg.eigh(_plain(loss).output_hessian(outputs, loss.targets))
         scaled = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
         roots = _precision.einsum("nij,nkj->nik", scaled, vectors)
@@ -120,6 +121,7 @@ def trace_sample(
     for roots of W, tr G comes from signs v for all coordinates, E v∘Gv = diag G.
     """
     slopes = outputs.slopes
+    # One sign an example: cross terms of different examples vanish in the mean.
     per_example = _signs(signs, (len(slopes),) + (1,) * (slopes.ndim - 1), slopes.dtype)
     spread = pulled(loss, point, slopes * per_example)
     if outputs.roots is not None:
@@ -184,6 +186,6 @@ def _plain(loss: AbstractExampleLoss) -> PerExampleLoss:
 
 
 def _signs(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
-    """By NumPy: each random array of another shape would be one more program of JAX."""
+    """Random signs by NumPy: in JAX each new shape would be one more program."""
     signs = generator.integers(0, 2, shape, np.int8)
     return jnp.asarray(2 * signs - 1, dtype)

@@ -1,4 +1,4 @@
-"""Does a flow follow the gradient of a function, or does it turn?"""
+"""The check that a flow follows the gradient of a function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,29 +11,37 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.diagnostics._loops import Circulation, circulation_of, closed_curve, jittered
 from manifoldflow.flows import AbstractFlow
+from manifoldflow.manifolds import AbstractManifold
 
 _MAX_DIMENSION = 64  # up to which a whole basis is taken
 _NUM_TANGENTS = 16
+_NUM_PLACES = 8  # of a loop, at which it must be on the manifold
 
 
 class GradientFlowCheck(eqx.Module):
-    """Whether the drift of a flow is a gradient, measured at a point and round a loop.
+    """The verdict on a flow's drift as a gradient, at a point and round a loop; true or false.
 
     Attributes:
         antisymmetric: ‖(A − Aᵀ)/2‖ for the covariant derivative A of the drift, Frobenius.
-        symmetric: ‖(A + Aᵀ)/2‖, of which a gradient has the Hessian of its potential.
-        size: ‖Db‖, along the manifold and across, against which both are to be seen.
-        num_tangents: how many tangents the norms were taken from.
-        is_estimate: whether they are random, else an orthonormal basis.
+        symmetric: ‖(A + Aᵀ)/2‖; for a gradient (A + Aᵀ)/2 is the Hessian of its potential.
+        size: ‖Db‖, along the manifold and across, to which both are compared.
+        num_tangents: the number of tangents from which the norms were taken.
+        is_estimate: True where they are random, False where they are an orthonormal basis.
         circulation: ∮⟨b, dγ⟩ round the loop; None where there is none.
-        path_integral: ∮|b||dγ|, against which it is to be seen.
+        path_integral: ∮‖b‖‖dγ‖, to which the circulation is compared.
         tolerance: of both, relative.
-        holds: whether both are below it.
+        holds: True where both are below it.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> check = diagnostics.GradientFlowCheck(0.0, 1.0, 1.0, 2, False, None, None, 1e-6, True)
+        >>> print(bool(check), str(check)[:10])
+        True a gradient
     """
 
     antisymmetric: float
@@ -60,7 +68,7 @@ class GradientFlowCheck(eqx.Module):
         return f"{words}; relative tolerance {self.tolerance:.0e}"
 
 
-@checked
+@checked_concrete
 def is_gradient_flow(
     flow: AbstractFlow,
     point: Point,
@@ -71,39 +79,48 @@ def is_gradient_flow(
     tolerance: Any = None,
     key: Key | None = None,
 ) -> GradientFlowCheck:
-    """Does a flow follow the gradient of some function along its manifold?
+    """The check that a flow follows the gradient of some function along its manifold.
 
-    Near the point it does if and only if the covariant derivative of its drift b is symmetric,
-    ⟨∇_u b, w⟩ = ⟨u, ∇_w b⟩ for all tangents. That says nothing on a curve, where every field is a
-    gradient at each point: round a closed one, and round any loop, the circulation ∮⟨b, dγ⟩ must
-    vanish as well. A manifold of dimension 1 is followed until it closes, if it does; on others a
-    loop is looked at if one is given. Label noise has the potential (c/4) tr ∇²L, the k-phase
-    motor has none, and Adam has one in a metric of its own.
+    Near the point it does if and only if the covariant derivative of its drift b is symmetric, ⟨∇_u
+    b, w⟩ = ⟨u, ∇_w b⟩ for all tangents. On a curve every field is a gradient at each point; there
+    the circulation ∮⟨b, dγ⟩ round the closed curve must vanish as well, as round any loop. A
+    manifold of dimension 1 is followed until it closes, if it does; on others a loop is looked at
+    if one is given. Label noise has the potential (c/4)tr∇²L, the k-phase motor has none, and Adam
+    has one in a metric of its own.
 
     Args:
         flow: of a stochastic flow the tangent part of the Itô drift counts; it is a gradient where
             the flow is reversible, if the noise is the same in all directions.
-        point: where to look, a point of the manifold.
-        metric: (point, tangent) ↦ Mv, the metric in which to ask, symmetric and positive: b must
-            then be −M⁻¹ times a gradient. By default that of the space of points. Adam's is
-            Diag(∇²L)^½ v.
+        point: the place of the check, a point of the manifold.
+        metric: (point, tangent) ↦ Mv, the metric of the gradient, symmetric and positive: b must
+            then be −M⁻¹ times a gradient. None for that of the space of points. Adam's is
+            Diag(∇²L)^½v.
         loop: a closed curve on the manifold, from [0, 1] to points with loop(0) = loop(1),
             differentiable in forward mode and smooth all round.
-        num_tangents: random tangents, at least 2, to estimate the norms from, by one derivative of
-            the drift for each and all pairs of them. By default an orthonormal basis, in
-            more than 64 dimensions 16 random ones.
-        tolerance: relative; by default 1e-6 in float64 and 1e-3 in float32.
-        key: for random tangents; by default one that is always the same.
+        num_tangents: the number of random tangents, at least 2, from which the norms are estimated,
+            by one derivative of the drift for each and all pairs of them. None for an orthonormal
+            basis; in more than 64 dimensions for 16 random ones.
+        tolerance: relative; None for 1e-6 in float64 and 1e-3 in float32.
+        key: draws the random tangents; None for the same ones each time.
 
     Returns:
         A `GradientFlowCheck`, true if all that was measured vanishes.
 
     Raises:
-        ValueError: a loop that is not closed, or too rough to be integrated; a metric that is not
-            symmetric and positive at the point; a manifold of dimension 0.
+        ValueError: a point or a loop that is not on the manifold; a loop that is not closed, or too
+            rough to be integrated; a metric that is not symmetric and positive at the point; a
+            manifold of dimension 0; a call inside jit.
 
     Assumes:
         The drift is differentiable in forward mode, as those of all flows here are.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere = mf.LevelSet(lambda x: x @ x - 1)
+        >>> downhill = mf.RiemannianGradientFlow(sphere, lambda x: x[2])
+        >>> print(bool(mf.diagnostics.is_gradient_flow(downhill, jnp.array([0.6, 0.0, 0.8]))))
+        True
 
     References:
         [LiWangArora2022, Appendix C.4].
@@ -116,6 +133,8 @@ def is_gradient_flow(
     dimension = _tree.size(coordinates) if manifold is None else manifold.dimension(point)
     if dimension < 1:
         raise ValueError("is_gradient_flow needs a manifold of dimension 1 or more; got 0.")
+    if manifold is not None:
+        _check_on_manifold(manifold, point, loop, tolerance)
     key = jr.key(0) if key is None else key
     field = _Form(flow, remainder, metric)
     is_estimate = num_tangents is not None or dimension > _MAX_DIMENSION
@@ -151,8 +170,34 @@ def is_gradient_flow(
     )
 
 
+def _check_on_manifold(
+    manifold: AbstractManifold,
+    point: Point,
+    loop: Callable[[Any], Point] | None,
+    tolerance: float,
+) -> None:
+    """Refuse a place off the manifold: a limit flow says nothing there."""
+    if not bool(manifold.is_on(point, tol=tolerance)):
+        raise ValueError(
+            "is_gradient_flow: point must lie on the manifold of the flow; got one at a distance "
+            f"of {float(manifold.defect(point)):.3g}. Project it: manifold.project(point)."
+        )
+    if loop is None:
+        return
+    times = np.linspace(0, 1, _NUM_PLACES, endpoint=False)
+    is_on = jax.jit(
+        lambda times: jax.lax.map(lambda t: manifold.is_on(loop(t), tol=tolerance), times)
+    )
+    wrong = times[~np.asarray(is_on(jnp.asarray(times, _tree.dtype_of(manifold.split(point)[0]))))]
+    if wrong.size:
+        raise ValueError(
+            "is_gradient_flow: loop must lie on the manifold of the flow; got one that leaves it "
+            f"at t = {wrong[0]:g}. Project its points: lambda t: manifold.project(loop(t))."
+        )
+
+
 class _Form(eqx.Module):
-    """P M P b, the tangent that stands for the one-form ⟨Mb, ·⟩ along the manifold."""
+    """The tangent PMPb that stands for the one-form ⟨Mb, ·⟩ along the manifold."""
 
     flow: AbstractFlow
     remainder: Point
@@ -178,7 +223,7 @@ class _Form(eqx.Module):
 
 
 def _check_metric(field: _Form, coordinates: Coordinates, tangents: np.ndarray) -> None:
-    """A metric that vanishes, or is of both signs, would make a gradient of any drift."""
+    """Refuses a metric that vanishes or has both signs: any drift would be a gradient in it."""
     if field.metric is None:
         return
     unravel = _tree.ravel(coordinates)[1]
@@ -209,7 +254,7 @@ def _random_tangents(
 def _derivatives(
     field: _Form, coordinates: Coordinates, tangents: Float[Array, "count D"]
 ) -> Float[Array, "count D"]:
-    """Db[v] for each of the tangents."""
+    """The derivative Db[v] for each of the tangents."""
     unravel = _tree.ravel(coordinates)[1]
 
     def along(vector: Array) -> Array:
@@ -221,16 +266,18 @@ def _derivatives(
 def _norms(
     tangents: np.ndarray, derivatives: np.ndarray, is_estimate: bool
 ) -> tuple[float, float, float]:
-    """Of both parts of ⟨v, Db[w]⟩ and of Db; from pairs where the tangents are random.
+    """The norms of both parts of ⟨v, Db[w]⟩ and of Db; from pairs where the tangents are random.
 
     For independent normal u and w, E⟨u, Aw⟩² = ‖A‖².
     """
+    # ⟨v, Db[w]⟩ of tangents is that of the covariant derivative: P drops out.
     table = tangents @ derivatives.T
     squares = ((table - table.T) / 2) ** 2, ((table + table.T) / 2) ** 2, derivatives**2
     if not is_estimate:
         anti, symmetric, size = (float(np.sqrt(np.sum(x))) for x in squares)
         return anti, symmetric, size
     count = len(tangents)
+    # Not ⟨u, Au⟩, whose mean square has tr A and twice the symmetric part in it.
     pairs = ~np.eye(count, dtype=bool)
     anti, symmetric = (float(np.sqrt(np.mean(x[pairs]))) for x in squares[:2])
     return anti, symmetric, float(np.sqrt(np.sum(squares[2]) / count))

@@ -1,4 +1,4 @@
-"""One call that says what is known about a trained network."""
+"""The report on a trained network, in one call."""
 
 import textwrap
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 
-from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_count, checked_positive, is_traced
+from manifoldflow._boundary import checked_concrete
+from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._entries import LeafTrace, LeftOut, Quantity
 from manifoldflow.diagnostics._writer import Options, Writer
@@ -18,16 +18,23 @@ _WIDTH, _INDENT = 110, 59
 
 
 class Report(eqx.Module):
-    """What is known about a trained network; prints as a table.
+    """The numbers known about a trained network, from `report`; prints as a table.
 
     Attributes:
         quantities: by name, in the order of the table. G is the Gauss-Newton matrix.
         leaves: the parts of tr G of all leaves of the model.
-        left_out: what is not there, and why.
-        notes: what holds for all of them.
+        left_out: the numbers that are missing, with the reasons.
+        notes: remarks that hold for all of them.
         eigenvalues: of G, descending, with bounds on their errors; all that are not zero if
             `is_whole`, else a few of the largest.
-        is_whole: whether all eigenvalues are known.
+        is_whole: True where all eigenvalues are known.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> trace = diagnostics.Quantity("trace of G", 2.5, None, "exact")
+        >>> report = diagnostics.Report({trace.name: trace}, (), (), (), (), False)
+        >>> print(report["trace of G"].value)
+        2.5
     """
 
     quantities: dict[str, Quantity] = eqx.field(static=True)
@@ -56,7 +63,7 @@ class Report(eqx.Module):
         return str(self)
 
 
-@checked
+@checked_concrete
 def report(
     loss: AbstractLoss,
     point: Point,
@@ -70,45 +77,46 @@ def report(
     seconds: Any = 2.0,
     key: Key | None = None,
 ) -> Report:
-    """What is known about a trained network: flatness, its noise, and whether η suits it.
+    """The numbers known about a trained network: flatness, gradient noise, and a verdict on η.
 
-    Any loss and any architecture. Every number has its uncertainty. G = JᵀWJ is the
-    Gauss-Newton matrix of the mean over examples, J = ∂f the derivative of the outputs and
-    W = ∂²ℓ/∂f² at the present ones; for cross-entropies of logits W is the Fisher matrix. Where G
-    has at most `max_rows` rows, all of its spectrum is computed, exactly. Else traces are means
-    over samples, one backward pass each, and a few eigenvalues come from products.
+    Any loss and any architecture will do. Every number has its uncertainty. G = JᵀWJ is the
+    Gauss-Newton matrix of the mean over examples, J = ∂f the derivative of the outputs and W =
+    ∂²ℓ/∂f² at the present ones; for cross-entropies of logits W is the Fisher matrix. Where G has
+    at most `max_rows` rows, its whole spectrum is computed exactly. Otherwise traces are means over
+    samples, one backward pass each, and a few eigenvalues come from products.
 
     Args:
-        loss: `LeastSquares`, `PerExampleLoss` with any labels; others have less to say.
-        point: the model.
-        learning_rate: η of SGD, to be judged; None for no judgement.
+        loss: `LeastSquares`, or `PerExampleLoss` with any labels; others have less to say.
+        point: the model, of finite numbers.
+        learning_rate: η > 0 of SGD, to be judged; None for no judgement.
         batch_size: B of SGD.
         num_samples: of traces, at most.
-        num_eigenvalues: of the largest, where not all are computed.
+        num_eigenvalues: the number of the largest ones, where not all are computed.
         max_rows: examples × outputs up to which the spectrum is computed exactly.
         memory: bytes that rows and their Gram matrix may take.
-        seconds: about the time that sampling and products may take, compilation aside. What takes
-            longer is done on fewer examples, or left out.
-        key: of the samples; None for one that is always the same.
+        seconds: about the time for sampling and products, compilation aside. Parts that take longer
+            are done on fewer examples, or left out.
+        key: of the samples; None for the same ones each time.
 
     Returns:
-        A `Report`. `print(report)` shows it, `plotting.plot_report` draws it,
-        `report["trace of G"].value` is one of its numbers.
+        A `Report`. `print(report)` shows it, `plotting.plot_report` draws it, and `report["trace of
+        G"].value` is one of its numbers.
 
     Raises:
-        ValueError: wrong options; a call inside jit or vmap.
+        ValueError: wrong options; a model or a loss that is not finite; a call inside jit or vmap.
 
-    Example:
-        >>> loss = mf.PerExampleLoss(
-        ...     images, labels, optax.softmax_cross_entropy_with_integer_labels
-        ... )
-        >>> print(mf.report(loss, model, learning_rate=0.1, batch_size=32))
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: (w @ x) ** 2)
+        >>> report = mf.report(loss, jnp.ones(2), learning_rate=0.1)
+        >>> stable = report["largest stable learning rate"]
+        >>> print(round(report["trace of G"].value, 4), round(stable.value, 4))
+        4.0 0.5
 
     References:
         [LiWangArora2022; MulayoffMichaeli2024].
     """
-    if is_traced((loss, point)):
-        raise ValueError("report writes a table from numbers: call it outside jit and vmap.")
     rate = learning_rate
     if rate is not None:
         rate = float(checked_positive("report: learning_rate", learning_rate))
@@ -140,6 +148,6 @@ def report(
 
 
 def _wrapped(line: str) -> str:
-    """What does not fit goes on below the place where a line says how it was found."""
+    """The line in pieces that fit, the later ones below its last column."""
     indent = 6 if line.startswith("Note") else _INDENT
     return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent)

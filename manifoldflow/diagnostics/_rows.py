@@ -1,4 +1,4 @@
-"""What the Gram matrix of a report's loss tells: the whole spectrum, exactly, where it fits."""
+"""The whole spectrum of a report's Gauss-Newton matrix from its Gram matrix, where that fits."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from manifoldflow.noise import LabelNoise
 
 
 class Rows(NamedTuple):
-    """Of G = AᵀA with n rows.
+    """The Gram matrix of the n rows of A with G = AᵀA, and numbers from it.
 
     Attributes:
         gram: AAᵀ.
@@ -46,6 +46,7 @@ def rows_of(loss: AbstractExampleLoss, point: Point) -> Rows:
     # Rows carry the rounding of the coarsest leaf, whatever their own precision.
     eps = _tree.eps_of(coordinates)
     kept = values > len(values) * eps * jnp.maximum(values[-1], 0)
+    # n rows of D < n numbers have rank D at most.
     kept &= jnp.arange(len(values)) >= len(values) - _tree.size(coordinates)
     distance = beyond = jnp.asarray(jnp.nan, values.dtype)
     if isinstance(loss, AbstractResidualLoss):
@@ -60,7 +61,7 @@ def rows_of(loss: AbstractExampleLoss, point: Point) -> Rows:
 
 
 def bytes_of_rows(loss: AbstractExampleLoss, point: Point) -> int:
-    """What the rows of A and their Gram matrix take; nothing is computed."""
+    """The bytes of the rows of A and their Gram matrix; nothing is computed."""
     root = eqx.filter_eval_shape(lambda loss, point: loss.gauss_newton_root(point), loss, point)
     count = root.out_structure().shape[0]
     kept = sum(_bytes(leaf) for leaf in _arrays(root))
@@ -69,7 +70,7 @@ def bytes_of_rows(loss: AbstractExampleLoss, point: Point) -> int:
 
 @eqx.filter_jit
 def rate_of_fall(loss: AbstractResidualLoss, point: Point) -> tuple[Scalar, Scalar]:
-    """−d tr∇²L/dt = c/4·‖P∇tr∇²L‖² under label noise of deviation one, one label a step; and c."""
+    """The rate −d tr∇²L/dt = (c/4)‖P∇tr∇²L‖² under unit label noise, one label a step; and c."""
     noise = LabelNoise(std=1.0, batch_size=1)
     drift = LimitDiffusion(ZeroLossManifold(loss), noise).drift(point)
     strength = noise.strength(loss).astype(_tree.dtype_of(drift))

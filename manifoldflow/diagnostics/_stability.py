@@ -1,4 +1,4 @@
-"""Is the learning rate small enough? Second moments of SGD where the loss is minimal."""
+"""The largest stable learning rate of SGD, and its spread, by second moments about a minimum."""
 
 from typing import Any
 
@@ -37,8 +37,8 @@ def largest_stable_learning_rate(
 ) -> Scalar:
     """The learning rate η* above which SGD leaves an interpolating minimum, in the mean square.
 
-    One step of SGD on batches of B of the N examples takes the second moments Q = E[uuᵀ] of
-    the residuals u to
+    One step of SGD on batches of B of the N examples takes the second moments Q = E[uuᵀ] of the
+    residuals u to
 
         Q − η(KQ + QK) + η²K(aQ + b·bd(Q))K,    K = AAᵀ,
 
@@ -47,35 +47,41 @@ def largest_stable_learning_rate(
         a = N(B−1)/(B(N−1)),  b = N(N−B)/(B(N−1))   without replacement,
         a = (B−1)/B,          b = N/B               with it.
 
-    They shrink exactly for η < η*, where 1/η* is the largest eigenvalue of
-    Q ↦ 𝓛_K⁻¹(K(aQ + b·bd(Q))K) with 𝓛_K(Q) = KQ + QK [MulayoffMichaeli2024]. Full batches have
-    η* = 2/λ₁(AᵀA); all others less. It is found without a search, by Lanczos' method with two
-    products of n×n matrices a step, some twenty steps, n being the number of residuals; with
-    one eigendecomposition, and K as dense n×n numbers.
+    They shrink exactly for η < η*, where 1/η* is the largest eigenvalue of Q ↦ 𝓛_K⁻¹(K(aQ +
+    b·bd(Q))K) with 𝓛_K(Q) = KQ + QK [MulayoffMichaeli2024]. Full batches have η* = 2/λ₁(AᵀA); all
+    others less. The eigenvalue is found by Lanczos' method, in about twenty steps of two products
+    of n×n matrices, n being the number of residuals; with one eigendecomposition, and K as dense
+    n×n numbers.
 
-    Above η* the typical run can still shrink, for long: few large excursions make the mean.
+    Above η* the typical run can still shrink for a long time: few large excursions make the mean.
 
     Args:
-        loss: with examples: `LeastSquares` or `PerExampleLoss`, whose weight decay does not count,
-            nor what is negative of its output Hessians.
-        point: a model that fits all examples. Elsewhere η* is that of the Gauss-Newton part of
-            the loss there, without the residuals' own curvature.
+        loss: with examples: `LeastSquares` or `PerExampleLoss`. Its weight decay does not count,
+            nor negative parts of its output Hessians.
+        point: a model that fits all examples. Elsewhere η* is that of the Gauss-Newton part of the
+            loss, without the residuals' own curvature.
         batch_size: B, from 1 to N, with replacement above N as well; None for all examples.
-        replacement: whether the same example can be drawn again within a batch.
-        throw: raise where it is not found; else it is NaN then.
+        replacement: True where the same example can be drawn again within a batch.
+        throw: True raises where it is not found; False returns NaN then.
 
     Returns:
-        η*, positive. Its error is below eps^½ of it, mostly far below. Differentiable once in
-        the model and the data; output Hessians other than those of squares count as fixed.
+        η* > 0. Its relative error is below eps^½, mostly far below. Differentiable once in the
+        model and the data; output Hessians other than those of squares count as fixed.
 
     Raises:
         ValueError: a loss without examples; a batch size out of range.
-        EquinoxRuntimeError: outputs that do not change with the coordinates, NaN, or an
-            eigenvalue that was not found.
+        EquinoxRuntimeError: outputs that do not change with the coordinates; NaN; an eigenvalue
+            that was not found.
 
-    Example:
-        >>> loss = mf.LeastSquares(inputs, targets)
-        >>> mf.largest_stable_learning_rate(loss, model, batch_size=32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(
+        ...     jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2), predict=jnp.dot
+        ... )
+        >>> stable = lambda size: mf.largest_stable_learning_rate(loss, jnp.zeros(2), size)
+        >>> print(stable(None).round(4), stable(1).round(4))  # 2/λ₁, and less for batches of one
+        1.0 0.5
 
     References:
         [MulayoffMichaeli2024].
@@ -115,7 +121,8 @@ def _threshold(
 def threshold_of(
     gram: Float[Array, "n n"], num_examples: int, batch_size: int, replacement: bool = False
 ) -> tuple[Scalar, RESULTS]:
-    """The largest stable learning rate from K, and how the search for it ended."""
+    """The largest stable learning rate from K, and the `RESULTS` of the search for it."""
+    # Lanczos is not differentiated: `following` has the derivative of the eigenvalue in K.
     moments = _moments(num_examples, jax.lax.stop_gradient(gram), batch_size, replacement)
     top = largest_eigenvalue(moments)
     return _learning_rate(following(top.value, gram, moments), top)
@@ -129,7 +136,7 @@ def _moments(
 
 
 def _learning_rate(value: Scalar, top: Top) -> tuple[Scalar, RESULTS]:
-    """1/λ, or NaN and why."""
+    """The learning rate 1/λ, or NaN, and the reason."""
     is_found = top.residual <= tolerance(top.value)
     result = _tree.where(is_found, RESULTS.successful, RESULTS.not_converged)
     result = _tree.where(top.value > 0, result, RESULTS.flat)
@@ -140,14 +147,26 @@ def _learning_rate(value: Scalar, top: Top) -> tuple[Scalar, RESULTS]:
 
 
 class StationaryCovariance(eqx.Module):
-    """How far SGD of a fixed learning rate strays from a minimum, once it has forgotten its start.
+    """The spread of SGD about a minimum at a fixed learning rate, once its start is forgotten.
 
     Attributes:
         residuals: E[uuᵀ], (n, n), for u = A(θ − θ*) with AᵀA the Gauss-Newton matrix. For
-            `LeastSquares` u = √scale·r: over `scale` it is the covariance of the residuals.
+            `LeastSquares` u = √scale·r: divided by `scale` it is the covariance of the residuals.
         learning_rate: η.
         largest_stable: η*, see `largest_stable_learning_rate`.
-        result: `RESULTS.successful`; `unstable`, if η ≥ η*; or why it was not found.
+        result: `RESULTS.successful`; `unstable`, if η ≥ η*; or the reason of a failure.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(1), jnp.zeros(1), predict=jnp.dot)
+        >>> spread = mf.diagnostics.stationary_covariance(
+        ...     loss, jnp.zeros(1), mf.LabelNoise(std=1.0, batch_size=1), 0.1
+        ... )
+        >>> print(
+        ...     bool(spread.is_successful), spread.covariance.mv(jnp.ones(1)).round(4)
+        ... )  # η/(2 − η)
+        True [0.0526]
     """
 
     residuals: Float[Array, "n n"]
@@ -159,18 +178,19 @@ class StationaryCovariance(eqx.Module):
 
     @property
     def is_successful(self) -> Bool[Array, "..."]:
+        """True where the covariance was found."""
         return self.result == RESULTS.successful
 
     @property
     def excess_loss(self) -> Scalar:
-        """E[L] − L(θ*) = ½ tr E[uuᵀ], which goes to (η/4) tr Σ/λ = ηc/4·tr∇²L for Σ = c∇²L."""
+        """The excess E[L] − L(θ*) = ½tr E[uuᵀ]; for small η and Σ = c∇²L it is (ηc/4)·tr∇²L."""
         return jnp.trace(self.residuals) / 2
 
     @property
     def covariance(self) -> lx.AbstractLinearOperator:
-        """E[(θ − θ*)(θ − θ*)ᵀ] = A†E[uuᵀ]A†ᵀ on tangents, self-adjoint, never a matrix.
+        """The covariance E[(θ − θ*)(θ − θ*)ᵀ] = A†E[uuᵀ]A†ᵀ on tangents, as an operator.
 
-        In the directions that change outputs; along all others SGD walks on.
+        It covers the directions that change outputs; along all others SGD walks on.
         """
 
         def mv(vector: Any) -> Any:
@@ -192,34 +212,39 @@ def stationary_covariance(
 ) -> StationaryCovariance:
     """The covariance that SGD settles to near a minimum, at a learning rate that is not small.
 
-    For θ ← θ − η(g_B + ξ) about a minimum θ*, with g_B the gradient of a batch, linear in
-    θ − θ*, and ξ what the noise adds at θ* itself (noisy labels; the spread of the examples'
-    gradients, where they are not fitted), E[uuᵀ] is the fixed point of
+    SGD is θ ← θ − η(g_B + ξ) about a minimum θ*. The gradient g_B of a batch is linear in θ − θ*,
+    and ξ is what the noise adds at θ* itself: noisy labels, or the spread of the examples'
+    gradients where they are not fitted. E[uuᵀ] is the fixed point of
 
         Q = Q − η(KQ + QK) + η²K(aQ + b·bd(Q))K + η²AΣAᵀ,    u = A(θ − θ*), K = AAᵀ,
 
-    with a and b as for `largest_stable_learning_rate` and Σ = `noise.covariance(loss, θ*)`. It
-    is found by conjugate gradients in the n×n numbers of Q.
+    with a and b as for `largest_stable_learning_rate` and Σ = `noise.covariance(loss, θ*)`. It is
+    found by conjugate gradients in the n×n numbers of Q.
 
     Args:
         loss: with examples: `LeastSquares` or `PerExampleLoss`.
         point: θ*, where the loss is minimal, fitted or not; curvature is the Gauss-Newton matrix.
-        noise: a noise with a covariance; its batch size is that of SGD. Noises without one,
-            such as `IsotropicNoise`, go with full batches.
+        noise: a noise with a covariance; its batch size is that of SGD. Noises without a batch
+            size, such as `IsotropicNoise`, go with full batches.
         learning_rate: η > 0, below the largest stable one.
-        throw: raise where there is none; else all numbers are NaN then.
+        throw: True raises where there is none; False returns NaN then.
 
     Returns:
-        A `StationaryCovariance`: `residuals`, `covariance` on tangents, and `excess_loss`, the
-        loss that SGD keeps above the minimum.
+        A `StationaryCovariance`: `residuals`, `covariance` on tangents, and `excess_loss`, the loss
+        that SGD keeps above the minimum.
 
     Raises:
-        ValueError: a loss without examples, a noise that does not fit it, η ≤ 0.
-        EquinoxRuntimeError: η is not stable; or it was not found.
+        ValueError: a loss without examples; a noise that does not fit it; η ≤ 0.
+        EquinoxRuntimeError: η is not stable, or the covariance was not found.
 
-    Example:
-        >>> noise = mf.LabelNoise(std=0.1, batch_size=32)
-        >>> mf.diagnostics.stationary_covariance(loss, model, noise, 0.05).excess_loss
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(1), jnp.zeros(1), predict=jnp.dot)
+        >>> noise = mf.LabelNoise(std=1.0, batch_size=1)
+        >>> found = mf.diagnostics.stationary_covariance(loss, jnp.zeros(1), noise, 0.1)
+        >>> print(found.largest_stable.round(4), found.excess_loss.round(4))
+        2.0 0.0263
     """
     name = "stationary_covariance"
     loss = _checked_loss(name, loss)
@@ -237,6 +262,7 @@ def _stationary(
     root = loss.gauss_newton_root(point)
     gram = root.gram()
     rate = learning_rate.astype(gram.dtype)
+    # Noises without batches, as IsotropicNoise, add to gradients of the whole loss.
     size = getattr(noise, "batch_size", None) or loss.num_examples
     replacement = isinstance(noise, MinibatchNoise) and noise.replacement
     moments = _moments(loss.num_examples, gram, size, replacement)
@@ -245,6 +271,7 @@ def _stationary(
     is_stable = ~(rate >= largest)
     result = _tree.where((result == RESULTS.successful) & ~is_stable, RESULTS.unstable, result)
     is_fine = result == RESULTS.successful
+    # NaN rather than a solve that cannot converge; the solve itself gets 0.
     rate = jnp.where(is_fine, rate, jnp.nan)
     # (1 − ηS)Z = C/(D√F) for Q = √F ∘ Z, with what is added in a step over what is taken away.
     # Squared in the eigenbasis, C is as small as need be where K is.
@@ -277,7 +304,7 @@ def _pushed(
     root: linalg.AbstractJacobian,
     gram: Float[Array, "n n"],
 ) -> Float[Array, "n r"]:
-    """AF for Σ = FFᵀ, through the residuals where the noise acts through them."""
+    """The matrix AF for Σ = FFᵀ, through the residuals where the noise acts through them."""
     factor = noise.factor(loss, point)
     if isinstance(factor, linalg.ResidualFactor) and isinstance(loss, LeastSquares):
         # A = √scale·J, so that AJᵀ = K/√scale.

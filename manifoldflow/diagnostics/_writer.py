@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from manifoldflow import _tree
+from manifoldflow._errors import name_of, refuse_nonfinite
 from manifoldflow._results import RESULTS
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._chunks import Chunks, GaussNewton, Gradient
@@ -21,7 +22,7 @@ from manifoldflow.diagnostics._entries import (
     mean_of,
     Quantity,
 )
-from manifoldflow.diagnostics._finite import name_of, refuse_infinite, refuse_nonfinite
+from manifoldflow.diagnostics._finite import refuse_infinite
 from manifoldflow.diagnostics._gauge import least_norm
 from manifoldflow.diagnostics._kinks import kinks_of
 from manifoldflow.diagnostics._krylov import top_eigenvalues
@@ -84,7 +85,7 @@ class Writer:
 
     def write(self) -> None:
         coordinates, _ = self.loss.split(self.point)
-        refuse_nonfinite(coordinates)
+        refuse_nonfinite("report", coordinates)
         self.add("coordinates", _tree.size(coordinates), None, "D, numbers that may move")
         if not isinstance(self.loss, AbstractExampleLoss):
             self._plain()
@@ -106,7 +107,7 @@ class Writer:
         self._section("kinks", lambda: self._kinks(loss))
 
     def _section(self, name: str, write: Callable[[], None]) -> None:
-        """What one part of the library refuses ends no report."""
+        """Runs one part of the report; a refusal by the library ends that part, not the report."""
         try:
             write()
         except (ValueError, eqx.EquinoxRuntimeError) as error:
@@ -186,7 +187,7 @@ class Writer:
     def _sampled(
         self, draw: Callable[[Any], Any], what: str, share: float
     ) -> tuple[list[Any], str]:
-        """Until there are enough samples or the time is over; the first one, compiled, is free.
+        """Samples until there are enough or the time is over; the first one, compiled, is free.
 
         From one part of the examples after the other. With words on how many these are.
         """

@@ -185,8 +185,10 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
     """
     steps, errors, sigmas = _levels(step_sizes, errors, standard_errors, 2)
     if not is_traced((errors, sigmas)):
-        noise = 0 if sigmas is None else 2 * sigmas
-        if not bool(jnp.all((errors != 0) & (jnp.abs(errors) >= noise))):
+        # By NumPy: within jit JAX traces operations on constants as well.
+        sizes = np.abs(np.asarray(errors))
+        noise = 0 if sigmas is None else 2 * np.asarray(sigmas)
+        if not np.all((sizes != 0) & (sizes >= noise)):
             raise ValueError(
                 "weak_order needs errors other than zero, of at least two standard errors each, "
                 f"or the slope is one of noise; got errors {errors.tolist()} and standard errors "
@@ -251,7 +253,7 @@ def _levels(
             "step_sizes, values and standard_errors must be vectors of one length, at least "
             f"{at_least}; got shapes {shapes}."
         )
-    if not is_traced(values) and not bool(jnp.all(jnp.isfinite(values))):
+    if not is_traced(values) and not np.all(np.isfinite(np.asarray(values))):
         raise ValueError(f"values and errors must be finite; got {values.tolist()}.")
     if not is_traced(steps):
         known = np.asarray(steps)

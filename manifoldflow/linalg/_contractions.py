@@ -32,19 +32,29 @@ def contract_hessians(
     coordinates: Coordinates,
     coefficients: Float[Array, "n n"],
 ) -> Tangent:
-    """Σᵢ ∇²fᵢ (JᵀC)ᵢ, one Hessian-vector product per output, each with its own tangent.
+    """The sum Σᵢ ∇²fᵢ(JᵀC)ᵢ: one Hessian-vector product per output, each with its own tangent.
 
-    (JᵀC)ᵢ, the i-th column, is a combination of the rows of J. The sum is the gradient of
-    θ ↦ tr(J(θ) J₀ᵀ C) at J₀ = J: a Gram matrix in place of n tangents.
+    (JᵀC)ᵢ, the i-th column, is a combination of the rows of J. The sum is the gradient of θ ↦
+    tr(J(θ)J₀ᵀC) at J₀ = J: a Gram matrix in place of n tangents.
 
     Args:
         jacobian_fn: coordinates → J = ∂f there.
-        coordinates: where.
+        coordinates: of the point.
         coefficients: C, (n, n), not necessarily symmetric.
 
     Returns:
         A tangent.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> of = lambda x: linalg.jacobian(
+        ...     lambda x, a: a * x**2, x, jnp.ones((1, 2))
+        ... )  # ∇²fᵢ = 2eᵢeᵢᵀ
+        >>> print(linalg.contract_hessians(of, jnp.array([1.0, 3.0]), jnp.eye(2)))
+        [ 4. 12.]
     """
+    # J₀ is held fixed by not being differentiated: the gradient goes through J(θ) alone.
     frozen = jacobian_fn(coordinates)
 
     def weighted(x: Coordinates) -> Array:
@@ -62,23 +72,32 @@ def hessian_product_sum(
     *,
     chunk_size: int | None = None,
 ) -> Tangent:
-    """Σᵣ ∇²(bᵣ·f) vᵣ, with bᵣ and vᵣ the columns of two operators.
+    """The sum Σᵣ ∇²(bᵣ·f)vᵣ, with bᵣ and vᵣ the columns of two operators.
 
-    Equal to Σᵢ ∇²fᵢ (VBᵀ)ᵢ with the columns of VBᵀ as tangents. One term costs about two
-    gradients of b·f.
+    It is Σᵢ ∇²fᵢ(VBᵀ)ᵢ with the columns of VBᵀ as tangents. One term costs about two gradients of
+    b·f.
 
     Args:
         fn: f, coordinates → (n,).
-        coordinates: where.
+        coordinates: of the point.
         multipliers: B, from any space of r numbers to Rⁿ.
         tangents: V, from the same space to tangents.
-        chunk_size: terms that are formed at once; by default as many as are small.
+        chunk_size: the number of terms formed at once; None for a number that keeps memory small.
 
     Returns:
         A tangent.
 
     Raises:
         ValueError: the operators have different numbers of columns.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> eye = lx.MatrixLinearOperator(jnp.eye(2))
+        >>> square = lambda x: x**2  # ∇²fᵢ = 2eᵢeᵢᵀ
+        >>> print(linalg.hessian_product_sum(square, jnp.ones(2), eye, eye))
+        [2. 2.]
     """
     count = _common_columns(multipliers, tangents)
 
@@ -102,23 +121,33 @@ def second_derivative_sum(
     *,
     chunk_size: int | None = None,
 ) -> PyTree[Array]:
-    """Σᵣ D²f[uᵣ, vᵣ], with uᵣ and vᵣ the columns of two operators to tangents.
+    """The sum Σᵣ D²f[uᵣ, vᵣ], with uᵣ and vᵣ the columns of two operators to tangents.
 
-    Equal to ⟨∇²fᵢ, UVᵀ⟩ for every output fᵢ: only the symmetric part of UVᵀ counts. One
-    term costs about four evaluations of f, by forward mode over forward mode.
+    It is ⟨∇²fᵢ, UVᵀ⟩ for every output fᵢ: only the symmetric part of UVᵀ counts. One term costs
+    about four evaluations of f, by forward mode over forward mode.
 
     Args:
         fn: f, coordinates → any PyTree of arrays.
-        coordinates: where.
+        coordinates: of the point.
         left: U, from any space of r numbers to tangents.
         right: V, from the same space; may be the same operator.
-        chunk_size: terms that are formed at once; by default as many as are small.
+        chunk_size: the number of terms formed at once; None for a number that keeps memory small.
 
     Returns:
         A PyTree like the value of f.
 
     Raises:
         ValueError: the operators have different numbers of columns.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> eye = lx.MatrixLinearOperator(jnp.eye(3))
+        >>> print(
+        ...     linalg.second_derivative_sum(lambda x: x @ x, jnp.ones(3), eye, eye)
+        ... )  # the Laplacian
+        6.0
     """
     count = _common_columns(left, right)
 
@@ -136,12 +165,31 @@ def second_derivative_sum(
 
 @checked
 def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree[Array]:
-    """One column of an operator between PyTrees, in the order of its raveled input."""
+    """One column of an operator between PyTrees, in the order of its raveled input.
+
+    Args:
+        operator: any lineax operator.
+        index: the number of the column; from the end where negative.
+
+    Returns:
+        A PyTree like the operator's output.
+
+    Raises:
+        ValueError: there is no such column.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> print(linalg.column(lx.MatrixLinearOperator(jnp.array([[1.0, 2.0], [3.0, 4.0]])), 1))
+        [2. 4.]
+    """
     structure = operator.in_structure()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
     flat, unravel = ravel_pytree(zeros)
     if not is_traced(index) and not -flat.size <= int(index) < flat.size:
         raise ValueError(f"column: index must be one of {flat.size} columns; got {int(index)}.")
+    # The operator may be a user's: products of float32 are cut to TF32 on GPUs by default.
     with _precision.full_precision():
         return operator.mv(unravel(flat.at[index].set(1)))
 
@@ -150,7 +198,25 @@ def column(operator: lx.AbstractLinearOperator, index: Int[Array, ""]) -> PyTree
 def columns(
     operator: lx.AbstractLinearOperator, *, chunk_size: int | None = None
 ) -> Float[Array, "m r"]:
-    """The matrix of an operator to Rᵐ whose input is any PyTree, formed column by column."""
+    """The matrix of an operator to Rᵐ whose input is any PyTree, formed column by column.
+
+    Args:
+        operator: from r numbers to (m,).
+        chunk_size: the number of columns formed at once; None for a number that keeps memory small.
+
+    Returns:
+        (m, r).
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> structure = {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}
+        >>> double = lx.FunctionLinearOperator(lambda x: 2 * x["a"], structure)
+        >>> print(linalg.columns(double).tolist())
+        [[2.0, 0.0], [0.0, 2.0]]
+    """
     count = _tree.size(operator.in_structure())
     chunk = _chunk(chunk_size, operator.in_structure())
     rows = jax.lax.map(
@@ -163,10 +229,25 @@ def columns(
 def sum_terms(
     term: Callable[[Int[Array, ""]], PyTree[Array]], count: int, chunk_size: int
 ) -> PyTree[Array]:
-    """Σ term(r) over r = 0 … count − 1, with the memory of `chunk_size` terms.
+    """The sum of term(r) over r = 0 … count − 1, with the memory of `chunk_size` terms.
 
-    In chunks of nearly the same size, at most `chunk_size`: one program for all of them. The
-    last may ask for terms beyond `count` − 1; these do not count, but must have a value.
+    All chunks have nearly the same size, at most `chunk_size`, so that one program serves for all
+    of them. The last chunk may ask for terms beyond count − 1. They do not count, but must have a
+    value.
+
+    Args:
+        term: r → PyTree of arrays.
+        count: the number of terms.
+        chunk_size: the number of terms formed at once.
+
+    Returns:
+        A PyTree like one term.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.sum_terms(lambda r: r * jnp.ones(2), 5, chunk_size=2))
+        [10. 10.]
     """
     num_chunks = -(-count // chunk_size)
     size = -(-count // num_chunks)

@@ -22,14 +22,24 @@ _DENSE = 64
 
 
 class Eigenvalues(eqx.Module):
-    """Eigenvalues of a self-adjoint operator, and how good they are.
+    """Eigenvalues of a self-adjoint operator, with bounds on their errors.
 
     Attributes:
         values: λ, (num,).
-        residuals: ‖Av − λv‖ for unit vectors v, (num,): within so much of λ, and of what
-            rounding makes of the products, lies an eigenvalue.
-        result: `RESULTS.successful`; or `not_converged`, and `nonfinite`.
+        residuals: ‖Av − λv‖ for unit vectors v, (num,). An eigenvalue lies within this distance of
+            λ, up to the rounding of the products.
+        result: `RESULTS.successful`, `not_converged` or `nonfinite`.
         num_steps: products with the operator.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> found = linalg.largest_eigenvalues(
+        ...     lx.DiagonalLinearOperator(jnp.array([1.0, 5.0, 3.0]))
+        ... )
+        >>> print(isinstance(found, linalg.Eigenvalues), bool(found.is_successful), found.values)
+        True True [5.]
     """
 
     values: Float[Array, " num"]
@@ -39,6 +49,7 @@ class Eigenvalues(eqx.Module):
 
     @property
     def is_successful(self) -> Bool[Array, "..."]:
+        """True where all eigenvalues were found to tolerance."""
         return self.result == RESULTS.successful
 
 
@@ -53,25 +64,33 @@ def largest_eigenvalues(
 ) -> Eigenvalues:
     """The algebraically largest eigenvalues of a self-adjoint operator, descending.
 
-    By Lanczos' method with full reorthogonalisation and restarts from random vectors, or a
-    dense decomposition up to 64 dimensions. The residuals are at most eps^0.6·|λ| or
-    eps^¾·‖A‖, whichever is more: 4e-10 and 2e-12 in float64, 7e-5 and 6e-6 in float32.
-    Values are differentiable once in all that the operator holds, by dλ = ⟨v, dA v⟩, where
-    the eigenvalue is simple; at a crossing the derivative of one of the branches.
+    The method is Lanczos' with full reorthogonalisation and restarts from random vectors, or a
+    dense decomposition up to 64 dimensions. The residuals are at most eps^0.6·|λ| or eps^¾·‖A‖,
+    whichever is more: 4e-10 and 2e-12 in float64, 7e-5 and 6e-6 in float32. Values are
+    differentiable once in everything that the operator holds, by dλ = ⟨v, dA v⟩, where the
+    eigenvalue is simple; at a crossing it is the derivative of one of the branches.
 
     Args:
         operator: A, self-adjoint on a space of PyTrees; by products alone.
-        num: how many.
-        within: the orthogonal projection on an invariant subspace, e.g. the tangent space
-            of a manifold: its eigenvalues only.
+        num: the number of eigenvalues.
+        within: the orthogonal projection on an invariant subspace, such as the tangent space of a
+            manifold, for its eigenvalues only.
         codimension: of that subspace.
-        max_steps: products before the search gives up; looked at between two restarts.
+        max_steps: products before the search gives up; checked between two restarts.
 
     Returns:
-        `Eigenvalues`. Look at its `result`: it never raises for values.
+        `Eigenvalues`. Look at its `result`: the function never raises for values.
 
     Raises:
         ValueError: more eigenvalues than dimensions, or than a fifth of more than 64.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> operator = lx.DiagonalLinearOperator(jnp.array([1.0, 5.0, 3.0]))
+        >>> print(linalg.largest_eigenvalues(operator, 2).values)
+        [5. 3.]
     """
     structure = operator.in_structure()
     size = _tree.size(structure)
@@ -96,9 +115,21 @@ def smallest_eigenvalues(
     codimension: int = 0,
     max_steps: int = 10_000,
 ) -> Eigenvalues:
-    """The algebraically smallest eigenvalues, ascending; else as `largest_eigenvalues`.
+    """The algebraically smallest eigenvalues of a self-adjoint operator, ascending.
 
-    Those near zero are as exact as products are: to eps^¾ of the largest in size.
+    Method, arguments and errors are those of `largest_eigenvalues`. Eigenvalues near zero are as
+    exact as products are: to eps^¾ of the largest in size.
+
+    Returns:
+        `Eigenvalues`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> operator = lx.DiagonalLinearOperator(jnp.array([1.0, -5.0, 3.0]))
+        >>> print(linalg.smallest_eigenvalues(operator, 2).values)
+        [-5.  1.]
     """
     options = {"within": within, "codimension": codimension, "max_steps": max_steps}
     found = largest_eigenvalues(-operator, num, **options)
@@ -124,6 +155,7 @@ def _largest(
     def product(vector: Float[Array, " D"]) -> Float[Array, " D"]:
         return _tree.ravel(operator.mv(unravel(vector)))[0]
 
+    # Vectors are found without derivatives: those of λ are ⟨v, dA v⟩ at fixed v, to first order.
     fixed = lambda fn: lambda vector: jax.lax.stop_gradient(fn(vector))
     if flat.size <= _DENSE:
         vectors, scale, num_steps = _dense(fixed(product), fixed(project), flat, num)
@@ -150,7 +182,7 @@ def judged(
     num_steps: Any,
     eps: float,
 ) -> Eigenvalues:
-    """Are the eigenvalues found, with Av − λv left over?"""
+    """The `Eigenvalues` with a verdict by what Av − λv leaves over."""
     residuals = jax.lax.stop_gradient(jnp.linalg.norm(left, axis=1))
     is_found = jnp.all(residuals <= target(eps, values, scale))
     result = _tree.where(is_found, RESULTS.successful, RESULTS.not_converged)
@@ -174,10 +206,21 @@ def _dense(
 
 @checked
 def effective_rank(eigenvalues: Float[Array, " n"]) -> Scalar:
-    """exp of the entropy of λᵢ/Σλ: between 1 and the number of eigenvalues that are not zero.
+    """The effective rank of a spectrum: exp of the entropy of λᵢ/Σλ.
+
+    It is between 1 and the number of eigenvalues that are not zero.
 
     Args:
-        eigenvalues: of a positive semidefinite operator; rounding below zero counts as zero.
+        eigenvalues: of a positive semidefinite operator, (n,); rounding below zero counts as zero.
+
+    Returns:
+        A scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.effective_rank(jnp.array([2.0, 2.0, 0.0])).round(4))
+        2.0
 
     References:
         Roy and Vetterli, The effective rank, EUSIPCO 2007.

@@ -17,18 +17,27 @@ from manifoldflow.linalg.jacobian._operator import AbstractJacobian, register_wi
 
 @checked
 def factor_operator(coordinates: Coordinates, columns: PyTree[Any]) -> lx.AbstractLinearOperator:
-    """Columns of a factor, arrays like the coordinates with one more axis, as an operator.
+    """The operator of a factor F that is given by its columns.
 
     Args:
         coordinates: of a point.
-        columns: a PyTree like them, or like the point; every array has the shape of its
-            coordinate and a trailing axis of r columns.
+        columns: a PyTree like them, or like the point; every array has the shape of its coordinate
+            and a trailing axis of r columns.
 
     Returns:
         The operator from arrays (r,) to tangents.
 
     Raises:
-        ValueError: another structure or other shapes.
+        ValueError: another structure, or other shapes.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> factor = linalg.factor_operator(
+        ...     {"a": jnp.ones(2)}, {"a": jnp.array([[1.0, 0], [0, 2.0]])}
+        ... )
+        >>> print(factor.mv(jnp.array([3.0, 4.0])))
+        {'a': Array([3., 8.], dtype=...)}
     """
     try:
         arrays = jax.tree.map(lambda _, leaf: jnp.asarray(leaf), coordinates, columns)
@@ -57,13 +66,22 @@ def _mistake(pairs: list[tuple[Array, Array]]) -> str:
 
 
 class ResidualFactor(lx.AbstractLinearOperator):
-    """F = JᵀG: noise that acts on a point through n residuals, with J their Jacobian.
+    """The factor F = JᵀG of noise that acts on a point through n residuals, with J their Jacobian.
 
-    To a manifold on which these residuals vanish such noise is normal: PF = 0.
+    Such noise is normal to a manifold on which these residuals vanish: PF = 0.
 
     Args:
         jacobian: J, of the residuals at the point.
         small: G, an operator from the noise space to Rⁿ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> factor = linalg.ResidualFactor(jacobian, lx.MatrixLinearOperator(jnp.array([[2.0]])))
+        >>> print(factor.mv(jnp.ones(1)))
+        [6. 8.]
     """
 
     jacobian: AbstractJacobian

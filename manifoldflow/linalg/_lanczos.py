@@ -1,9 +1,9 @@
 """The upper end of a spectrum by products alone: band Lanczos with thick restarts.
 
-Every new vector is made orthogonal to all that are kept, twice, so that the matrix on the
-basis is right to rounding and no eigenvalue comes back as a ghost. The band is one vector
-wider than the number of eigenvalues that are wanted: a start that is orthogonal to one of
-them, or a multiple eigenvalue, hides none.
+Every new vector is made orthogonal to all that are kept, twice. So the matrix on the basis is right
+to rounding and no eigenvalue comes back as a ghost. The band is one vector wider than the number of
+eigenvalues wanted. So neither a start that is orthogonal to one of them nor a multiple eigenvalue
+hides any.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def lanczos(
     stride = band * max(1, _SHORTEST // band)
 
     def grown(index: Int[Array, ""], basis: _Basis) -> _Basis:
-        """With one more vector, and one more column of the matrix."""
+        """The basis with one more vector, and one more column of the matrix."""
         source = index - band
         drawn = jr.normal(jr.fold_in(jr.key(0), index), like.shape, like.dtype)
         image = product(basis.vectors[jnp.maximum(source, 0)])
@@ -128,7 +128,7 @@ def lanczos(
         return _tree.where(is_last, restarted(basis, values, rotations, stop), basis)
 
     def restarted(basis: _Basis, values: Array, rotations: Array, stop: Int[Array, ""]) -> _Basis:
-        """With the best Ritz vectors, and the last band, in place of all vectors."""
+        """The basis with the best Ritz vectors, and the last band, in place of all vectors."""
         vectors = _precision.matmul(rotations[:, :kept].T, basis.vectors)
         is_there = jnp.linalg.norm(vectors, axis=1) > 0.5
         vectors = jnp.where(is_there[:, None], vectors, 0)

@@ -1,8 +1,8 @@
-"""Factorisations of which several may run at once, also under `vmap`.
+"""Factorisations that may run several at once, also under `vmap`.
 
-On CPUs jaxlib hands the members of a batched LAPACK call to the threads of XLA's pool, and one
-of these threads waits for them. As many such calls at once as there are threads wait for ever:
-two independent ones on two cores. A member by itself waits for nobody.
+On CPUs jaxlib hands the members of a batched LAPACK call to the threads of XLA's pool, and one of
+these threads waits for them. Where as many such calls run at once as there are threads, they wait
+for ever: two independent ones on two cores. A member by itself waits for nobody.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,27 @@ from manifoldflow._signatures import shown
 
 @shown
 def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, mapped over the members of a batch on CPUs. It has no reverse mode."""
+    """The function mapped over the members of a batch one by one on CPUs; without reverse mode.
+
+    On CPUs several batched LAPACK calls at once can wait for each other for ever.
+
+    Args:
+        fn: a function of arrays, the first of which is a matrix.
+
+    Returns:
+        A function of the same arrays, which `vmap` runs in a loop on CPUs.
+
+    Raises:
+        ValueError: `fn` is no function.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> determinant = linalg.one_by_one(jnp.linalg.det)
+        >>> print(jax.vmap(determinant)(jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])).round(4))
+        [1. 4.]
+    """
     if not callable(fn):
         raise ValueError(f"one_by_one: fn must be a function of arrays; got {described(fn)}.")
     call = jax.custom_batching.custom_vmap(fn)
@@ -60,7 +80,7 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 
 @checked
 def eigh(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
-    """Eigenvalues and eigenvectors of a symmetric matrix, safe where several run at once.
+    """The eigenvalues and eigenvectors of a symmetric matrix, safe where several run at once.
 
     A = V diag(λ) Vᵀ, as `jax.numpy.linalg.eigh` finds it, which under `vmap` can wait for ever on
     CPUs (see `one_by_one`). Derivatives of any order, in both modes:
@@ -78,6 +98,13 @@ def eigh(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, 
 
     Raises:
         ValueError: if it is no square matrix of real numbers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> values, vectors = linalg.eigh(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> print(values.round(4), (vectors.T @ vectors).round(4).tolist())
+        [1. 3.] [[1.0, 0.0], [0.0, 1.0]]
     """
     return _differentiable_eigh(matrix)
 
@@ -100,22 +127,22 @@ def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tup
 
 @one_by_one
 def cholesky(matrix: Array) -> Array:
-    """L with L Lᵀ = the matrix, of which the lower triangle counts; NaN if not positive."""
+    """The factor L of LLᵀ, by the lower triangle of a matrix; NaN if not positive definite."""
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 @one_by_one
 def cho_solve(cholesky: Array, right: Array) -> Array:
-    """(L Lᵀ)⁻¹ right."""
+    """The solution (LLᵀ)⁻¹·right."""
     return jax.scipy.linalg.cho_solve((cholesky, True), right)
 
 
 @checked
 def positive_solver(matrix: Float[Array, "n n"]) -> Callable[[Array], Array]:
-    """v ↦ A⁻¹v for a symmetric positive definite A, factorised once for many v.
+    """The function v ↦ A⁻¹v for a symmetric positive definite A, factorised once for many v.
 
-    By Cholesky, a twentieth of an eigendecomposition's time; safe under `vmap` (see
-    `one_by_one`). The solves have derivatives of any order, in both modes, in A and v.
+    By Cholesky, a twentieth of an eigendecomposition's time; safe under `vmap` (see `one_by_one`).
+    The solves have derivatives of any order, in both modes, in A and v.
 
     Args:
         matrix: A, (n, n), symmetric positive definite.
@@ -126,11 +153,12 @@ def positive_solver(matrix: Float[Array, "n n"]) -> Callable[[Array], Array]:
     Raises:
         ValueError: if it is no square matrix of real numbers.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
-        >>> solve = positive_solver(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-        >>> solve(jnp.array([3.0, 3.0])).tolist()
-        [1.0, 1.0]
+        >>> from manifoldflow import linalg
+        >>> solve = linalg.positive_solver(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> print(solve(jnp.array([3.0, 3.0])).round(4))
+        [1. 1.]
     """
     factor = cholesky(jax.lax.stop_gradient(matrix))
 

@@ -1,4 +1,4 @@
-"""How much memory the algorithms here may take by themselves."""
+"""The memory that the algorithms of this package may take by themselves."""
 
 import jax
 
@@ -6,10 +6,10 @@ _GIB = 2**30
 
 
 def memory_budget() -> int:
-    """Bytes for any one of: a Gram matrix with its factor, the factors of a Jacobian.
+    """The bytes for any one of: a Gram matrix with its factor, the factors of a Jacobian.
 
-    An eighth of the memory of the default device where it says how much it has (GPUs and
-    TPUs do), else 2 GiB.
+    It is an eighth of the memory of the default device where the device tells it (GPUs and TPUs
+    do), else 2 GiB.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit", 16 * _GIB)

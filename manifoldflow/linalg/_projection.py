@@ -30,7 +30,24 @@ _LONGEST = 30
 def pseudo_inverse_mv(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Float[Array, " n"]
 ) -> Tangent:
-    """J†w = Jᵀ K⁻¹ w, refined."""
+    """The tangent J†w = JᵀK⁻¹w, refined to rounding.
+
+    Args:
+        jacobian: J, (n, D).
+        gram: prepared solves with K = JJᵀ, for example `DenseGram()(jacobian)`.
+        vector: w, (n,), in the range of J.
+
+    Returns:
+        A tangent, the shortest v with Jv = w.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> gram = linalg.DenseGram()(jacobian)
+        >>> print(linalg.pseudo_inverse_mv(jacobian, gram, jnp.array([25.0])).round(4))
+        [3. 4.]
+    """
     return jacobian.transpose_mv(refined_solve(jacobian, gram, vector))
 
 
@@ -39,9 +56,28 @@ def pseudo_inverse_mv(
 def tangent_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
-    """P v = v − Jᵀ K⁻¹ J v, refined: P is applied again to what is left.
+    """The tangent part Pv = v − JᵀK⁻¹Jv of a vector, with P applied again to what is left.
 
-    So that P v is tangent to rounding of itself, however much longer v is.
+    Pv is tangent to rounding of itself, however much longer v is.
+
+    Args:
+        jacobian: J, (n, D).
+        gram: prepared solves with K = JJᵀ.
+        vector: v, a PyTree like the coordinates.
+
+    Returns:
+        A tangent with J(Pv) = 0.
+
+    Raises:
+        ValueError: a vector of another structure.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> gram = linalg.DenseGram()(jacobian)
+        >>> print(linalg.tangent_component(jacobian, gram, jnp.array([7.0, 1.0])).round(4))
+        [ 4. -3.]
     """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
 
@@ -58,7 +94,27 @@ def tangent_component(
 def normal_component(
     jacobian: AbstractJacobian, gram: AbstractGramSolve, vector: Tangent
 ) -> Tangent:
-    """P⊥v = Jᵀ K⁻¹ J v, what `tangent_component` takes away."""
+    """The normal part P⊥v = JᵀK⁻¹Jv of a vector, which `tangent_component` takes away.
+
+    Args:
+        jacobian: J, (n, D).
+        gram: prepared solves with K = JJᵀ.
+        vector: v, a PyTree like the coordinates.
+
+    Returns:
+        A tangent in the span of the rows of J.
+
+    Raises:
+        ValueError: a vector of another structure.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> gram = linalg.DenseGram()(jacobian)
+        >>> print(linalg.normal_component(jacobian, gram, jnp.array([7.0, 1.0])).round(4))
+        [3. 4.]
+    """
     vector = _tree.as_tangent(jacobian.in_structure(), vector)
     return _tree.subtract(vector, tangent_component(jacobian, gram, vector))
 
@@ -71,13 +127,30 @@ def refined_solve(
     vector: Float[Array, " n"],
     damping: Scalar | None = None,
 ) -> Float[Array, " n"]:
-    """K⁻¹w by as many solves with the factorisation as rounding lets help.
+    """The solution K⁻¹w, by repeated solves with the factorisation until only rounding is left.
 
     Args:
         jacobian: J, (n, D).
         gram: solves with K, or with K + damping·diag(K) if a damping is given.
         vector: w, (n,), in the range of J.
-        damping: not negative, relative to the diagonal of K.
+        damping: ≥ 0, relative to the diagonal of K; None for 0.
+
+    Returns:
+        (n,).
+
+    Raises:
+        ValueError: a vector of another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> print(
+        ...     linalg.refined_solve(
+        ...         jacobian, linalg.DenseGram()(jacobian), jnp.array([50.0])
+        ...     ).round(4)
+        ... )
+        [2.]
     """
     if vector.shape != jacobian.out_structure().shape:
         raise ValueError(
@@ -116,14 +189,14 @@ class _State(eqx.Module):
 def _refined(
     mv: Callable[[Array], Array], gram: AbstractGramSolve, right: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Until what is left is rounding, or no longer falls, in rows of length one.
+    """The solution once what is left is rounding, or no longer falls, in rows of length one.
 
-    In float64 by plain corrections: their weights 1 − (μ/(λ + μ))ᵏ leave alone what lies
-    below the shift μ of the factorisation, so that a vector field stays smooth where J loses
-    rank. In float32 by conjugate gradients; but a right side that is partly out of the
-    reach of J (equations that depend on each other, away from the manifold) leads them
-    astray, since the factorisation magnifies that part without end: then by plain
-    corrections as well, which J sees nothing of it in.
+    In float64 by plain corrections: their weights 1 − (μ/(λ + μ))ᵏ leave alone what lies below the
+    shift μ of the factorisation, so that a vector field stays smooth where J loses rank. In float32
+    by conjugate gradients; but a right side that is partly out of the reach of J (equations that
+    depend on each other, away from the manifold) leads them astray, since the factorisation
+    magnifies that part without end: then by plain corrections as well, which J sees nothing of it
+    in.
     """
     eps = _precision.eps_of_dtype(right)
     norm_of = lambda left: _tree.norm(gram.row_scale * left)

@@ -1,9 +1,8 @@
-"""Symmetric matrices that are singular on purpose: everything on their range.
+"""Functions of symmetric matrices that are singular on purpose, on their range.
 
-H is a Hessian with a null space (the tangent space) and a range (the normal space).
-Which eigenvalues belong to the range is told by `rank`: a count, or a relative size. The
-derivatives divide only by differences between range and null space, so that repeated
-eigenvalues do no harm.
+H is a Hessian with a null space (the tangent space) and a range (the normal space). The eigenvalues
+of the range are told by `rank`: a count, or a relative size. The derivatives divide only by
+differences between range and null space, so that repeated eigenvalues do no harm.
 """
 
 from functools import partial
@@ -27,7 +26,7 @@ Rank = int | float | None
 
 
 def checked_rank(rank: Rank, size: int) -> Rank:
-    """A count from 0 to n, or a relative size below 1."""
+    """The rank, refused unless it is a count from 0 to n, or a relative size in [0, 1)."""
     if rank is None:
         return None
     is_count = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
@@ -43,12 +42,26 @@ def checked_rank(rank: Rank, size: int) -> Rank:
 def range_spectrum(
     matrix: Matrix, rank: Rank = None
 ) -> tuple[Float[Array, " n"], Matrix, Bool[Array, " n"]]:
-    """Eigenvalues (ascending), eigenvectors (columns) and which of them make the range.
+    """The spectrum of a symmetric matrix, and the part of it that makes the range.
 
     Args:
         matrix: symmetric, (n, n).
-        rank: an integer counts the largest eigenvalues; a float below 1 takes those with
-            |λ| > rank·max|λ|; None takes those with |λ| > n·eps·max|λ|.
+        rank: an integer counts the largest eigenvalues; a float below 1 takes those with |λ| >
+            rank·max|λ|; None takes those with |λ| > n·eps·max|λ|.
+
+    Returns:
+        (λ, V, inside): eigenvalues in ascending order, eigenvectors as columns, and a mask that is
+        True for the eigenvalues of the range.
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> values, _, inside = linalg.range_spectrum(jnp.diag(jnp.array([2.0, 0.0])))
+        >>> print(values, inside)
+        [0. 2.] [False  True]
     """
     rank = checked_rank(rank, len(matrix))
     values, vectors = eigh(matrix)
@@ -65,7 +78,8 @@ def _rotate(vectors: Array, matrix: Array) -> Array:
 def _difference_quotients(
     values: Array, inside: Bool[Array, " n"], applied: Array, both: Array
 ) -> Array:
-    """(g(λⱼ) − g(λₖ))/(λⱼ − λₖ), where g vanishes outside the range."""
+    """The quotients (g(λⱼ) − g(λₖ))/(λⱼ − λₖ), where g vanishes outside the range."""
+    # Only gaps between range and null space are divided by: repeated eigenvalues make no NaN.
     across = inside[:, None] ^ inside[None, :]
     gap = _tree.where(across, values[:, None] - values[None, :], 1)
     between = (applied[:, None] - applied[None, :]) / gap
@@ -76,11 +90,23 @@ def _difference_quotients(
 @checked
 @jit_part
 def pseudo_inverse(matrix: Matrix, rank: Rank = None) -> Matrix:
-    """H†, the Moore-Penrose inverse of a symmetric matrix, on its range.
+    """The Moore-Penrose inverse H† of a symmetric matrix, on its range.
 
     Args:
-        matrix: symmetric, (n, n).
-        rank: which eigenvalues make the range, see `range_spectrum`.
+        matrix: H, symmetric, (n, n).
+        rank: tells the eigenvalues of the range, see `range_spectrum`.
+
+    Returns:
+        (n, n). Differentiable at constant rank, also where eigenvalues repeat.
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.pseudo_inverse(jnp.diag(jnp.array([2.0, 0.0]))).tolist())
+        [[0.5, 0.0], [0.0, 0.0]]
     """
     return _pseudo_inverse(matrix, checked_rank(rank, len(matrix)))
 
@@ -105,7 +131,24 @@ def _pseudo_inverse_jvp(rank, primals, tangents):
 @checked
 @jit_part
 def range_projection(matrix: Matrix, rank: Rank = None) -> Matrix:
-    """The orthogonal projector on the range of a symmetric matrix."""
+    """The orthogonal projector on the range of a symmetric matrix.
+
+    Args:
+        matrix: symmetric, (n, n).
+        rank: tells the eigenvalues of the range, see `range_spectrum`.
+
+    Returns:
+        (n, n). Differentiable at constant rank.
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.range_projection(jnp.full((2, 2), 3.0)).round(4).tolist())
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
     return _range_projection(matrix, checked_rank(rank, len(matrix)))
 
 
@@ -128,9 +171,26 @@ def _range_projection_jvp(rank, primals, tangents):
 @checked
 @jit_part
 def log_pseudo_determinant(matrix: Matrix, rank: Rank = None) -> Scalar:
-    """ln|H|₊, the logarithm of the product of the eigenvalues on the range.
+    """The logarithm ln|H|₊ of the product of the eigenvalues on the range.
 
-    The derivative at constant rank is tr(H†·dH).
+    Its derivative at constant rank is tr(H†·dH).
+
+    Args:
+        matrix: H, symmetric, (n, n).
+        rank: tells the eigenvalues of the range, see `range_spectrum`.
+
+    Returns:
+        A scalar; NaN where an eigenvalue of the range is negative.
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> singular = jnp.diag(jnp.array([2.0, 3.0, 0.0]))
+        >>> print(f"{linalg.log_pseudo_determinant(singular):.4f}")  # ln 6
+        1.7918
     """
     return _log_pseudo_determinant(matrix, checked_rank(rank, len(matrix)))
 
@@ -151,14 +211,26 @@ def _log_pseudo_determinant_jvp(rank, primals, tangents):
 @checked
 @jit_part
 def square_root(matrix: Matrix, rank: Rank = None) -> Matrix:
-    """The symmetric S with S² = the positive part of a symmetric matrix on its range.
+    """The symmetric square root of the positive part of a symmetric matrix, on its range.
 
     Negative eigenvalues count as zeros. Where an eigenvalue of the range comes close to zero, its
     derivatives grow without bound.
 
     Args:
         matrix: symmetric, (n, n).
-        rank: which eigenvalues make the range, see `range_spectrum`.
+        rank: tells the eigenvalues of the range, see `range_spectrum`.
+
+    Returns:
+        (n, n).
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.square_root(jnp.diag(jnp.array([4.0, 0.0]))).tolist())
+        [[2.0, 0.0], [0.0, 0.0]]
     """
     return _square_root(matrix, checked_rank(rank, len(matrix)))
 
@@ -189,7 +261,24 @@ def _root_of(values: Array, inside: Bool[Array, " n"]) -> Array:
 
 @checked
 def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
-    """S ↦ HS + SH on matrices, a self-adjoint lineax operator."""
+    """The operator S ↦ HS + SH on matrices, self-adjoint.
+
+    Args:
+        matrix: H, symmetric, (n, n).
+
+    Returns:
+        A lineax operator from (n, n) to (n, n).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(
+        ...     linalg.lyapunov_operator(jnp.diag(jnp.array([1.0, 2.0])))
+        ...     .mv(jnp.ones((2, 2)))
+        ...     .tolist()
+        ... )
+        [[2.0, 3.0], [3.0, 4.0]]
+    """
 
     def mv(s: Matrix) -> Matrix:
         return _precision.matmul(matrix, s) + _precision.matmul(s, matrix)
@@ -203,7 +292,25 @@ def lyapunov_operator(matrix: Matrix) -> lx.AbstractLinearOperator:
 def lyapunov_solve(matrix: Matrix, rhs: Matrix, rank: Rank = None) -> Matrix:
     """The S with HS + SH = rhs whose rows and columns lie in the range of H.
 
-    What of `rhs` lies outside the range is ignored [LiWangArora2022, Lemma 4.5].
+    The part of `rhs` outside the range is ignored [LiWangArora2022, Lemma 4.5].
+
+    Args:
+        matrix: H, symmetric, (n, n).
+        rhs: (n, n).
+        rank: tells the eigenvalues of the range, see `range_spectrum`.
+
+    Returns:
+        S, (n, n). Differentiable at constant rank.
+
+    Raises:
+        ValueError: a rank out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> hessian = jnp.diag(jnp.array([2.0, 0.0]))
+        >>> print(linalg.lyapunov_solve(hessian, jnp.ones((2, 2))).tolist())
+        [[0.25, 0.0], [0.0, 0.0]]
     """
     return _lyapunov_solve(matrix, rhs, checked_rank(rank, len(matrix)))
 

@@ -17,7 +17,18 @@ from manifoldflow.linalg._factors import factor_operator
 
 
 class AbstractSigma(eqx.Module):
-    """A covariance Σ of tangents: a `Covariance`, a `Factor` or a `NormalFactor`."""
+    """A covariance Σ of tangents: a `Covariance`, a `Factor` or a `NormalFactor`.
+
+    Attributes:
+        operator: a lineax operator, which the subclass gives its meaning.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> sigma = linalg.as_sigma(jnp.ones(2), jnp.ones((2, 1)))
+        >>> print(isinstance(sigma, linalg.AbstractSigma), type(sigma).__name__)
+        True Factor
+    """
 
     operator: eqx.AbstractVar[lx.AbstractLinearOperator]
 
@@ -26,19 +37,55 @@ class AbstractSigma(eqx.Module):
 
 
 class Covariance(AbstractSigma):
-    """Σ as an operator on tangents."""
+    """A covariance Σ that is given as an operator on tangents.
+
+    Args:
+        operator: Σ, self-adjoint and positive semidefinite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> sigma = linalg.Covariance(lx.DiagonalLinearOperator(jnp.array([1.0, 4.0])))
+        >>> print(sigma.operator.mv(jnp.ones(2)))
+        [1. 4.]
+    """
 
     operator: lx.AbstractLinearOperator
 
 
 class Factor(AbstractSigma):
-    """Σ = F Fᵀ, with F an operator to tangents."""
+    """A covariance Σ = FFᵀ that is given by its factor.
+
+    Args:
+        operator: F, from any space to tangents.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> sigma = linalg.Factor(lx.MatrixLinearOperator(jnp.array([[1.0], [2.0]])))
+        >>> print(sigma.operator.mv(jnp.ones(1)))
+        [1. 2.]
+    """
 
     operator: lx.AbstractLinearOperator
 
 
 class NormalFactor(AbstractSigma):
-    """Σ = JᵀG(JᵀG)ᵀ: what acts through n residuals with the Jacobian J; this is G, to Rⁿ."""
+    """A covariance Σ = JᵀG(JᵀG)ᵀ that acts through n residuals with the Jacobian J.
+
+    Args:
+        operator: G, from any space to Rⁿ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> sigma = linalg.NormalFactor(lx.MatrixLinearOperator(0.1 * jnp.eye(3)))
+        >>> print(sigma.operator.out_size())
+        3
+    """
 
     operator: lx.AbstractLinearOperator
 
@@ -49,20 +96,29 @@ def as_sigma(
     given: lx.AbstractLinearOperator | PyTree[Any],
     is_factor: bool | None = None,
 ) -> Covariance | Factor:
-    """A covariance of tangents from an operator on them, or from a factor.
+    """The covariance of tangents that is given by an operator on them, or by a factor.
 
     Args:
         coordinates: of the point.
-        given: Σ as a lineax operator on tangents, of which the symmetric part counts; or a
-            factor F with Σ = F Fᵀ: an operator from another space to tangents, or a PyTree like
-            the point whose arrays have a trailing axis of columns.
-        is_factor: whether an operator is F; by default, it is if it does not act on tangents.
+        given: Σ as a lineax operator on tangents, whose symmetric part counts; or a factor F with Σ
+            = FFᵀ: an operator from another space to tangents, or a PyTree like the point whose
+            arrays have a trailing axis of columns.
+        is_factor: True where an operator is F; None decides by its spaces: it is F if it does not
+            act on tangents.
 
     Returns:
-        It, in the dtypes of the coordinates.
+        A `Covariance` or a `Factor`, in the dtypes of the coordinates.
 
     Raises:
         ValueError: `given` is neither, or a square array that could be both.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import lineax as lx
+        >>> from manifoldflow import linalg
+        >>> matrix = lx.MatrixLinearOperator(jnp.array([[1.0, 2.0], [0.0, 1.0]]))
+        >>> print(linalg.as_sigma(jnp.ones(2), matrix).operator.as_matrix().tolist())  # symmetrised
+        [[1.0, 1.0], [1.0, 1.0]]
     """
     tangents = _tree.structure_of(coordinates)
     if not isinstance(given, lx.AbstractLinearOperator):
@@ -83,6 +139,7 @@ def as_sigma(
         )
     if is_factor or not acts_on_tangents:
         return Factor(_cast(given, given.in_structure(), tangents))
+    # Second derivatives see the symmetric part only; products with Σ must agree with them.
     symmetric = given if lx.is_symmetric(given) else (given + given.T) / 2
     return Covariance(_cast(symmetric, tangents, tangents))
 

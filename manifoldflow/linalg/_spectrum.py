@@ -29,10 +29,24 @@ _MAX_STEPS = 10_000
 @checked
 @jit_part
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
-    """ln det(J Jᵀ), with derivative tr(K⁻¹·dK).
+    """The logarithm ln det(JJᵀ), with derivative tr(K⁻¹·dK).
 
-    −inf, with an infinite or undefined derivative, where J loses rank to working precision;
-    `log_pseudo_determinant(jacobian.gram())` is for a constant lower rank.
+    It is −inf, with an infinite or undefined derivative, where J loses rank to working precision.
+    For a constant lower rank use `log_pseudo_determinant(jacobian.gram())`.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        A scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows)
+        >>> print(f"{linalg.gram_log_determinant(jacobian):.4f}")  # ln 36
+        3.5835
     """
     return _log_determinant(jacobian.gram())
 
@@ -67,11 +81,24 @@ def _inverse_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 @checked
 @jit_part
 def gram_largest_eigenvalue(jacobian: AbstractJacobian) -> Scalar:
-    """λ_max(J Jᵀ), by products with J and Jᵀ alone.
+    """The largest eigenvalue λ_max(JJᵀ), by products with J and Jᵀ alone.
 
-    Derivatives to any order, as long as the eigenvalue is simple: at a crossing of the two
-    largest λ_max has no derivative, and the one of either is returned. NaN where it was not
-    found to tolerance.
+    It has derivatives of any order as long as it is simple. At a crossing of the two largest λ_max
+    has no derivative, and the one of either is returned.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        A scalar; NaN where it was not found to tolerance.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows)
+        >>> print(linalg.gram_largest_eigenvalue(jacobian).round(4))
+        9.0
     """
     return _largest_eigenvalue(jacobian)
 
@@ -96,7 +123,24 @@ def _norm_squared(vector: Tangent) -> Scalar:
 @checked
 @jit_part
 def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scalar, Eigenvalues]:
-    """As `gram_largest_eigenvalue`, with residual and result; differentiable once."""
+    """The value of `gram_largest_eigenvalue`, with residual and result; differentiable once.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        (λ_max, `Eigenvalues`).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(
+        ...     jnp.dot, jnp.zeros(2), jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        ... )
+        >>> value, info = linalg.gram_largest_eigenvalue_with_info(jacobian)
+        >>> print(value.round(4), bool(info.is_successful))
+        9.0 True
+    """
     is_array = eqx.is_inexact_array
     fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_array(x) else x, jacobian)
     vector, found = _top(fixed)
@@ -106,9 +150,23 @@ def gram_largest_eigenvalue_with_info(jacobian: AbstractJacobian) -> tuple[Scala
 @checked
 @jit_part
 def gram_top_eigenvector(jacobian: AbstractJacobian) -> Float[Array, " n"]:
-    """The unit eigenvector of J Jᵀ with the largest eigenvalue; its sign is arbitrary.
+    """The unit eigenvector of JJᵀ with the largest eigenvalue; its sign is arbitrary.
 
-    NaN where it was not found to tolerance: `gram_largest_eigenvalue_with_info` says how far.
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        (n,); NaN where it was not found to tolerance. `gram_largest_eigenvalue_with_info` tells how
+        far it got.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(
+        ...     jnp.dot, jnp.zeros(2), jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        ... )
+        >>> print(abs(linalg.gram_top_eigenvector(jacobian)).round(4))
+        [1. 0.]
     """
     return _top_eigenvector(jacobian)
 
@@ -140,12 +198,13 @@ def _top(jacobian: AbstractJacobian) -> tuple[Float[Array, " n"], Eigenvalues]:
     image = mv(vector)
     value = _precision.vdot(vector, image)
     found = judged(value[None], (image - value * vector)[None], scale, num_steps + 1, eps)
+    # By a product, so that derivatives are NaN as well.
     return vector * jnp.where(found.is_successful, 1, jnp.nan).astype(vector.dtype), found
 
 
 @_top_eigenvector.def_jvp
 def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """du = (λ − K)†·dK·u, by conjugate gradients on the complement of u."""
+    """The derivative du = (λ − K)†·dK·u, by conjugate gradients on the complement of u."""
     (jacobian,), (change,) = primals, tangents
     vector = _top_eigenvector(jacobian)
     product = lambda j: j.mv(j.transpose_mv(vector))

@@ -1,4 +1,4 @@
-"""Linear equations between tangents."""
+"""Linear equations between tangents, by conjugate gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,24 +21,33 @@ def tangent_solve(
     rtol: float,
     max_steps: int | None = None,
 ) -> Tangent:
-    """The tangent w with A w = b, for a self-adjoint positive map A, by conjugate gradients.
+    """The tangent w with Aw = b, for a self-adjoint positive map A, by conjugate gradients.
 
-    In the widest dtype of the leaves, since the iteration mixes them. Differentiable in both
-    modes, by the equation itself and not through its iterations. Where the steps run out, w is
-    what they reached.
+    The iteration mixes all leaves, so it runs in the widest of their dtypes. It is differentiable
+    in both modes, by the equation itself and not through its iterations. Where the steps run out, w
+    is the last iterate.
 
     Args:
-        mv: v ↦ A v; linear, self-adjoint and positive definite on the tangents that it meets.
+        mv: v ↦ Av; linear, self-adjoint and positive definite on the tangents that it meets.
         right: b, a PyTree of real floating-point arrays.
-        rtol: bound on ‖A w − b‖, and on that of each step, relative to b and to w. A number of
-            Python, which is compiled in.
-        max_steps: iterations at most; by default ten times the size of b.
+        rtol: the bound on ‖Aw − b‖, and on each step, relative to b and to w. A Python number,
+            which is compiled in.
+        max_steps: iterations at most; None for ten times the size of b.
 
     Returns:
         w, with the structure, shapes and dtypes of b.
 
     Raises:
-        ValueError: if b has no real floating-point arrays, or A b has another structure.
+        ValueError: b has no real floating-point arrays, or Ab has another structure.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> diagonal = lambda v: {"a": 2 * v["a"], "b": 4 * v["b"]}
+        >>> right = {"a": jnp.ones(2), "b": jnp.ones(1)}
+        >>> found = linalg.tangent_solve(diagonal, right, rtol=1e-6)
+        >>> print(found["a"].round(4), found["b"].round(4))
+        [0.5 0.5] [0.25]
     """
     checked_positive("tangent_solve: rtol", rtol)
     if max_steps is not None:
@@ -65,6 +74,7 @@ def tangent_solve(
         widened, _tree.structure_of(wide), lx.positive_semidefinite_tag
     )
     solver = lx.CG(rtol=rtol, atol=0.0, max_steps=max_steps)
+    # Without `throw`, since an error in the program would keep it out of the cache on disk.
     return _tree.cast_like(lx.linear_solve(operator, wide, solver, throw=False).value, right)
 
 

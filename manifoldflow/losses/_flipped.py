@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow._boundary import checked
@@ -67,7 +68,8 @@ def flipped_labels_loss(
             f"flipped_labels_loss: probability must be below ½; got {float(chance):g}. Above it "
             "change the signs of the labels; at ½ they say nothing."
         )
-    if not is_traced(labels) and not bool(jnp.all(jnp.abs(labels) == 1)):
+    # By NumPy: within jit JAX traces operations on constants as well.
+    if not is_traced(labels) and not np.all(np.abs(np.asarray(labels)) == 1):
         raise ValueError(f"flipped_labels_loss: labels must be -1 or 1; got {labels}.")
     targets = jnp.where(labels > 0, 1 - chance, chance).astype(labels.dtype)
 

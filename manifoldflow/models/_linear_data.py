@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision
@@ -168,9 +169,12 @@ def _root(name: str, covariance: Any, size: int) -> Matrix:
         raise ValueError(
             f"{name} must be ({size}, {size}), or ({size},) for a diagonal; got {array.shape}."
         )
+    if not is_traced(array):
+        known = np.asarray(array)  # by NumPy: within jit JAX traces operations on constants as well
+        floor = _precision.eps_of_dtype(array) ** 0.5 * np.max(np.abs(known))
+        is_symmetric = np.max(np.abs(known - known.T)) <= floor
+        if not is_symmetric or np.linalg.eigvalsh(known)[0] < -floor:
+            raise ValueError(f"{name} must be symmetric, without negative eigenvalues.")
     # Not Cholesky: a covariance may be singular.
     values, vectors = jnp.linalg.eigh(array)
-    floor = -jnp.sqrt(_precision.eps_of_dtype(array)) * jnp.max(jnp.abs(array))
-    if not is_traced(array) and (values[0] < floor or jnp.any(jnp.abs(array - array.T) > -floor)):
-        raise ValueError(f"{name} must be symmetric, without negative eigenvalues.")
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T

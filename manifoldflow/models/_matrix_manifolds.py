@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.scipy.linalg as jsl
+import numpy as np
 from jaxtyping import Array, Float
 
 from manifoldflow import _precision
@@ -246,7 +247,7 @@ class FixedProduct(eqx.Module):
             raise ValueError(f"FixedProduct: target must be a matrix; got shape {array.shape}.")
         self.target = array
         if not is_traced(self.target):
-            found = int(jnp.linalg.matrix_rank(self.target))
+            found = int(np.linalg.matrix_rank(np.asarray(self.target)))
             if found != self.rank:
                 raise ValueError(
                     f"FixedProduct needs the rank of its target; got rank={rank} for a matrix of "

@@ -67,7 +67,7 @@ class SeparableClassification(eqx.Module):
                 f"The inputs must be (n, d) and the labels (n,); got shapes {self.inputs.shape} "
                 f"and {self.labels.shape}."
             )
-        if not is_traced(self.labels) and not bool(jnp.all(jnp.abs(self.labels) == 1)):
+        if not is_traced(self.labels) and not np.all(np.abs(np.asarray(self.labels)) == 1):
             raise ValueError(f"The labels must be -1 or 1; got {np.unique(self.labels)[:5]}.")
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}; got {kind!r}.")

@@ -1,4 +1,4 @@
-"""Moving a network along its rescalings to where noise or decay would bring it."""
+"""Moves of a network along its rescalings, to the point that noise or decay would bring it to."""
 
 import math
 from collections.abc import Sequence
@@ -33,14 +33,24 @@ LossOrExamples = AbstractExampleLoss | tuple[ExampleLoss, PyTree[Any]]
 
 
 class Balance(eqx.Module):
-    """How a network was balanced.
+    """The moves that balanced a network, from `balance_with_info`; printable.
 
     Attributes:
         parameters: λ of the k commuting symmetries, (k,); ±inf where there is no balance. Beside
             products it is the sum over all turns.
-        names: what was rescaled by each, as "first layer against second"; then the products.
+        names: of the symmetries, as "first layer against second"; then of the products.
         info: of the search.
         matrices: Q of each product, symmetric and positive definite, (blocks, d, d).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point, data = {"u": jnp.array(4.0), "w": jnp.array(1.0)}, jnp.array([1.0, 2.0])
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> opposite = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> _, found = symmetry.balance_with_info(point, (loss, data), symmetries=[opposite])
+        >>> print(isinstance(found, symmetry.Balance), found)
+        True symmetries[0]: λ = -0.6931
     """
 
     parameters: Float[Array, " k"]
@@ -67,41 +77,52 @@ def balance(
     symmetries: Sequence[AnySymmetry] | None = None,
     throw: bool = True,
 ) -> Point:
-    """The same function in other weights: those that SGD's noise or weight decay comes to rest at.
+    """The same function in the weights at which SGD's noise or weight decay comes to rest.
 
-    A warm start. ReLU networks are unchanged when a layer is multiplied by c and the next one
-    divided by it. SGD moves slowly along such symmetries; `balance` goes to the end at once.
+    ReLU networks are unchanged when a layer is multiplied by c and the next one divided by it. SGD
+    moves slowly along such symmetries. This function goes to the end at once, which makes a warm
+    start.
 
-    With kind "noise" to the one point of the orbit where γ‖θ‖² + ½σ² tr Σ is least, which
-    is the `noise_equilibrium`. With kind "norm" to the one where ‖θ‖² is least, as weight
-    decay alone would: there every layer, with its bias, has the norm of the next one's weight
-    (for an activation of degree p, ‖first‖² = p‖second‖²).
+    With kind "noise" the end is the one point of the orbit where γ‖θ‖² + ½σ² tr Σ is least, the
+    `noise_equilibrium`. With kind "norm" it is the one where ‖θ‖² is least, as weight decay alone
+    would have it. There every layer, with its bias, has the norm of the next one's weight (for an
+    activation of degree p, ‖first‖² = p‖second‖²).
 
     Args:
         network: any point; by default with `equinox.nn.Linear` layers. All its coordinates are
             moved, also those that `trainable=` of a loss holds fixed.
-        loss: a loss over examples, as `LeastSquares`; or a pair (example_loss, data) as the
-            functions here take them, ℓ(point, example) → scalar.
+        loss: a loss over examples, such as `LeastSquares`; or a pair (example_loss, data) with
+            ℓ(point, example) → scalar.
         kind: "noise" or "norm".
-        noise_scale: σ² = η/(2S), learning rate over twice the batch size. Without decay it
-            does not matter; with it, it must be given.
-        weight_decay: γ of SGD, for kind "noise".
-        symmetries: that commute, made or found; a `Rescaling` has names for messages. And
-            products of matrices, as `product_symmetry`, `attention_products` and
-            `find_products` give them, whose members do not commute. By default what
-            `find_rescalings` finds, for layers as a whole. Finding is not for use inside jit or
-            vmap: find once, and hand over.
-        throw: raise on failure; else NaN.
+        noise_scale: σ² = η/(2S), the learning rate over twice the batch size. Without decay it does
+            not matter; with decay it must be given.
+        weight_decay: γ ≥ 0 of SGD, for kind "noise".
+        symmetries: commuting ones, made or found, where a `Rescaling` has names for messages; and
+            products of matrices from `product_symmetry`, `attention_products` and `find_products`,
+            whose members do not commute. None for those that `find_rescalings` finds, for layers as
+            a whole. Finding is not for use inside jit or vmap: find once, and hand over.
+        throw: True raises on failure; False returns NaN.
 
     Returns:
-        A network of the same type, of the same function to rounding. Where neither noise nor
-        decay acts it stays: at zero loss the batches make no noise. For the balance under
-        label noise give a loss with noisy targets, `loss.shift_targets(…)`.
+        A network of the same type, of the same function to rounding. Where neither noise nor decay
+        acts it stays: at zero loss the batches make no noise. For the balance under label noise
+        give a loss with noisy targets, `loss.shift_targets(…)`.
 
     Raises:
-        ValueError: unknown kind; options that do not go together; no rescaling was found.
-        EquinoxRuntimeError: the balance is at infinity: names the layers, unless inside jit;
-            or as `noise_equilibrium`.
+        ValueError: unknown kind; options that do not go together; no rescaling was found; a network
+            with NaN or infinite weights.
+        EquinoxRuntimeError: the balance is at infinity, with the names of the layers unless inside
+            jit; or as `noise_equilibrium`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point, data = {"u": jnp.array(4.0), "w": jnp.array(1.0)}, jnp.array([1.0, 2.0])
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> opposite = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> balanced = symmetry.balance(point, (loss, data), symmetries=[opposite])
+        >>> print({name: round(float(value), 5) for name, value in balanced.items()})
+        {'u': 2.0, 'w': 2.0}
 
     References:
         [Ziyin2024, Theorem 4.3].
@@ -128,7 +149,24 @@ def balance_with_info(
     symmetries: Sequence[AnySymmetry] | None = None,
     throw: bool = False,
 ) -> tuple[Point, Balance]:
-    """As `balance`, with how far the network went along each symmetry."""
+    """The result of `balance`, with a `Balance` that tells how far the network went.
+
+    It takes the arguments of `balance`, but `throw` is False by default: failures are NaN, and
+    `Balance.info.result` says why.
+
+    Returns:
+        (network, `Balance`).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point, data = {"u": jnp.array(4.0), "w": jnp.array(1.0)}, jnp.array([1.0, 2.0])
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> there, found = symmetry.balance_with_info(point, (loss, data), symmetries=[pair])
+        >>> print(found.parameters.round(4), bool(found.info.is_successful))  # λ = −ln 2
+        [-0.6931] True
+    """
     sigma, gamma = _checked_scales(kind, noise_scale, weight_decay)
     example_loss, data = loss if isinstance(loss, tuple) else examples_of(loss)
     if symmetries is None:
@@ -170,6 +208,8 @@ def balance_with_info(
     found = Balance(parameters, names, info)
     if throw and not is_traced(parameters):
         _refuse_infinite(found)
+    # Not along those without a balance: e^{∞·0} would be NaN in every leaf. `info` says that it
+    # failed.
     there = _moved(generators, network, jnp.where(is_infinite, 0, parameters), info, data)
     return delivered(there, info.result, throw), found
 
@@ -208,7 +248,7 @@ def _moved(
 
 
 def _checked_scales(kind: str, noise_scale: Any, weight_decay: Any) -> tuple[Any, Any]:
-    """σ² and γ of the equilibrium to look for."""
+    """σ² and γ of the equilibrium to look for, refused where they do not go together."""
     if kind not in _KINDS:
         raise ValueError(f"balance: kind must be one of {_KINDS}; got {kind!r}.")
     has_decay = is_traced(weight_decay) or weight_decay != 0
@@ -237,7 +277,7 @@ def _named(symmetry: Any, index: int) -> tuple[str, ExponentialSymmetry]:
 
 
 def _refuse_infinite(found: Balance) -> None:
-    """As an error that says which symmetries have no balance."""
+    """Raises an error with the names of the symmetries that have no balance."""
     values = [float(parameter) for parameter in found.parameters]
     endless = [f"{n}, λ = {x:+}" for n, x in zip(found.names, values) if math.isinf(x)]
     if endless:

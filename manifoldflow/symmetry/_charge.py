@@ -1,4 +1,4 @@
-"""Charges of symmetries that are not linear in θ, and whether a loss conserves them."""
+"""Charges of symmetries that are not linear in θ, and the check that a loss conserves them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked, checked_concrete
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
 from manifoldflow.symmetry._check import asymmetry_of, default_tolerance, share, SymmetryCheck
@@ -26,22 +26,32 @@ _NUM_STEPS = 32  # of a Runge-Kutta method of order 4, for a tenth of the scale 
 
 
 class Charge(eqx.Module):
-    """C(θ) = ∫₀¹ K(θ₀ + s(θ − θ₀))·(θ − θ₀) ds, the function with ∇C = K and C(θ₀) = 0.
+    """The charge C with ∇C = K and C(θ₀) = 0, for a velocity field K of symmetries.
 
-    K(θ) = dQ_ρ(θ)/dρ at ρ = 0 for transformations Q_ρ under which every ℓ(θ, z) stays what it
-    is, such as (a, b) ↦ (a + ρ, e^{−ρ}b) where a and b enter as e^a·b. Then ∇C·∇ℓ = 0: gradient
-    flow conserves C, and SGD moves it at the rate of `charge_drift`. Derivatives of C are those
-    of K: ∇C is K itself, ∇²C its derivative.
+    C(θ) = ∫₀¹ K(θ₀ + s(θ − θ₀))·(θ − θ₀) ds. K(θ) = dQ_ρ(θ)/dρ at ρ = 0 for transformations Q_ρ
+    under which every ℓ(θ, z) stays the same, for example (a, b) ↦ (a + ρ, e^{−ρ}b) where a and b
+    enter as eᵃ·b. Then ∇C·∇ℓ = 0: gradient flow conserves C, and SGD moves it at the rate of
+    `charge_drift`. Derivatives of C are those of K: ∇C is K itself, ∇²C its derivative.
 
     Args:
-        velocity_fn: K, point → PyTree like the point's coordinates. Linear ones are
+        velocity_fn: K, point → PyTree like the point's coordinates. For a linear K use
             `ExponentialSymmetry`.
         origin: θ₀, a point; the straight line from there to θ must be free of singularities.
         num_nodes: of the Gauss-Legendre rule for the integral. C is exact for polynomials K up to
             degree 2·num_nodes − 1, its derivatives always.
 
     Assumes:
-        K is a gradient, ∂K is symmetric, and the loss has the symmetry: `check_charge`.
+        K is a gradient, so that ∂K is symmetric, and the loss has the symmetry. `check_charge`
+        tests both.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> velocity = lambda p: {"a": jnp.array(1.0), "b": -p["b"]}  # eᵃ·b stays
+        >>> start = {"a": jnp.array(0.0), "b": jnp.array(0.0)}
+        >>> charge = symmetry.Charge(velocity, start)  # a − ½b²
+        >>> print(round(float(charge({"a": jnp.array(3.0), "b": jnp.array(2.0)})), 4))
+        1.0
 
     References:
         [Ziyin2024, eqs. (3) to (5)].
@@ -76,14 +86,17 @@ def _integral(
     end: Coordinates,
     num_nodes: int,
 ) -> Scalar:
-    """∫ K·dθ along the straight line, with the derivative K·v of a potential."""
+    """∫ K·dθ along the straight line, with K·v as its derivative."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
 
+    # ∇C is K itself. Through the quadrature it would be an average of K along the line, right only
+    # to the rule's error.
     @jax.custom_jvp
     def charge(x: Coordinates) -> Scalar:
         way = _tree.subtract(x, start)
         at = lambda s: _tree.inner(velocity(_tree.add(start, _tree.scale(s, way))), way)
         dtype = _tree.dtype_of(x)
+        # By a loop: one copy of K in the program, not one for each node.
         values = jax.lax.map(at, jnp.asarray((nodes + 1) / 2, dtype))
         return jnp.sum(values * jnp.asarray(weights / 2, dtype))
 
@@ -95,7 +108,7 @@ def _integral(
     return charge(end)
 
 
-@checked
+@checked_concrete
 def check_charge(
     charge: Callable[[Point], Any],
     example_loss: ExampleLoss,
@@ -104,21 +117,33 @@ def check_charge(
     *,
     tolerance: float | None = None,
 ) -> SymmetryCheck:
-    """Does ∇ℓ·∇C vanish for every example, and the flow θ' = ∇C leave every ℓ as it is?
+    """The check that ∇ℓ·∇C vanishes for every example and the flow θ′ = ∇C leaves ℓ unchanged.
 
-    `check_symmetry` for charges that are not quadratic. Near this point, that is. Not for use
-    inside jit.
+    It is `check_symmetry` for charges that are not quadratic, and looks near this point only. Not
+    for use inside jit.
 
     Args:
         charge: C, point → scalar; a `Charge`, or any function.
         example_loss: ℓ(point, example) → scalar.
         point: θ; a random one tells more than a minimum, where gradients vanish.
         data: PyTree of arrays with a leading axis of examples.
-        tolerance: of all three; by default 4e-11 in float64, 2e-5 in float32.
+        tolerance: the bound on all three measures; None for 4e-11 in float64 and 2e-5 in float32.
 
     Returns:
-        A `SymmetryCheck`: true or false, and printable. Its `asymmetry` is that of ∂∇C: not zero
-        where the velocity of a `Charge` is no gradient, as that of a rotation.
+        A `SymmetryCheck`: true or false, and printable. Its `asymmetry` is that of ∂∇C. It is not
+        zero where the velocity of a `Charge` is no gradient, such as that of a rotation.
+
+    Raises:
+        ValueError: wrong data; a tolerance that is not positive; a call inside jit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (jnp.exp(p["a"]) * p["b"] * x - 1.0) ** 2
+        >>> point, data = {"a": jnp.array(0.4), "b": jnp.array(0.7)}, jnp.arange(1.0, 4.0)
+        >>> charge = lambda p: p["a"] - p["b"] ** 2 / 2
+        >>> print(bool(symmetry.check_charge(charge, loss, point, data)))
+        True
     """
     if tolerance is None:
         tolerance = default_tolerance(point)

@@ -1,4 +1,4 @@
-"""Does a loss have a symmetry, on these data?"""
+"""The check that a loss has a symmetry, on given examples."""
 
 from typing import Any
 
@@ -23,17 +23,22 @@ from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 
 class SymmetryCheck(eqx.Module):
-    """Whether a loss has a symmetry.
+    """The verdict on a symmetry of a loss, with what was measured; true or false, and printable.
 
     Attributes:
-        defect: the largest |∇ℓ·Aθ| of all examples, over the largest Σⱼ|∇ℓⱼ(Aθ)ⱼ|: what is
-            left of terms that should cancel.
-        change: the largest |ℓ(e^{λA}θ) − ℓ(θ)| over the largest |ℓ| of both,
-            at λ = ±0.1/‖A‖.
-        asymmetry: |⟨u, Av⟩ − ⟨Au, v⟩| over |Au||v| for random u and v.
-        tolerance: what all of them must be below.
+        defect: the largest |∇ℓ·Aθ| of all examples, over the largest Σⱼ|∇ℓⱼ(Aθ)ⱼ|: the share that
+            is left of terms that should cancel.
+        change: the largest |ℓ(e^{λA}θ) − ℓ(θ)| over the largest |ℓ| of both, at λ = ±0.1/‖A‖.
+        asymmetry: |⟨u, Av⟩ − ⟨Au, v⟩| over ‖Au‖‖v‖ for random u and v.
+        tolerance: the bound on all three.
         worst_example: the number of the example with the largest |∇ℓ·Aθ|.
-        holds: whether they are.
+        holds: True where all three are at most the tolerance.
+
+    Examples:
+        >>> from manifoldflow import symmetry
+        >>> check = symmetry.SymmetryCheck(0.0, 1e-16, 0.0, 1e-11, 2, True)
+        >>> print(bool(check), check)
+        True symmetry: ∇ℓ·Aθ is 0.0e+00 of its terms, ... tolerance 1.0e-11: holds
     """
 
     defect: float
@@ -55,7 +60,7 @@ class SymmetryCheck(eqx.Module):
         )
 
 
-@checked_but("symmetry")
+@checked_but("symmetry", is_concrete=True)
 def check_symmetry(
     symmetry: ExponentialSymmetry | ProductSymmetry,
     example_loss: ExampleLoss,
@@ -64,22 +69,35 @@ def check_symmetry(
     *,
     tolerance: float | None = None,
 ) -> SymmetryCheck:
-    """Does ∇ℓ·Aθ vanish for every example, and e^{λA} leave every ℓ as it is?
+    """The check that ∇ℓ·Aθ vanishes for every example and that e^{λA} leaves every ℓ as it is.
 
-    Near this point, that is: a symmetry of a network with ReLUs that are all dead there
-    holds for nothing. Not for use inside jit.
+    It looks near this point only: a symmetry of a network whose ReLUs are all dead there holds
+    trivially. Not for use inside jit.
 
     Args:
-        symmetry: what to check; of a `ProductSymmetry` a random member, which holds only where
-            all of them do.
+        symmetry: the symmetry to check; of a `ProductSymmetry` a random member, which holds only
+            where all members do.
         example_loss: ℓ(point, example) → scalar.
         point: θ; a random one tells more than a minimum, where gradients vanish.
         data: PyTree of arrays with a leading axis of examples.
-        tolerance: of all three; by default 4e-11 in float64, 2e-5 in float32. Scaling
-            before a LayerNorm is broken by its ε: 1e-4 lets it pass.
+        tolerance: the bound on all three measures; None for 4e-11 in float64 and 2e-5 in float32.
+            Scaling before a LayerNorm is broken by its ε: 1e-4 lets it pass.
 
     Returns:
         A `SymmetryCheck`: true or false, and printable.
+
+    Raises:
+        ValueError: no symmetry; wrong data; a tolerance that is not positive; a call inside jit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> point, data = {"u": jnp.array(2.0), "w": jnp.array(0.3)}, jnp.arange(1.0, 4.0)
+        >>> opposite = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> together = symmetry.ExponentialSymmetry({"u": 1.0, "w": 1.0})
+        >>> [bool(symmetry.check_symmetry(one, loss, point, data)) for one in (opposite, together)]
+        [True, False]
     """
     if isinstance(symmetry, ProductSymmetry):
         symmetry = _member(symmetry, point)
@@ -105,6 +123,7 @@ def _member(product: ProductSymmetry, point: Point) -> ExponentialSymmetry:
 
 
 def default_tolerance(point: Point) -> float:
+    # Between the rounding of a sum, some eps, and a broken symmetry, of order 1.
     return _tree.eps_of(_tree.split(point)[0]) ** (2 / 3)
 
 
@@ -121,6 +140,7 @@ def _measured(
     generator = symmetry.at(point)
     velocity = generator.mv(coordinates)
     size = generator.norm(coordinates)
+    # Far enough that e^{λA} is no rounding, near enough that no activation saturates.
     parameter = 0.1 / jnp.where(size > 0, size, 1)
     moved = [generator.exp_mv(sign * parameter, coordinates) for sign in (1, -1)]
     loss = example_value(example_loss, remainder)
@@ -137,12 +157,14 @@ def _measured(
         change = jnp.max(jnp.abs(there - here))
         return jnp.asarray(left), jnp.asarray(terms), largest, change
 
+    # The model's own products as well: TF32 would break every symmetry at 1e-3.
     with _precision.full_precision():
         found = over_chunks(of_example, data, _tree.size(coordinates))
     return *found, asymmetry_of(generator, coordinates)
 
 
 def asymmetry_of(generator: AbstractGenerator, like: Tangent) -> Scalar:
+    # One pair of random vectors: a matrix that differs from Aᵀ passes with probability 0.
     u, v = (_tree.random_normal_like(jax.random.key(seed), like) for seed in (0, 1))
     image = generator.mv(u)
     gap = jnp.abs(_tree.inner(u, generator.mv(v)) - _tree.inner(image, v))

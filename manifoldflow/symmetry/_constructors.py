@@ -1,4 +1,4 @@
-"""The symmetries that networks commonly have, for a point of the kind to be moved."""
+"""The symmetries that networks commonly have, each built for points of a given structure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,7 @@ from manifoldflow._errors import checked_number, described, real_numbers, shapes
 from manifoldflow._types import Coordinates, Point
 from manifoldflow.symmetry._generators import checked_symmetric, LowRank, Rotation
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
+from manifoldflow.symmetry._views import as_view
 
 Where = Callable[[Any], Any]
 """Picks a leaf, or a tuple of leaves, out of a point."""
@@ -23,14 +24,31 @@ Where = Callable[[Any], Any]
 def rescaling(
     point: Point, first: Where, second: Where, *, degree: float = 1.0
 ) -> ExponentialSymmetry:
-    """(a, b) ↦ (ca, c^{−p}b), A = diag(I, −pI): two layers about a homogeneous activation.
+    """The rescaling (a, b) ↦ (ca, c⁻ᵖb) of two layers about a homogeneous activation.
+
+    Its generator is A = diag(I, −pI).
 
     Args:
-        point: a point of the kind to be moved.
-        first: picks what is multiplied by c, as `lambda p: p["a"]`; a tuple of leaves
-            where a layer has a bias.
-        second: picks what is divided by c^p.
-        degree: p, the degree of the activation, φ(cz) = c^p φ(z): 1 for ReLU.
+        point: a point of the structure to be moved.
+        first: picks the part that is multiplied by c, for example `lambda p: p["a"]`; a tuple of
+            leaves where a layer has a bias.
+        second: picks the part that is divided by cᵖ.
+        degree: p > 0, the degree of the activation, φ(cz) = cᵖφ(z): 1 for ReLU.
+
+    Returns:
+        An `ExponentialSymmetry`.
+
+    Raises:
+        ValueError: a degree that is not one finite number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> net = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([4.0])}
+        >>> pair = symmetry.rescaling(net, lambda p: p["a"], lambda p: p["b"])
+        >>> moved = pair.act(net, jnp.log(2.0))
+        >>> print(moved["a"].round(5), moved["b"].round(5))
+        [ 2. -4.] [2.]
 
     References:
         [Ziyin2024, §4.2].
@@ -46,17 +64,30 @@ def mlp_rescaling(
 ) -> ExponentialSymmetry:
     """The rescaling of one layer of an `equinox.nn.MLP` against the next one.
 
-    The layer's weight and bias grow, the next one's weight shrinks. For homogeneous
-    activations without a parameter; `find_rescalings` finds out whether they are.
+    The layer's weight and bias grow, the next one's weight shrinks. The activation must be
+    homogeneous and without a parameter; `find_rescalings` finds out whether it is.
 
     Args:
         mlp: the network.
-        layer: which layer grows.
-        neuron: of all the layer's outputs, only this one.
-        degree: of the activation.
+        layer: the number of the layer that grows, from 0.
+        neuron: the number of one of the layer's outputs, to rescale only that one; None for all.
+        degree: p of the activation, φ(cz) = cᵖφ(z).
+
+    Returns:
+        An `ExponentialSymmetry`.
 
     Raises:
         ValueError: no such layer or neuron.
+
+    Examples:
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> net = eqx.nn.MLP(2, 1, 3, 1, activation=jax.nn.relu, key=jr.key(0))
+        >>> x, moved = jr.normal(jr.key(1), (2,)), symmetry.mlp_rescaling(net).act(net, 0.7)
+        >>> print(abs(moved(x) - net(x)).max() < 1e-5)
+        True
     """
     if not 0 <= layer < len(mlp.layers) - 1:
         raise ValueError(
@@ -81,8 +112,8 @@ def linear_rescaling(
         point: the network.
         first: picks the layer whose weight and bias grow.
         second: picks the layer whose weight shrinks.
-        neuron: of all outputs of the first layer, only this one.
-        degree: of what is between the two.
+        neuron: the number of one output of the first layer; None for all.
+        degree: p of the function between the two, φ(cz) = cᵖφ(z).
     """
     size = first(point).weight.shape[0]
     if neuron is not None and not 0 <= neuron < size:
@@ -102,16 +133,28 @@ def linear_rescaling(
 
 
 @checked
-def scaling(point: Point, where: Where = lambda point: point) -> ExponentialSymmetry:
-    """θ ↦ cθ, A = I: weights that only enter normalised.
+def scaling(point: Point, where: Where | None = None) -> ExponentialSymmetry:
+    """The scaling θ ↦ cθ of weights that only enter normalised, A = I.
 
     Without weight decay SGD lets their norm grow for ever [Ziyin2024, §A.1].
 
     Args:
-        point: a point of the kind to be moved.
-        where: picks the leaves that are scaled; by default all.
+        point: a point of the structure to be moved.
+        where: picks the leaves that are scaled; None for all.
+
+    Returns:
+        An `ExponentialSymmetry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point = {"direction": jnp.array([3.0, 4.0]), "gain": jnp.array(2.0)}
+        >>> norm = symmetry.scaling(point, lambda p: p["direction"])
+        >>> print(symmetry.noether_charge(norm, point))  # half the squared norm
+        12.5
     """
-    return ExponentialSymmetry(_weighted(_zeros(point), where, lambda leaf: 1.0))
+    chosen = (lambda tree: tree) if where is None else where
+    return ExponentialSymmetry(_weighted(_zeros(point), chosen, lambda leaf: 1.0))
 
 
 @checked
@@ -123,19 +166,32 @@ def double_rotation(
     *,
     axes: tuple[int, int] = (1, 0),
 ) -> ExponentialSymmetry:
-    """(U, W) ↦ (Ue^{λB}, e^{−λB}W): two matrices that enter as their product UW.
+    """The symmetry (U, W) ↦ (Ue^{λB}, e^{−λB}W) of two matrices that enter as their product UW.
 
-    Its charge is C = ½ tr(UBUᵀ) − ½ tr(WᵀBW).
+    Its charge is C = ½tr(UBUᵀ) − ½tr(WᵀBW).
 
     Args:
-        point: a point of the kind to be moved.
+        point: a point of the structure to be moved.
         first: picks U, (m, d).
         second: picks W, (d, n).
         matrix: B, any symmetric matrix (d, d).
-        axes: the axes of U and W that are summed over in their product.
+        axes: the axes of U and W over which their product sums.
+
+    Returns:
+        An `ExponentialSymmetry`.
 
     Raises:
         ValueError: B is not symmetric, or the shapes do not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point = {"U": jnp.array([[1.0, 2.0]]), "W": jnp.array([[3.0], [0.5]])}
+        >>> mix = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> turn = symmetry.double_rotation(point, lambda p: p["U"], lambda p: p["W"], mix)
+        >>> moved = turn.act(point, 0.3)
+        >>> print(round(float((moved["U"] @ moved["W"])[0, 0]), 4))
+        4.0
 
     References:
         [Ziyin2024, Proposition 5.1].
@@ -152,16 +208,32 @@ def query_key_rotation(
     *,
     head: int = 0,
 ) -> ExponentialSymmetry:
-    """(W_Q, W_K) ↦ (e^{λB}W_Q, e^{−λB}W_K) in one head: attention scores are q·k.
+    """The symmetry (W_Q, W_K) ↦ (e^{λB}W_Q, e^{−λB}W_K) of one attention head.
+
+    It holds since attention scores are products qᵀk.
 
     Args:
         point: a network.
         where: picks an `equinox.nn.MultiheadAttention` out of it.
         matrix: B, symmetric, (qk_size, qk_size).
-        head: which head.
+        head: the number of the head, from 0.
+
+    Returns:
+        An `ExponentialSymmetry`.
 
     Raises:
-        ValueError: B is not symmetric, the shapes do not fit, or there is no such head.
+        ValueError: B is not symmetric; the shapes do not fit; there is no such head.
+
+    Examples:
+        >>> import equinox as eqx
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> layer = eqx.nn.MultiheadAttention(2, 4, key=jr.key(0))
+        >>> turn = symmetry.query_key_rotation(layer, lambda p: p, jnp.eye(2), head=1)
+        >>> x, moved = jr.normal(jr.key(1), (3, 4)), turn.act(layer, 0.5)
+        >>> print(abs(moved(x, x, x) - layer(x, x, x)).max() < 1e-5)
+        True
     """
     layer = where(point)
     if not isinstance(layer, eqx.nn.MultiheadAttention):
@@ -186,15 +258,28 @@ def query_key_rotation(
 
 @checked
 def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialSymmetry:
-    """A = Σᵣ cᵣ vᵣvᵣᵀ, of low rank, for directions that need not be orthogonal.
+    """The symmetry with the generator A = Σᵣ cᵣvᵣvᵣᵀ, of low rank.
+
+    The directions vᵣ need not be orthogonal.
 
     Args:
-        point: a point of the kind to be moved.
+        point: a point of the structure to be moved.
         directions: v, a PyTree like the point's coordinates with a trailing axis of r.
         values: c, (r,).
 
+    Returns:
+        An `ExponentialSymmetry`, which holds D×r numbers.
+
     Raises:
         ValueError: the shapes do not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> along = jnp.array([[1.0], [0.0], [0.0]])
+        >>> stretch = symmetry.low_rank(jnp.ones(3), along, jnp.array([2.0]))
+        >>> print(stretch.velocity(jnp.array([3.0, 4.0, 5.0])))
+        [6. 0. 0.]
     """
     coordinates, _ = _tree.split(point)
     values = jnp.asarray(real_numbers("values", values))
@@ -207,6 +292,7 @@ def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialS
             f"{shapes_of(directions)}."
         )
     columns = jax.vmap(lambda v: _tree.ravel(v)[0], in_axes=-1, out_axes=-1)(directions)
+    # A = QR·diag(c)·RᵀQᵀ: the eigenproblem is r×r, whatever D is.
     basis, triangle = jnp.linalg.qr(columns)
     eigenvalues, vectors = jnp.linalg.eigh((triangle * values) @ triangle.T)
     return ExponentialSymmetry(LowRank(basis @ vectors, eigenvalues))
@@ -214,12 +300,14 @@ def low_rank(point: Point, directions: PyTree[Any], values: Any) -> ExponentialS
 
 def _zeros(point: Point) -> Coordinates:
     coordinates, _ = _tree.split(point)
+    # One number for each leaf, to be broadcast: such symmetries need no gradient of an example.
     return jax.tree.map(lambda leaf: jnp.zeros((1,) * leaf.ndim, leaf.dtype), coordinates)
 
 
 def _weighted(weights: PyTree[Any], where: Where, weight: Callable[[Any], Any]) -> PyTree[Any]:
-    """The weights with those of some leaves (or of all below a node) set."""
+    """The weights, with those of some leaves (or of all below a node) set."""
     of_leaf = lambda leaf: jnp.asarray(weight(leaf), leaf.dtype)
+    # `where` may pick a node: all leaves below it are set.
     return eqx.tree_at(where, weights, replace_fn=lambda node: jax.tree.map(of_leaf, node))
 
 
@@ -230,7 +318,7 @@ def _rotation(
     signs: tuple[int, ...],
     blocks: Float[Array, "blocks d d"],
 ) -> ExponentialSymmetry:
-    lengths = [leaf.shape[axis] for leaf, axis in zip(where(point), axes)]
+    lengths = [as_view(a, leaf.ndim).length(leaf.shape) for leaf, a in zip(where(point), axes)]
     size = blocks.shape[0] * blocks.shape[1]
     if set(lengths) != {size}:
         raise ValueError(

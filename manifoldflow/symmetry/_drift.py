@@ -1,4 +1,4 @@
-"""How fast SGD changes a charge: by the noise of its gradients, and by weight decay."""
+"""The rate at which SGD changes a charge, by the noise of its gradients and by weight decay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,22 +33,34 @@ def charge_drift(
     noise_scale: Any,
     weight_decay: Any = 0.0,
 ) -> Scalar:
-    """dC/dt = −∇C·∇L − 2γ∇C·θ + σ² tr(Σ∇²C) under SGD, for any scalar C of the point.
+    """The drift dC/dt = −∇C·∇L − 2γ∇C·θ + σ² tr(Σ∇²C) under SGD, of any scalar C of the point.
 
-    Itô's formula on the clock kη, with Σ the centred covariance of per-example gradients.
-    For a charge, ∇C·∇ℓ = 0: the first term vanishes and there is no noise in dC. Where a
-    symmetry is approximate the first term is what breaks it.
+    It is Itô's formula on the clock kη, with Σ the centred covariance of per-example gradients. For
+    a charge, ∇C·∇ℓ = 0: the first term vanishes and there is no noise in dC. Where a symmetry is
+    approximate the first term is what breaks it.
 
     Args:
         charge: C, point → scalar.
         example_loss: ℓ(point, example) → scalar, without the decay.
         point: θ.
         data: PyTree of arrays with a leading axis of examples.
-        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
-        weight_decay: γ, where γ‖θ‖² is added to the loss.
+        noise_scale: σ² = η/(2S) ≥ 0, the learning rate over twice the batch size.
+        weight_decay: γ ≥ 0, where γ‖θ‖² is added to the loss.
 
     Returns:
-        dC/dt. Costs a gradient and two products with ∇²C for each example.
+        dC/dt. It costs a gradient and two products with ∇²C for each example.
+
+    Raises:
+        ValueError: wrong data, shapes, σ² or γ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: p["u"] * p["w"] * x  # gradients (wx, ux)
+        >>> point, data = {"u": jnp.array(3.0), "w": jnp.array(1.0)}, jnp.array([-1.0, 1.0])
+        >>> charge = lambda p: (p["u"] ** 2 - p["w"] ** 2) / 2
+        >>> print(symmetry.charge_drift(charge, loss, point, data, noise_scale=0.5))  # ½(w² − u²)
+        -4.0
 
     References:
         [Ziyin2024, eqs. (5), (7), (20)].
@@ -87,28 +99,37 @@ def noether_drift(
     noise_scale: Any,
     weight_decay: Any = 0.0,
 ) -> Float[Array, "..."]:
-    """G(θ) = dC/dt = −4γC + σ² tr(ΣA), the drift of C = ½θᵀAθ under SGD.
+    """The drift G(θ) = dC/dt = −4γC + σ² tr(ΣA) of the charge C = ½θᵀAθ under SGD.
 
     On the clock kη, for dθ = −∇L dt + √(2σ²Σ) dW with weight decay γ‖θ‖². Σ is the centred
-    covariance of per-example gradients; since ΣAθ = 0 there is no noise in dC.
+    covariance of per-example gradients. Since ΣAθ = 0 there is no noise in dC.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
         example_loss: ℓ(point, example) → scalar, without the decay.
         point: θ.
         data: PyTree of arrays with a leading axis of examples.
-        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
-        weight_decay: γ.
+        noise_scale: σ² = η/(2S) ≥ 0, the learning rate over twice the batch size.
+        weight_decay: γ ≥ 0.
 
     Returns:
-        A scalar, or (k,). No covariance is formed. Costs one gradient for each example; for
-        networks and weights that are one number for each leaf, a few of the whole loss.
+        A scalar, or (k,). No covariance is formed. It costs one gradient for each example; for
+        networks and weights that are one number for each leaf, a few gradients of the whole loss.
 
     Raises:
         ValueError: wrong data, shapes, σ² or γ.
 
     Assumes:
-        ℓ has the symmetry: `check_symmetry`.
+        ℓ has the symmetry. `check_symmetry` tests it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: p["u"] * p["w"] * x  # gradients (wx, ux)
+        >>> point, data = {"u": jnp.array(3.0), "w": jnp.array(1.0)}, jnp.array([-1.0, 1.0])
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> print(symmetry.noether_drift(pair, loss, point, data, noise_scale=0.5))  # ½(w² − u²)
+        -4.0
 
     References:
         [Ziyin2024, eq. (7)].
@@ -125,7 +146,7 @@ def noether_drift(
 
 @eqx.filter_jit
 def drift(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Float[Array, " k"]:
-    """G for every symmetry."""
+    """The drift G of every symmetry, (k,)."""
     mean, traces = noise_traces(symmetry, noise.example_loss, point, noise.data)
     charges = noether_charge(symmetries_of(symmetry), point)
     rates = noise.noise_scale * traces - 4 * noise.weight_decay * charges
@@ -137,18 +158,35 @@ def drift(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Float[Array, "
 @checked
 @eqx.filter_jit
 def orbit_velocity(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Tangent:
-    """The θ' in the span of all A_iθ with dC_i/dt = G_i: along the orbit, as the charges go.
+    """The velocity θ′ along the orbit with dCᵢ/dt = Gᵢ for all charges.
+
+    It is the one vector in the span of all Aᵢθ that moves the charges as SGD does.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of k that commute.
-        noise: what moves the charges.
+        noise: an `SGDNoise`, which moves the charges.
         point: θ; a fixed point of a symmetry, Aθ = 0, has no orbit to move on and stays.
+
+    Returns:
+        A tangent at θ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: p["u"] * p["w"] * x
+        >>> point, data = {"u": jnp.array(3.0), "w": jnp.array(1.0)}, jnp.array([-1.0, 1.0])
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> noise = symmetry.SGDNoise(loss, data, noise_scale=0.5)
+        >>> velocity = symmetry.orbit_velocity(pair, noise, point)
+        >>> print({name: round(float(value), 4) for name, value in velocity.items()})
+        {'u': -1.2, 'w': 0.4}
 
     References:
         [Ziyin2024, eq. (7)].
     """
     rates = drift(symmetry, noise, point)
     along = [one.velocity(point) for one in symmetries_of(symmetry)]
+    # ∇Cᵢ = Aᵢθ, so that dCᵢ/dt = Σⱼ⟨Aᵢθ, Aⱼθ⟩·speedⱼ.
     gram = jnp.stack([jnp.stack([_tree.inner(u, v) for v in along]) for u in along])
     speeds = semidefinite_solve(gram, rates, jnp.ones(rates.shape, bool))
     total = _tree.zeros_like(along[0])
@@ -160,9 +198,10 @@ def orbit_velocity(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Tange
 def noise_traces(
     symmetry: Symmetries, example_loss: ExampleLoss, point: Point, data: PyTree[Array]
 ) -> tuple[Tangent, Float[Array, " k"]]:
-    """∇L, and tr(ΣA) for every symmetry."""
+    """∇L, and tr(ΣA) of every symmetry."""
     coordinates, _ = _tree.split(point)
     generators = [one.at(point) for one in symmetries_of(symmetry)]
+    # Only squared norms of whole leaves are known without the gradient of an example.
     if not is_leafwise(generators, coordinates):
         return gradient_moments(example_loss, point, data, quadratic_forms(symmetry, point))
     mean, squares = gradient_moments(example_loss, point, data, LeafSquares())
@@ -173,7 +212,7 @@ def noise_traces(
 def quadratic_forms(
     symmetry: Symmetries, point: Point
 ) -> Callable[[Coordinates], Float[Array, " k"]]:
-    """v ↦ vᵀAv for every symmetry."""
+    """The function v ↦ vᵀAv, for every symmetry."""
     generators = [one.at(point) for one in symmetries_of(symmetry)]
     return lambda v: jnp.stack([_tree.inner(v, generator.mv(v)) for generator in generators])
 
@@ -190,29 +229,41 @@ def discrete_noether_drift(
     weight_decay: Any = 0.0,
     replacement: bool = False,
 ) -> Float[Array, "..."]:
-    """E[C_{k+1}] − C_k for one step of SGD, exactly.
+    """The exact mean change E[Cₖ₊₁] − Cₖ of a charge in one step of SGD.
 
-    C_{k+1} = (1 − 2ηγ)²C_k + ½η²gᵀAg with g the gradient of the mini-batch without decay,
-    and E[gᵀAg] = f·tr(ΣA)/S + ∇LᵀA∇L: f = 1 for examples drawn with replacement, else
-    (N − S)/(N − 1). Divided by η, for small η, it is `noether_drift` at σ² = η/(2S), plus
-    ½η∇LᵀA∇L, which full-batch gradient descent has too. It vanishes at the
-    `noise_equilibrium` of this learning rate and batch size.
+    Cₖ₊₁ = (1 − 2ηγ)²Cₖ + ½η²gᵀAg, with g the gradient of the mini-batch without decay, and E[gᵀAg]
+    = f·tr(ΣA)/S + ∇LᵀA∇L. The factor f is 1 for examples drawn with replacement, else (N − S)/(N −
+    1). Divided by η, for small η, it is `noether_drift` at σ² = η/(2S), plus ½η∇LᵀA∇L, which
+    full-batch gradient descent has too. It vanishes at the `noise_equilibrium` of this learning
+    rate and batch size.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
         example_loss: ℓ(point, example) → scalar, without the decay.
-        point: θ_k.
+        point: θₖ.
         data: PyTree of arrays with a leading axis of N examples.
-        learning_rate: η.
+        learning_rate: η ≥ 0.
         batch_size: S.
-        weight_decay: γ.
-        replacement: how batches are drawn.
+        weight_decay: γ ≥ 0.
+        replacement: True where batches are drawn with replacement.
 
     Returns:
         A scalar, or (k,).
 
     Raises:
         ValueError: wrong data, shapes, η or γ; S above N without replacement.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: p["u"] * p["w"] * x
+        >>> point, data = {"u": jnp.array(3.0), "w": jnp.array(1.0)}, jnp.array([-1.0, 1.0])
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> options = {"learning_rate": 0.5, "batch_size": 1}
+        >>> print(
+        ...     symmetry.discrete_noether_drift(pair, loss, point, data, **options)
+        ... )  # ½η²(w² − u²)
+        -1.0
 
     References:
         [Ziyin2024, eq. (98)].

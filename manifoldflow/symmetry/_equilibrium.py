@@ -1,4 +1,4 @@
-"""Where along the orbit of a symmetry SGD comes to rest: its noise equilibrium."""
+"""The noise equilibrium: the point on the orbit of a symmetry at which SGD comes to rest."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,12 @@ from manifoldflow.symmetry._orbit import (
     orbit_of,
     semidefinite_solve,
 )
-from manifoldflow.symmetry._sgd_noise import checked_decay, noise_of_steps, SGDNoise
+from manifoldflow.symmetry._sgd_noise import (
+    checked_decay,
+    in_own_units,
+    noise_of_steps,
+    SGDNoise,
+)
 from manifoldflow.symmetry._symmetry import like, Symmetries, symmetries_of
 
 MAX_STEPS = 200
@@ -57,50 +62,60 @@ def noise_equilibrium(
     weight_decay: Any = 0.0,
     throw: bool = True,
 ) -> Float[Array, "..."]:
-    """λ* with G(e^{λ*A}θ) = 0, the one point of the orbit of θ where SGD's drift vanishes.
+    """The λ* with G(e^{λ*A}θ) = 0: the one point on the orbit of θ where SGD's drift vanishes.
 
-    Given σ², of the limit of small learning rates, where G is `noether_drift`. Given a
-    learning rate, of SGD in steps of that length, where G is `discrete_noether_drift`:
+    Given σ², it is that of the limit of small learning rates, where G is `noether_drift`. Given a
+    learning rate, it is that of SGD in steps of this length, where G is `discrete_noether_drift`:
 
         f·tr(ΣA)/S + ∇LᵀA∇L = 8γ(1 − ηγ)C/η,
 
-    f = 1 for batches drawn with replacement, else (N − S)/(N − 1). Gradient descent (S = N)
+    with f = 1 for batches drawn with replacement, else (N − S)/(N − 1). Gradient descent (S = N)
     has this one too.
 
-    It is where γ‖θ‖² + ½σ² tr Σ(θ) is least on the orbit, a convex problem in λ, by
-    Newton's method; steps of finite length add ¼η‖∇L‖² to that. With generators whose
-    eigenvectors are known (all but functions) the gradients of the examples are formed twice
-    (three times with a learning rate), however far λ* is; else in every step. For networks and
+    At λ* the potential γ‖θ‖² + ½σ² tr Σ(θ) is least on the orbit; steps of finite length add
+    ¼η‖∇L‖². The problem is convex in λ and solved by Newton's method. For generators whose
+    eigenvectors are known (all but functions) the gradients of the examples are formed twice (three
+    times with a learning rate), however far λ* is; otherwise in every step. For networks and
     weights that are one number for each leaf not even twice.
 
     Args:
-        symmetry: an `ExponentialSymmetry`, or a sequence of k that commute, for which all
-            k drifts vanish together.
+        symmetry: an `ExponentialSymmetry`, or a sequence of k that commute, for which all k drifts
+            vanish together.
         example_loss: ℓ(point, example) → scalar, without the decay.
         point: θ, any point of the orbit.
-        data: PyTree of arrays with a leading axis of examples.
-        noise_scale: σ² = η/(2S); without decay it does not matter.
-        learning_rate: η, in place of σ²; without decay it does not matter.
-        batch_size: S, with a learning rate; by default all N examples, gradient descent.
-        replacement: how batches are drawn, with a learning rate.
+        data: PyTree of arrays with a leading axis of N examples.
+        noise_scale: σ² = η/(2S) ≥ 0; without decay it does not matter.
+        learning_rate: η ≥ 0, in place of σ²; without decay it does not matter.
+        batch_size: S, with a learning rate; None for all N examples, gradient descent.
+        replacement: True where batches are drawn with replacement; with a learning rate.
         weight_decay: γ ≥ 0; with a learning rate below 1/η.
-        throw: raise on failure; else NaN.
+        throw: True raises on failure; False returns NaN.
 
     Returns:
-        λ*, a scalar or (k,). ±inf where G does not change its sign: as for A = I without
-        decay, or where noise acts on one side of a rescaling only. As infinite counts
-        |λ*|·‖A‖ above ln(1/eps), and one side below rounding of the other, where only rounding
-        balances it (not seen for generators that are functions). Where one of several is
-        infinite, the others are those with it at its bound. 0 where neither noise nor decay
-        acts on the orbit.
-        Differentiable in everything, in forward and reverse mode; 0 where infinite.
+        λ*, a scalar or (k,). It is ±inf where G does not change its sign, as for A = I without
+        decay, or where noise acts on one side of a rescaling only. |λ*|·‖A‖ above ln(1/eps) counts
+        as infinite. So does a λ* at which one side is below rounding of the other, where only
+        rounding balances it (not detected for generators that are functions). Where one of several
+        is infinite, the others are those with it at its bound. It is 0 where neither noise nor
+        decay acts on the orbit. Differentiable in everything, in forward and reverse mode, with
+        derivative 0 where infinite.
 
     Raises:
-        ValueError: wrong data, shapes, σ², η, S or γ; not one of σ² and η.
+        ValueError: wrong data, shapes, σ², η, S or γ; both or neither of σ² and η.
         EquinoxRuntimeError: NaN, or the loss does not have the symmetry.
 
     Assumes:
-        ℓ has the symmetry, checked at the result (`Info.defect`).
+        ℓ has the symmetry. It is checked at the result (`Info.defect`).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> point, data = {"u": jnp.array(4.0), "w": jnp.array(1.0)}, jnp.array([1.0, 2.0])
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> where = symmetry.noise_equilibrium(pair, loss, point, data, noise_scale=0.1)
+        >>> print(where.round(4))  # −ln 2: both weights become 2
+        -0.6931
 
     References:
         [Ziyin2024, Theorem 4.3, and Theorem D.1 in steps of finite length].
@@ -133,10 +148,26 @@ def noise_equilibrium_with_info(
     weight_decay: Any = 0.0,
     throw: bool = False,
 ) -> tuple[Float[Array, "..."], Info]:
-    """As `noise_equilibrium`, with the `Info` of the search.
+    """The result of `noise_equilibrium`, with the `Info` of the search.
 
-    `Info.defect` says how far the loss is from having the symmetry at the result: the root
-    mean square of ∇ℓ·Aθ over that of |∇ℓ||Aθ| in each leaf, 0 to about 1.
+    It takes the arguments of `noise_equilibrium`, but `throw` is False by default. `Info.defect`
+    tells how far the loss is from having the symmetry at the result: the root mean square of ∇ℓ·Aθ
+    over that of |∇ℓ||Aθ| in each leaf, from 0 to about 1.
+
+    Returns:
+        (λ*, `Info`).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (p["u"] * p["w"] * x - 1.0) ** 2
+        >>> point, data = {"u": jnp.array(4.0), "w": jnp.array(1.0)}, jnp.array([1.0, 2.0])
+        >>> pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> where, info = symmetry.noise_equilibrium_with_info(
+        ...     pair, loss, point, data, noise_scale=0.1
+        ... )
+        >>> print(bool(info.is_successful), bool(info.defect < 1e-5))
+        True True
     """
     options = {"weight_decay": weight_decay, "name": "noise_equilibrium", "throw": throw}
     if learning_rate is None:
@@ -193,7 +224,7 @@ def _equilibrium(
     generators = [symmetry.at(point) for symmetry in symmetries_of(symmetries)]
     coordinates, remainder = _tree.split(point)
     dtype = _tree.dtype_of(coordinates)
-    noise = _without_rounding(noise.astype(dtype), point)
+    noise = _without_rounding(in_own_units(noise.astype(dtype), point), point)
     norms = jnp.stack([generator.norm(coordinates) for generator in generators])
 
     def drifts(at: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -228,7 +259,7 @@ def _equilibrium(
 
 
 def _without_rounding(noise: SGDNoise, point: Point) -> SGDNoise:
-    """With ∇L left out where it is rounding of the gradients of the examples, at a minimum."""
+    """The noise without ∇L where that is rounding of the examples' gradients, at a minimum."""
     if noise.mean_scale is None:
         return noise
     square = LeafSquares()

@@ -1,4 +1,4 @@
-"""Finding the rescaling symmetries of a network, by the gradients of its examples."""
+"""The search for the rescaling symmetries of a network, by the gradients of its examples."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
-from manifoldflow._errors import checked_positive
+from manifoldflow._boundary import checked_concrete
+from manifoldflow._errors import checked_positive, refuse_nonfinite
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._gradients import checked_examples, ExampleLoss, num_examples
@@ -23,15 +23,24 @@ from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 
 class Rescaling(eqx.Module):
-    """A rescaling symmetry that was found.
+    """A rescaling symmetry that `find_rescalings` found; printable.
 
     Attributes:
         symmetry: the first layer grows, the second shrinks `degree` times as fast.
         first: the path of the first layer in the network, or of several.
-        second: the path of the second, or of several.
+        second: the path of the second layer, or of several.
         neuron: the output (channel, feature) of the first layer, or None for all together.
-        degree: of the activation between them, φ(cz) = c^degree φ(z).
-        check: how well the symmetry holds.
+        degree: p of the activation between them, φ(cz) = cᵖφ(z).
+        check: the `SymmetryCheck` that it passed.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> check = symmetry.SymmetryCheck(0.0, 0.0, 0.0, 1e-11, 0, True)
+        >>> pair = symmetry.ExponentialSymmetry({"in": 1.0, "out": -1.0})
+        >>> found = symmetry.Rescaling(pair, "['in']", "['out']", None, 1.0, check)
+        >>> print(str(found)[:32])
+        ['in'] against ['out'], degree 1
     """
 
     symmetry: ExponentialSymmetry
@@ -47,7 +56,7 @@ class Rescaling(eqx.Module):
 
 
 class Search(NamedTuple):
-    """A network with its examples, and what was measured of them."""
+    """A network with its examples, and the shares measured on them."""
 
     points: list[Point]  # the network, and weights a tenth away
     example_loss: ExampleLoss
@@ -81,20 +90,28 @@ def search(
     tolerance: float | None,
     name: str,
 ) -> Search:
-    """Measure the shares of all slices at the network and at weights a tenth away."""
+    """Measures the shares of all slices at the network and at weights a tenth away."""
     data, example_loss = checked_examples(data), _tree.as_pytree_callable(example_loss)
     coordinates, remainder = _tree.split(network)
+    refuse_nonfinite(name, coordinates)
     if tolerance is None:
         tolerance = default_tolerance(network)
     tolerance = float(checked_positive(f"{name}: tolerance", tolerance))
+    # With few examples relations hold by chance; other weights make more equations.
     num_others = 1 if num_examples(data) >= 16 else 3
     others = [_tree.join(_shaken(coordinates, seed), remainder) for seed in range(num_others)]
     shares = shares_of(example_loss, [network, *others], data, plain_slices(coordinates))
+    losses = shares.losses[: len(shares.losses) // (1 + num_others)]
+    if not np.all(np.isfinite(losses)):
+        raise ValueError(
+            f"{name} needs a loss that is finite at the network; got {losses.max()} for an "
+            "example. If it overflows, give the network in double precision."
+        )
     points = [network, others[0]]
     return Search(points, example_loss, data, leaves_of(coordinates), shares, tolerance)
 
 
-@checked
+@checked_concrete
 def find_rescalings(
     network: Point,
     example_loss: ExampleLoss,
@@ -103,30 +120,46 @@ def find_rescalings(
     per_neuron: bool = False,
     tolerance: float | None = None,
 ) -> list[Rescaling]:
-    """The rescalings of layers against one another under which a loss is the same.
+    """The rescalings of layers against one another that leave a loss unchanged.
 
-    Nothing is read off classes, activations or the order of layers: the network may be any
-    PyTree of arrays. Where slice j of some leaves grows by c and slice j of others shrinks by
-    c^{−p}, as the outputs of a layer and the inputs of the next about an activation of degree p,
-    ∇ℓ·(the former) = p ∇ℓ·(the latter) on every example. Such relations are looked for between
-    the axes of all leaves, also where flattening or heads cut an axis into parts; what they
-    propose is checked at the network and at weights a tenth away. So it finds dense layers,
-    convolutions channel by channel, the weights of a normalisation against all that read it,
-    branches and streams of residual networks, the heads of attention. Layers whose neurons are
-    mixed between them, or which have one neuron, are found as a whole. Not for use inside jit.
+    Nothing is read off classes, activations or the order of layers: the network may be any PyTree
+    of arrays. The search uses the gradients of the examples. Where slice j of some leaves grows by
+    c and slice j of others shrinks by c⁻ᵖ, as the outputs of a layer and the inputs of the next
+    about an activation of degree p, ∇ℓ·(the former) = p·∇ℓ·(the latter) on every example. Such
+    relations are looked for between the axes of all leaves, also where flattening or heads cut an
+    axis into parts. Each candidate is checked at the network and at weights a tenth away.
+
+    So it finds dense layers, convolutions channel by channel, the weights of a normalisation
+    against all that read it, branches and streams of residual networks, and the heads of attention.
+    Layers whose neurons are mixed between them, or which have one neuron, are found as a whole. Not
+    for use inside jit.
 
     Args:
-        network: any network.
+        network: any network, of finite weights.
         example_loss: ℓ(network, example) → scalar; see `examples_of` for losses.
-        data: PyTree of arrays with a leading axis of examples, more than one. Where a
-            normalisation takes its statistics over a batch, a batch is an example.
-        per_neuron: one symmetry for each neuron or channel, not for each layer.
+        data: PyTree of arrays with a leading axis of examples, more than one. Where a normalisation
+            takes its statistics over a batch, a batch is an example.
+        per_neuron: True for one symmetry for each neuron or channel; False for one for each layer.
         tolerance: of `check_symmetry`.
 
     Returns:
-        What was found, in order; an empty list if nothing was. Layers and neurons without
-        any gradient (dead ReLUs) are left out: nothing can be told of them. So is what is scale
-        invariant by itself (`find_scalings`); grouped convolutions are found as a whole only.
+        The `Rescaling`s found, in order; an empty list if there are none. Layers and neurons
+        without any gradient (dead ReLUs) are left out: nothing can be told of them. So are parts
+        that are scale invariant by themselves (`find_scalings`). Grouped convolutions are found as
+        a whole only.
+
+    Raises:
+        ValueError: a network with NaN or infinite weights; wrong data; a call inside jit.
+
+    Examples:
+        >>> import jax
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> net = {"in": jr.normal(jr.key(0), (3, 2)), "out": jr.normal(jr.key(1), (3,))}
+        >>> loss = lambda p, x: (p["out"] @ jax.nn.relu(p["in"] @ x) - 1.0) ** 2
+        >>> (found,) = symmetry.find_rescalings(net, loss, jr.normal(jr.key(2), (16, 2)))
+        >>> print(found.first, found.second, found.degree)
+        ['in'] ['out'] 1.0
     """
     found = search(network, example_loss, data, tolerance, "find_rescalings")
     bound = found.tolerance**0.5
@@ -155,7 +188,7 @@ def _first_found(found: Search, several: Sequence[Relation]) -> list[tuple[Relat
 
 
 def _neurons(found: Search, relation: Relation) -> list[Rescaling]:
-    """The rescalings of those neurons that have a gradient."""
+    """The rescalings of the neurons that have a gradient."""
     largest = np.max(sum(np.abs(along(found.shares, s)) for s in relation.second), axis=0)
     live = np.flatnonzero(largest > found.tolerance * np.max(largest))
     # A random combination is a symmetry only where each of them is.
@@ -185,7 +218,7 @@ def _verified(
 
 
 def _symmetry(found: Search, relation: Relation, rates: np.ndarray) -> ExponentialSymmetry:
-    """With a rate for each number, or one for all of them."""
+    """The symmetry of a relation, with a rate for each number, or one for all of them."""
     weights = [np.zeros((1,) * len(shape)) for shape in found.shapes]
     for sign, side in ((1.0, relation.first), (-relation.degree, relation.second)):
         for leaf, view in side:
@@ -199,9 +232,10 @@ def _symmetry(found: Search, relation: Relation, rates: np.ndarray) -> Exponenti
 
 
 def _shaken(coordinates: Coordinates, seed: int) -> Tangent:
-    """Every leaf moved by a tenth of its size: what holds by chance holds there no more.
+    """The coordinates with every leaf moved by a tenth of its size, where chance relations break.
 
-    Leaves that are zero, as fresh biases, by a tenth of the mean size: else they tell nothing.
+    Leaves that are zero, such as fresh biases, are moved by a tenth of the mean size: else they
+    tell nothing.
     """
     noise = _tree.random_normal_like(jax.random.key(seed), coordinates)
     mean = _tree.norm(coordinates) / _tree.size(coordinates) ** 0.5

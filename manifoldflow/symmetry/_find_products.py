@@ -1,4 +1,4 @@
-"""Finding matrices that enter a loss only as their product."""
+"""The search for matrices that enter a loss only as their product."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _precision, _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._types import Example, Point, Tangent
 from manifoldflow.symmetry._find import Search, search
 from manifoldflow.symmetry._gradients import (
@@ -38,7 +38,7 @@ class _Leaves:
         return tuple(leaves[number] for number in self.numbers)
 
 
-@checked
+@checked_concrete
 def find_products(
     network: Point,
     example_loss: ExampleLoss,
@@ -48,20 +48,32 @@ def find_products(
 ) -> list[ProductSymmetry]:
     """The products of matrices in a network: (U, W) ↦ (UQ⁻¹, QW) changes no loss, for every Q.
 
-    Linear layers with nothing between them, and in every head of attention queries and keys, values
-    and outputs, with their biases. Nothing is read off classes: a rescaling of neurons of degree 1,
-    as `find_rescalings` finds it, belongs to a product where ∇_W Wᵀ = Uᵀ∇_U on every example, for
-    all neurons together or for equal blocks of them, as heads. What that proposes is checked,
-    at the network and at weights a tenth away. Not for use inside jit.
+    These are linear layers with nothing between them and, in every head of attention, queries and
+    keys, values and outputs, with their biases. Nothing is read off classes. A rescaling of neurons
+    of degree 1, as `find_rescalings` finds it, belongs to a product where ∇_WWᵀ = Uᵀ∇_U on every
+    example, for all neurons together or for equal blocks of them, such as heads. Each candidate is
+    checked at the network and at weights a tenth away. Not for use inside jit.
 
     Args:
-        network: any network.
+        network: any network, of finite weights.
         example_loss: ℓ(network, example) → scalar; see `examples_of` for losses.
         data: PyTree of arrays with a leading axis of examples, more than one.
         tolerance: of `check_symmetry`.
 
     Returns:
-        What was found, in order, for `balance`; an empty list if nothing was.
+        The `ProductSymmetry`s found, in order, for `balance`; an empty list if there are none.
+
+    Raises:
+        ValueError: a network with NaN or infinite weights; wrong data; a call inside jit.
+
+    Examples:
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> net = {"W": jr.normal(jr.key(0), (3, 2)), "U": jr.normal(jr.key(1), (2, 3))}
+        >>> loss = lambda p, x: ((p["U"] @ (p["W"] @ x) - 1.0) ** 2).sum()
+        >>> (found,) = symmetry.find_products(net, loss, jr.normal(jr.key(2), (16, 2)))
+        >>> print(found.size(net), found.num_blocks)
+        3 1
     """
     found = search(network, example_loss, data, tolerance, "find_products")
     by_neuron = relations(found.shares, found.shapes, found.tolerance**0.5)
@@ -100,6 +112,7 @@ def _in_blocks(
     """The product in the largest blocks of more than one neuron that are symmetries."""
     for blocks in range(1, len(is_zero) // 2 + 1):
         size, rest = divmod(len(is_zero), blocks)
+        # From one block on: fewer blocks are the larger group.
         if not rest and _diagonal_blocks(is_zero, size).all():
             product = dataclasses.replace(whole, num_blocks=blocks)
             if found.verified(product):
@@ -120,7 +133,7 @@ def _squares(
     data: PyTree[Array],
     products: tuple[ProductSymmetry, ...],
 ) -> list[tuple[Array, Array]]:
-    """For each the mean squares of ∇_W Wᵀ − Uᵀ∇_U and of both terms, entry by entry."""
+    """The mean squares of ∇_WWᵀ − Uᵀ∇_U and of both terms, entry by entry, for each product."""
     x, remainder = _tree.split(point)
     value = example_value(example_loss, remainder)
     sides = [product.sides(x) for product in products]

@@ -1,4 +1,4 @@
-"""Finding what only enters a loss normalised."""
+"""The search for parts that only enter a loss normalised."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._types import Point
 from manifoldflow.symmetry._check import default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._find import search
@@ -18,12 +18,19 @@ from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 
 class Scaling(eqx.Module):
-    """A part of a network that was found to be scale invariant.
+    """A scale-invariant part of a network that `find_scalings` found; printable.
 
     Attributes:
         symmetry: θ ↦ cθ of this part.
         where: its path in the network.
-        check: how well the symmetry holds.
+        check: the `SymmetryCheck` that it passed.
+
+    Examples:
+        >>> from manifoldflow import symmetry
+        >>> check = symmetry.SymmetryCheck(0.0, 0.0, 0.0, 1e-3, 0, True)
+        >>> part = symmetry.ExponentialSymmetry({"direction": 1.0, "gain": 0.0})
+        >>> print(str(symmetry.Scaling(part, "['direction']", check))[:20])
+        ['direction'] scaled
     """
 
     symmetry: ExponentialSymmetry
@@ -34,7 +41,7 @@ class Scaling(eqx.Module):
         return f"{self.where} scaled; {self.check}"
 
 
-@checked
+@checked_concrete
 def find_scalings(
     network: Point,
     example_loss: ExampleLoss,
@@ -44,26 +51,44 @@ def find_scalings(
 ) -> list[Scaling]:
     """The parts of a network that may be multiplied by any number without changing a loss.
 
-    Weights in front of a LayerNorm, GroupNorm or BatchNorm, or that are normalised themselves:
-    ∇ℓ·θ is zero on every example, summed over the part. All arrays, layers and larger parts of the
-    network are tried, the smallest first, whatever their classes; what they propose is checked at
-    the network and at weights a tenth away. Not for use inside jit.
+    These are weights in front of a LayerNorm, GroupNorm or BatchNorm, and weights that are
+    normalised themselves: ∇ℓ·θ, summed over the part, is zero on every example. All arrays, layers
+    and larger parts of the network are tried, the smallest first, whatever their classes. Each
+    candidate is checked at the network and at weights a tenth away. Not for use inside jit.
 
     SGD's noise makes such parts grow for ever where no weight decay holds them: `balance` takes
     them with `weight_decay` and `noise_scale`.
 
     Args:
-        network: any network.
+        network: any network, of finite weights.
         example_loss: ℓ(network, example) → scalar; see `examples_of` for losses.
-        data: PyTree of arrays with a leading axis of examples, more than one. Where a
-            normalisation takes its statistics over a batch, a batch is an example.
-        tolerance: of `check_symmetry`. The ε in a normalisation's root breaks the symmetry
-            by its share of the variance.
+        data: PyTree of arrays with a leading axis of examples, more than one. Where a normalisation
+            takes its statistics over a batch, a batch is an example.
+        tolerance: of `check_symmetry`. The ε in a normalisation's root breaks the symmetry by its
+            share of the variance.
 
     Returns:
-        What was found, the smallest parts first; an empty list if nothing was. Without what
-        follows from smaller ones, and arrays without any gradient, as biases in front of a
-        normalisation.
+        The `Scaling`s found, the smallest parts first; an empty list if there are none. Parts that
+        follow from smaller ones are left out, and so are arrays without any gradient, such as
+        biases in front of a normalisation.
+
+    Raises:
+        ValueError: a network with NaN or infinite weights; wrong data; a call inside jit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> net = {"direction": jr.normal(jr.key(0), (3,)), "gain": jnp.array([2.0])}
+        >>> unit = lambda w: w / jnp.linalg.norm(w)
+        >>> loss = lambda p, x: (p["gain"][0] * jnp.sin(unit(p["direction"]) @ x) - 1.0) ** 2
+        >>> print(
+        ...     [
+        ...         one.where
+        ...         for one in symmetry.find_scalings(net, loss, jr.normal(jr.key(2), (9, 3)))
+        ...     ]
+        ... )
+        ["['direction']"]
     """
     found = search(network, example_loss, data, tolerance, "find_scalings")
     coordinates, _ = _tree.split(network)
@@ -74,6 +99,7 @@ def find_scalings(
         for parent in leaf.parents:
             parts.setdefault(parent, set()).add(number)
     scalings, known = [], set()
+    # The smallest first, so that what only follows from smaller ones is left out.
     for where, numbers in sorted(parts.items(), key=lambda part: len(part[1])):
         rest = sorted((numbers & live) - known)
         if not rest:

@@ -1,7 +1,7 @@
 """Generators of symmetries: symmetric matrices A on tangents, never D×D unless given so.
 
-All that is asked of A is Av, e^{λA}v and ‖A‖; those with known eigenvectors say them too,
-as the modes of a vector, on which A is a multiplication by rates.
+The methods are Av, e^{λA}v and ‖A‖. Generators with known eigenvectors also give the modes of a
+vector, on which A is a multiplication by rates.
 """
 
 import abc
@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from manifoldflow import _precision, _tree
@@ -25,11 +26,11 @@ class AbstractGenerator(eqx.Module):
 
     @abc.abstractmethod
     def mv(self, vector: Tangent) -> Tangent:
-        """Av."""
+        """The product Av."""
 
     @abc.abstractmethod
     def exp_mv(self, parameter: Scalar, vector: Tangent) -> Tangent:
-        """e^{λA}v."""
+        """The product e^{λA}v."""
 
     @abc.abstractmethod
     def norm(self, vector: Tangent) -> Scalar:
@@ -72,11 +73,11 @@ class AbstractSpectralGenerator(AbstractGenerator):
 
 
 class Elementwise(AbstractSpectralGenerator):
-    """A = diag(weights).
+    """The diagonal generator A = diag(weights).
 
     Args:
-        weights: a PyTree like the point, or a prefix of it; leaves broadcast against the
-            point's, None and what is no number count as 0.
+        weights: a PyTree like the point, or a prefix of it; leaves broadcast against the point's.
+            None and leaves that are no numbers count as 0.
     """
 
     weights: PyTree[Any]
@@ -89,6 +90,7 @@ class Elementwise(AbstractSpectralGenerator):
 
     def rates(self, vector: Tangent) -> PyTree[Array]:
         def spread(weight: Any, part: Tangent) -> Tangent:
+            # A whole module may be given as weights: its strings and functions count as 0.
             weight = weight if _is_number(weight) else 0
             return jax.tree.map(lambda leaf: _broadcastable(weight, leaf), part)
 
@@ -115,7 +117,7 @@ def _broadcastable(weight: Any, leaf: Array) -> Array:
 def is_leafwise(
     generators: Sequence[AbstractGenerator], vector: Tangent
 ) -> TypeGuard[Sequence[Elementwise]]:
-    """Is each a multiplication of every leaf by one number?"""
+    """True where each generator multiplies every leaf by one number."""
     return all(
         isinstance(generator, Elementwise)
         and all(rate.size == 1 for rate in jax.tree.leaves(generator.rates(vector)))
@@ -144,6 +146,7 @@ class LowRank(AbstractSpectralGenerator):
         return _precision.matmul(flat, self.basis.astype(flat.dtype))
 
     def with_modes(self, modes: Float[Array, " r"], vector: Tangent) -> Tangent:
+        # Only the change along E is added: what is orthogonal to E stays bit by bit.
         change = modes - self.modes(vector)
         moved = _precision.matmul(self.basis.astype(change.dtype), change)
         return _tree.add(vector, _tree.ravel(vector)[1](moved))
@@ -153,7 +156,7 @@ class LowRank(AbstractSpectralGenerator):
 
 
 class Rotation(AbstractSpectralGenerator):
-    """Multiplies axes of some leaves by ±B: the generator of a double rotation.
+    """The generator of a double rotation: it multiplies axes of some leaves by ±B.
 
     B = V diag(values) Vᵀ may have several blocks, one after the other along the axis.
 
@@ -201,7 +204,7 @@ _NUM_STEPS, _DEGREE = 24, 20
 
 
 class Function(AbstractGenerator):
-    """A as a linear function v ↦ Av. Its eigenvectors stay unknown.
+    """The generator given as a linear function v ↦ Av, whose eigenvectors stay unknown.
 
     Args:
         fn: maps a PyTree like the point's coordinates to another one.
@@ -218,6 +221,7 @@ class Function(AbstractGenerator):
             power = _tree.scale(parameter / (_NUM_STEPS * order), self.mv(power))
             return (_tree.add(total, power), power), None
 
+        # Without it reverse mode would keep every term of every series.
         @jax.checkpoint
         def step(v: Tangent, _: None) -> tuple[Tangent, None]:
             orders = jnp.arange(1, _DEGREE + 1, dtype=_tree.dtype_of(v))
@@ -226,7 +230,7 @@ class Function(AbstractGenerator):
         return jax.lax.scan(step, vector, None, length=_NUM_STEPS)[0]
 
     def norm(self, vector: Tangent) -> Scalar:
-        """By power iteration: a lower bound, near enough to measure λ by."""
+        """A lower bound of ‖A‖ by power iteration, close enough to measure λ by."""
 
         def step(v: Tangent, _: None) -> tuple[Tangent, Scalar]:
             image = self.mv(v)
@@ -239,7 +243,7 @@ class Function(AbstractGenerator):
 
 
 def spectral_of(matrix: Float[Array, "D D"]) -> LowRank:
-    """A dense symmetric matrix by its eigenvectors."""
+    """The generator of a dense symmetric matrix, by its eigenvectors."""
     values, vectors = jnp.linalg.eigh(checked_symmetric(matrix))
     return LowRank(vectors, values)
 
@@ -250,7 +254,9 @@ def checked_symmetric(matrix: Any) -> Float[Array, "d d"]:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"The generator must be a square matrix; got shape {matrix.shape}.")
     if not is_traced(matrix):
-        gap, size = (float(jnp.max(jnp.abs(m))) for m in (matrix - matrix.T, matrix))
+        # By NumPy: within jit JAX traces operations on constants as well.
+        known = np.asarray(matrix)
+        gap, size = (float(np.max(np.abs(m))) for m in (known - known.T, known))
         if not gap <= 1e-5 * size:
             raise ValueError(
                 f"The generator must be symmetric; got a matrix with |A − Aᵀ| up to {gap:.2g}. An "
@@ -260,7 +266,7 @@ def checked_symmetric(matrix: Any) -> Float[Array, "d d"]:
 
 
 def resolved(generator: Any, coordinates: Coordinates) -> AbstractGenerator:
-    """What was given as a generator, for points with these coordinates."""
+    """The generator that was given in any of its forms, for points with these coordinates."""
     if isinstance(generator, AbstractGenerator):
         return generator
     if isinstance(generator, lx.MatrixLinearOperator):
@@ -270,6 +276,7 @@ def resolved(generator: Any, coordinates: Coordinates) -> AbstractGenerator:
     # A module of weights can be called as well.
     if callable(generator) and type(generator) is not type(coordinates):
         return Function(generator)
+    # A (D, D) array is a matrix, unless the point itself has that shape: then it is weights.
     shape = (_tree.size(coordinates),) * 2
     if isinstance(generator, jax.Array) and generator.shape == shape:
         if jax.tree.map(jnp.shape, coordinates) != shape:

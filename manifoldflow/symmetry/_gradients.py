@@ -34,22 +34,35 @@ class _OfLoss(eqx.Module):
 
 @checked_but("loss")
 def examples_of(loss: AbstractExampleLoss) -> tuple[ExampleLoss, Int[Array, " N"]]:
-    """`(example_loss, data)` of a loss such as `LeastSquares`, as the functions here take them.
+    """The pair (example_loss, data) of a loss over examples, for the functions of `symmetry`.
 
-    The mean of `example_loss` over `data` is the loss, without its weight decay: that has no
-    noise and no symmetry but rotations, and is told to what needs it by its own name.
+    The mean of `example_loss` over `data` is the loss without its weight decay. The decay has no
+    noise, and no symmetry but rotations; functions that need it take it by name.
 
     Args:
-        loss: a loss over examples.
+        loss: a loss over examples, such as `LeastSquares`.
+
+    Returns:
+        (example_loss, data), where the data are the numbers of the examples, (N,).
 
     Raises:
         ValueError: the loss has no examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> from manifoldflow import symmetry
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> example_loss, data = symmetry.examples_of(loss)
+        >>> print(data, example_loss(jnp.array([3.0, 1.0]), data[0]), loss(jnp.array([3.0, 1.0])))
+        [0 1] 2.0 1.0
     """
     if not isinstance(loss, AbstractExampleLoss):
         raise ValueError(
             f"Only a loss over examples has some, as LeastSquares; got {type(loss).__name__}."
         )
     if loss.weight_decay is not None:
+        # Decay is told to the drifts as γ: inside ℓ it would break the symmetry.
         loss = eqx.tree_at(lambda loss: loss.weight_decay, loss, None)
     return _OfLoss(loss), jnp.arange(loss.num_examples)
 
@@ -73,6 +86,7 @@ def example_value(
     """ℓ of coordinates and one example, in the precision of the coordinates."""
 
     def value(x: Coordinates, example: Example) -> Scalar:
+        # Data in float64 would promote a float32 model, and its gradients.
         example = _tree.cast_floats(example, _tree.dtype_of(x))
         loss = jnp.asarray(example_loss(_tree.join(x, remainder), example))
         if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
@@ -86,13 +100,13 @@ def example_value(
 
 
 def over_chunks(fn: Callable[[PyTree[Array]], Any], data: PyTree[Array], size: int) -> Any:
-    """fn of every example, stacked, with the memory of as many as hold `size` numbers each."""
+    """The values of fn for every example, stacked, in chunks of bounded memory."""
     count = num_examples(data)
     return jax.lax.map(fn, data, batch_size=min(count, max(1, _TOGETHER // max(size, 1))))
 
 
 class LeafSquares(eqx.Module):
-    """v ↦ |v|², leaf by leaf: for networks its moments need no gradient of an example."""
+    """The function v ↦ |v|², leaf by leaf; its moments need no gradient of an example."""
 
     def __call__(self, vector: Tangent) -> PyTree[Array]:
         return jax.tree.map(lambda leaf: _tree.inner(leaf, leaf), vector)
@@ -101,7 +115,7 @@ class LeafSquares(eqx.Module):
 def _by_gradients(
     value: Callable[[Coordinates, Example], Scalar], at: Coordinates, quadratic: Any
 ) -> Callable[..., tuple]:
-    """Chunk → its mean gradient, and the sum of q over the gradients less that."""
+    """The function chunk → (its mean gradient, the sum of q over the gradients less that mean)."""
 
     def of_chunk(examples: PyTree[Array]) -> tuple[Tangent, PyTree[Array]]:
         with _precision.full_precision():  # the model's own products as well
@@ -141,10 +155,10 @@ def gradient_moments(
     data: PyTree[Array],
     quadratic: Callable[[Tangent], PyTree[Array]],
 ) -> tuple[Tangent, PyTree[Array]]:
-    """∇L = E g and E q(g − ∇L) for a quadratic q: no covariance is formed, nothing cancels.
+    """The mean gradient ∇L = E g and E q(g − ∇L) for a quadratic q, without a covariance.
 
-    Chunks of examples are joined by their means (Chan, Golub and LeVeque): sums of squares
-    about the mean of each, and q of the difference of the means.
+    Chunks of examples are joined by their means (Chan, Golub and LeVeque): sums of squares about
+    the mean of each, and q of the difference of the means.
 
     Args:
         example_loss: ℓ.
@@ -171,6 +185,8 @@ def gradient_moments(
 
     def joined(total: tuple, part: tuple, seen: Any, new: int) -> tuple:
         gap = _tree.subtract(part[0], total[0])
+        # Chan, Golub and LeVeque: E g² − (E g)² would cancel where noise is small against the
+        # gradient.
         share = new / (seen + new)
         mean = _tree.add(total[0], _tree.scale(share, gap))
         between = jax.tree.map(lambda q: seen * share * q, quadratic(gap))

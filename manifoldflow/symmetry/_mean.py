@@ -1,7 +1,7 @@
-"""The positive definite P at which tr(PR) + tr(P⁻¹T) is least: P = R⁻¹ # T, a geometric mean.
+"""The positive definite P at which tr(PR) + tr(P⁻¹T) is least: the geometric mean P = R⁻¹ # T.
 
-At that P both terms have one matrix, PRP = T. On the orbit of a product UW they are what noise
-and decay do on its two sides.
+At that P both terms have one matrix, PRP = T. On the orbit of a product UW they are the effects of
+noise and decay on its two sides.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Turn(NamedTuple):
 
 
 def balancing(right: Matrix, left: Matrix) -> Turn:
-    """Q with QRQ = Q⁻¹TQ⁻¹, symmetric and positive definite.
+    """The symmetric positive definite Q with QRQ = Q⁻¹TQ⁻¹, and its inverse.
 
     With R = FFᵀ, T = EEᵀ and the singular values EᵀF = VSWᵀ it is P = EVS⁻¹VᵀEᵀ. Directions in
     which R or T vanish have no such Q: there they are given eps^¾ of their mean, so that Q goes
@@ -36,6 +36,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
     Returns:
         Q and Q⁻¹, inverses to rounding. Where R = T = 0 both are I.
     """
+    # Above rounding of the moments, eps, and so small that what has noise does not feel it.
     ridge = _precision.eps_of_dtype(right) ** 0.75
     means = jnp.trace(right) / len(right), jnp.trace(left) / len(left)
     total = means[0] + means[1]
@@ -46,6 +47,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
         _cholesky(matrix + one * jnp.eye(len(matrix), dtype=matrix.dtype))
         for matrix, one in zip((right, left), floor)
     )
+    # By factors and one SVD: R⁻¹ # T from square roots of R would square its condition.
     v, s, _ = _svd(_precision.matmul(e.T, f))
     rows = _precision.matmul((v * jax.lax.rsqrt(s)).T, e.T)
     _, stretch, axes = _svd(rows)
@@ -54,7 +56,7 @@ def balancing(right: Matrix, left: Matrix) -> Turn:
 
 
 def rotation_to_symmetric(matrix: Matrix) -> Matrix:
-    """The orthogonal O for which O·matrix is symmetric and positive semidefinite."""
+    """The orthogonal O that makes O·matrix symmetric and positive semidefinite."""
     u, _, v = _svd(matrix)
     return _precision.matmul(v.T, u.T)
 

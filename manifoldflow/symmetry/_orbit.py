@@ -1,9 +1,9 @@
-"""What SGD's noise is along an orbit λ ↦ e^{λ₁A₁ + … + λₖAₖ}θ of commuting symmetries.
+"""The potential of SGD's noise along the orbit λ ↦ e^{λ₁A₁ + … + λₖAₖ}θ of commuting symmetries.
 
-With Φ(λ) = γ‖θ_λ‖² + ½σ² tr Σ(θ_λ), G_i = −∂Φ/∂λ_i: since ‖θ_λ‖² = θᵀe^{2λA}θ and
-tr Σ(θ_λ) = tr(e^{−2λA}Σ), Φ is a sum of exponentials and convex. A noise equilibrium is the
-point of the orbit where it is least. In steps of finite length ¼η‖∇L(θ_λ)‖² joins Φ, which
-behaves as tr Σ does.
+With Φ(λ) = γ‖θ_λ‖² + ½σ² tr Σ(θ_λ), Gᵢ = −∂Φ/∂λᵢ. Since ‖θ_λ‖² = θᵀe^{2λA}θ and tr Σ(θ_λ) =
+tr(e^{−2λA}Σ), Φ is a sum of exponentials and convex. A noise equilibrium is the point of the orbit
+where it is least. In steps of finite length Φ has a third term, ¼η‖∇L(θ_λ)‖², which behaves as tr Σ
+does.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,14 +39,14 @@ Orbit = Callable[[Float[Array, " k"]], Local]
 def moved(
     generators: Sequence[AbstractGenerator], coordinates: Coordinates, at: Float[Array, " k"]
 ) -> Coordinates:
-    """e^{λ₁A₁ + … + λₖAₖ}θ."""
+    """The coordinates of e^{λ₁A₁ + … + λₖAₖ}θ."""
     for index, generator in enumerate(generators):
         coordinates = generator.exp_mv(at[index], coordinates)
     return coordinates
 
 
 def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: SGDNoise) -> Orbit:
-    """By the gradients of all examples, anew wherever on the orbit; for any generators."""
+    """The potential by the gradients of all examples, anew at every λ; for any generators."""
     coordinates, remainder = _tree.split(point)
 
     def moments(v: Tangent) -> tuple[Scalar, Array, Array]:
@@ -72,11 +72,14 @@ def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: SG
 def spectral_orbit(
     generators: Sequence[AbstractSpectralGenerator], point: Point, noise: SGDNoise
 ) -> Orbit:
-    """By the variances of the gradients' modes at θ: one pass over the examples for all λ.
+    """The potential by the variances of the gradients' modes at θ.
 
-    For generators that share their modes: one, or several elementwise ones.
+    It needs one pass over the examples for all λ. For generators that share their modes: one, or
+    several elementwise ones.
     """
     coordinates, _ = _tree.split(point)
+    # e^{λA} takes a mode to e^{λμ} times itself and its gradient to e^{−λμ}: variances at θ are
+    # enough.
     leafwise = is_leafwise(generators, coordinates)
     by_mode = lambda v: jax.tree.map(jnp.square, generators[0].modes(v))
     square = LeafSquares() if leafwise else by_mode
@@ -101,7 +104,7 @@ def spectral_orbit(
 
 
 def _kicks(noise: SGDNoise, point: Point, quadratic: Callable[[Tangent], Any]) -> Any:
-    """σ² E q(g − ∇L), and in steps of finite length ½η q(∇L) more."""
+    """The moments σ²E q(g − ∇L), plus ½η·q(∇L) in steps of finite length."""
     mean, centred = gradient_moments(noise.example_loss, point, noise.data, quadratic)
     kicks = _tree.scale(noise.noise_scale, centred)
     if noise.mean_scale is None:
@@ -116,9 +119,10 @@ def _is_it(node: object) -> bool:
 def semidefinite_solve(
     matrix: Float[Array, "k k"], right: Float[Array, " k"], is_free: Bool[Array, " k"]
 ) -> Float[Array, " k"]:
-    """matrix⁻¹right on the coordinates that are free; 0 where the matrix vanishes."""
+    """matrix⁻¹·right on the coordinates that are free; 0 where the matrix vanishes."""
     diagonal = jnp.diag(matrix)
     moves = is_free & (diagonal > 0)
+    # With ones on the diagonal: symmetries differ in scale by many decades.
     scale = jnp.where(moves, jax.lax.rsqrt(jnp.where(moves, diagonal, 1)), 0)
     # The ridge is for symmetries that depend on each other.
     ridge = jnp.where(moves, 8 * _precision.eps_of_dtype(matrix), 1)
@@ -127,7 +131,7 @@ def semidefinite_solve(
 
 
 def orbit_of(generators: Sequence[AbstractGenerator], point: Point, noise: SGDNoise) -> Orbit:
-    """By the variances of modes where they are known, else by sweeps over the examples."""
+    """The potential by the variances of modes if they are known, else by sweeps over the data."""
     elementwise = all(isinstance(generator, Elementwise) for generator in generators)
     spectral = [g for g in generators if isinstance(g, AbstractSpectralGenerator)]
     if elementwise or (len(generators) == 1 and spectral):

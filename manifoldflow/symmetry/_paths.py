@@ -12,7 +12,7 @@ _OF_A_LAYER = {"weight", "bias", "kernel", "scale", "w", "b", "embedding", "embe
 
 
 class Leaf(NamedTuple):
-    """An array of a network.
+    """An array of a network, with its path and the layer that it belongs to.
 
     Attributes:
         path: its own.

@@ -1,10 +1,10 @@
-"""Where SGD's noise and decay bring products of matrices: one point of a GL(d) orbit.
+"""The balance of products of matrices under SGD's noise and decay: one point of a GL(d) orbit.
 
-Along (UQ⁻¹, QW) gradients go as ∇_U ↦ ∇_UQᵀ, ∇_W ↦ Q⁻ᵀ∇_W. With P = QᵀQ, therefore,
-Φ = γ‖θ‖² + ½σ² tr Σ = tr(PR) + tr(P⁻¹T) for R = γWWᵀ + ½σ²E∇_Uᵀ∇_U and
-T = γUᵀU + ½σ²E∇_W∇_Wᵀ, gradients centred: convex along geodesics of positive definite matrices,
-and least where the charge UᵀU − WWᵀ has no drift, 4(R − T) = 0. One product is so balanced in one
-step, whatever the loss; several with common leaves by turns.
+Along (UQ⁻¹, QW) gradients go as ∇_U ↦ ∇_UQᵀ, ∇_W ↦ Q⁻ᵀ∇_W. With P = QᵀQ, therefore, Φ = γ‖θ‖² + ½σ²
+tr Σ = tr(PR) + tr(P⁻¹T) for R = γWWᵀ + ½σ²E∇_Uᵀ∇_U and T = γUᵀU + ½σ²E∇_W∇_Wᵀ, with centred
+gradients. Φ is convex along geodesics of positive definite matrices, and least where the charge UᵀU
+− WWᵀ has no drift, 4(R − T) = 0. One product is so balanced in one step, whatever the loss; several
+with common leaves take turns.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from manifoldflow.symmetry._gradients import (
 from manifoldflow.symmetry._mean import balancing, rotation_to_symmetric
 from manifoldflow.symmetry._orbit import moved
 from manifoldflow.symmetry._products import ProductSymmetry
-from manifoldflow.symmetry._sgd_noise import SGDNoise
+from manifoldflow.symmetry._sgd_noise import in_own_units, SGDNoise
 from manifoldflow.symmetry._symmetry import ExponentialSymmetry
 
 Blocks = Float[Array, "_ _ _"]
@@ -47,20 +47,33 @@ def product_drift(
     noise_scale: Any,
     weight_decay: Any = 0.0,
 ) -> Float[Array, "blocks d d"]:
-    """dC/dt of the matrix C = UᵀU − WWᵀ under SGD: 2σ²E[∇_Uᵀ∇_U − ∇_W∇_Wᵀ] − 4γC.
+    """The drift dC/dt of the matrix C = UᵀU − WWᵀ under SGD: 2σ²E[∇_Uᵀ∇_U − ∇_W∇_Wᵀ] − 4γC.
 
-    On the clock kη, gradients centred. Its product with ½B is the `noether_drift` of the member B.
+    On the clock kη, with centred gradients. Its product with ½B is the `noether_drift` of the
+    member B.
 
     Args:
-        product: as `product_symmetry` builds it.
+        product: a `ProductSymmetry`.
         example_loss: ℓ(point, example) → scalar, without the decay.
         point: θ.
         data: PyTree of arrays with a leading axis of examples.
-        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
-        weight_decay: γ, where γ‖θ‖² is added to the loss.
+        noise_scale: σ² = η/(2S) ≥ 0, the learning rate over twice the batch size.
+        weight_decay: γ ≥ 0, where γ‖θ‖² is added to the loss.
+
+    Returns:
+        (blocks, d, d).
 
     Raises:
         ValueError: wrong data, shapes, σ² or γ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (p["U"] @ p["W"])[0, 0] * x
+        >>> point, data = {"U": 3 * jnp.eye(1), "W": jnp.eye(1)}, jnp.array([-1.0, 1.0])
+        >>> product = symmetry.product_symmetry(point, lambda p: p["U"], lambda p: p["W"])
+        >>> print(symmetry.product_drift(product, loss, point, data, noise_scale=0.5))  # w² − u²
+        [[[-8.]]]
 
     References:
         [Ziyin2024, Proposition 5.1]; its right side is half of this.
@@ -93,7 +106,7 @@ def _both_sides(
 
 
 class ProductBalance(NamedTuple):
-    """Where products and commuting symmetries are balanced together."""
+    """The common balance of products and commuting symmetries."""
 
     coordinates: Coordinates
     matrices: tuple[Blocks, ...]  # Q of every product
@@ -124,6 +137,7 @@ def balanced_products(
     """
     start, remainder = _tree.split(point)
     dtype = _tree.dtype_of(start)
+    noise = in_own_units(noise.astype(dtype), point)
     eps = _precision.eps_of_dtype(dtype)
     sizes = _sizes(products, start)
     groups = _disjoint(products, start)
@@ -145,6 +159,7 @@ def balanced_products(
                 x = products[index].turned(x, q.matrix, q.inverse)
                 matrices[index] = _precision.matmul(q.matrix, matrices[index])
         way = _sizes(products, _tree.subtract(x, state.coordinates)) / _sizes(products, x)
+        # A product of zeros stays where it is; 0/0 would end nothing.
         way = jnp.max(jnp.where(_sizes(products, x) == 0, 0, way))
         x, parameters, last, result = _along(others, noise, x, remainder)
         # Directions that only one side reaches go to zero, and need not be followed there.
@@ -163,6 +178,7 @@ def balanced_products(
         jnp.asarray(0),
     )
     end = jax.lax.while_loop(going, turn, first)
+    # Q is known up to a rotation on its left.
     x, matrices = _straightened(products, end.coordinates, end.matrices)
     result = _tree.where(end.is_done, end.result, RESULTS.out_of_steps)
     result = _tree.where(is_endless(x), RESULTS.no_equilibrium, result)
@@ -181,7 +197,7 @@ def _sizes(products: Sequence[ProductSymmetry], vector: Tangent) -> Float[Array,
 
 
 def _imbalance(right: Blocks, left: Blocks) -> Scalar:
-    """‖R − T‖ over their traces."""
+    """The relative difference ‖R − T‖ over the traces."""
     size = jnp.sum(jnp.trace(right + left, axis1=1, axis2=2))
     return jnp.linalg.norm(right - left) / jnp.where(size == 0, 1, size)
 
@@ -195,7 +211,7 @@ def _identity(product: ProductSymmetry, coordinates: Coordinates) -> Blocks:
 def _straightened(
     products: Sequence[ProductSymmetry], x: Coordinates, matrices: tuple[Blocks, ...]
 ) -> tuple[Coordinates, tuple[Blocks, ...]]:
-    """The same up to rotations, with Q symmetric: those rotations move nothing to its balance."""
+    """The same point up to rotations, with Q symmetric; rotations do not change its balance."""
     straight = []
     for product, matrix in zip(products, matrices):
         back = jax.lax.map(rotation_to_symmetric, matrix)
@@ -224,7 +240,7 @@ def _disjoint(products: Sequence[ProductSymmetry], coordinates: Coordinates) -> 
 def _along(
     others: Sequence[ExponentialSymmetry], noise: SGDNoise, x: Coordinates, remainder: Point
 ) -> tuple[Coordinates, Float[Array, " k"], Scalar, RESULTS]:
-    """To the equilibrium of the commuting symmetries, not at all along those that have none.
+    """Moves to the equilibrium of the commuting symmetries, but not along those without one.
 
     Returns:
         The coordinates there, λ, the largest |λ|·‖A‖ that was gone, and how it ended.
@@ -250,7 +266,7 @@ def _along(
 def _broken(
     products: Sequence[ProductSymmetry], noise: SGDNoise, x: Coordinates, remainder: Point
 ) -> Scalar:
-    """How far ∇_W Wᵀ is from Uᵀ∇_U, which they are for functions of UW, in root mean square."""
+    """The relative difference of ∇_WWᵀ and Uᵀ∇_U, which are equal for functions of UW."""
     value = example_value(noise.example_loss, remainder)
     sides = [product.sides(x) for product in products]
 

@@ -21,19 +21,28 @@ Sides = tuple[Float[Array, "blocks d ..."], Float[Array, "blocks d ..."]]
 
 
 class ProductSymmetry(eqx.Module):
-    """(U, W) ↦ (UQ⁻¹, QW) for every invertible Q, or for one Q for each of several blocks.
+    """The family of symmetries (U, W) ↦ (UQ⁻¹, QW), for every invertible Q.
 
-    A whole family of symmetries: `member` gives those of `double_rotation`, one for each
-    symmetric matrix B, which do not commute. Build it with `product_symmetry` or
-    `attention_products`, or let `find_products` find it; `balance` takes it.
+    With several blocks each has a Q of its own. `member` gives the `double_rotation` of one
+    symmetric matrix B; different members do not commute. Build it with `product_symmetry` or
+    `attention_products`, or let `find_products` find it. `balance` takes it.
 
     Args:
         where: picks the leaves of U and then those of W out of a point, as a tuple.
-        axes: the axis of each leaf that the product sums over, or a `View` of several or of a
+        axes: the axis of each leaf over which the product sums, or a `View` of several or of a
             part.
         signs: +1 for the leaves of U, −1 for those of W.
-        num_blocks: how many matrices Q there are, one after the other along those axes.
+        num_blocks: the number of matrices Q, one after the other along those axes.
         name: for messages.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point = {"U": jnp.array([[1.0, 2.0]]), "W": jnp.array([[3.0], [0.5]])}
+        >>> product = symmetry.product_symmetry(point, lambda p: p["U"], lambda p: p["W"])
+        >>> moved = product.act(point, jnp.array([[2.0, 1.0], [0.0, 1.0]]))
+        >>> print(isinstance(product, symmetry.ProductSymmetry), moved["U"] @ moved["W"])
+        True [[4.]]
 
     References:
         [Ziyin2024, Proposition 5.1].
@@ -46,7 +55,7 @@ class ProductSymmetry(eqx.Module):
     name: str = eqx.field(static=True, default="a product")
 
     def size(self, point: Point) -> int:
-        """d, the size of every Q."""
+        """The size d of every Q, for points of this structure."""
         coordinates, _ = _tree.split(point)
         return self._length(coordinates) // self.num_blocks
 
@@ -65,11 +74,14 @@ class ProductSymmetry(eqx.Module):
 
     @checked
     def act(self, point: Point, matrices: Any) -> Point:
-        """(UQ⁻¹, QW).
+        """The point with (UQ⁻¹, QW) in place of (U, W).
 
         Args:
             point: θ.
-            matrices: Q, invertible, (d, d) or one for each block, (blocks, d, d).
+            matrices: Q, invertible, (d, d), or (blocks, d, d) for one in each block.
+
+        Returns:
+            A point like θ.
         """
         coordinates, remainder = _tree.split(point)
         q = self._blocks(coordinates, real_numbers("act: matrices", matrices))
@@ -77,11 +89,14 @@ class ProductSymmetry(eqx.Module):
 
     @checked
     def member(self, point: Point, matrix: Any) -> ExponentialSymmetry:
-        """(Ue^{λB}, e^{−λB}W), the symmetry that belongs to one symmetric B.
+        """The symmetry (Ue^{λB}, e^{−λB}W) of one symmetric matrix B.
 
         Args:
-            point: a point of the kind to be moved.
+            point: a point of the structure to be moved.
             matrix: B, (d, d) for the same in all blocks, or (blocks, d, d).
+
+        Returns:
+            An `ExponentialSymmetry`.
         """
         blocks = self._blocks(_tree.split(point)[0], real_numbers("member: matrix", matrix))
         blocks = jnp.stack([checked_symmetric(block) for block in blocks])
@@ -90,7 +105,14 @@ class ProductSymmetry(eqx.Module):
 
     @checked
     def charge(self, point: Point) -> Float[Array, "blocks d d"]:
-        """C = UᵀU − WWᵀ of every block: what gradient flow conserves, ½tr(BC) for each B."""
+        """The conserved matrix C = UᵀU − WWᵀ of every block; the charge of the member B is ½tr(BC).
+
+        Args:
+            point: θ.
+
+        Returns:
+            (blocks, d, d).
+        """
         first, second = self.grams(_tree.split(point)[0])
         return first - second
 
@@ -106,7 +128,7 @@ class ProductSymmetry(eqx.Module):
         return jnp.broadcast_to(matrices, shape)
 
     def sides(self, vector: Tangent) -> Sides:
-        """Uᵀ and W of a vector like the coordinates, all their leaves side by side."""
+        """Uᵀ and W of a vector like the coordinates, with all their leaves side by side."""
         length = self._length(vector)
         parts: dict[int, list[Array]] = {1: [], -1: []}
         for leaf, axis, sign in zip(self.where(vector), self.axes, self.signs):
@@ -125,7 +147,7 @@ class ProductSymmetry(eqx.Module):
         matrices: Float[Array, "blocks d d"],
         inverses: Float[Array, "blocks d d"],
     ) -> Coordinates:
-        """(UQ⁻¹, QW) for given Q and Q⁻¹."""
+        """The coordinates with (UQ⁻¹, QW), for given Q and Q⁻¹."""
 
         def moved(leaf: Array, axis: int | View, sign: int) -> Array:
             view = as_view(axis, leaf.ndim)
@@ -145,7 +167,7 @@ def as_leaves(picked: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Both:
-    """Picks what two functions pick, one after the other; equal for equal functions."""
+    """Picks the leaves that two functions pick, one after the other; equal for equal functions."""
 
     first: Where
     second: Where
@@ -164,25 +186,38 @@ def product_symmetry(
     num_blocks: int = 1,
     name: str = "a product",
 ) -> ProductSymmetry:
-    """(U, W) ↦ (UQ⁻¹, QW) for every invertible Q: two matrices that enter as their product UW.
+    """The family (U, W) ↦ (UQ⁻¹, QW) of two matrices that enter as their product UW.
 
-    As two linear layers with nothing between them. A bias that W's layer adds belongs to W: pick
-    both, as `lambda p: (p.weight, p.bias)`, with axes (1, (0, 0)).
+    Two linear layers with nothing between them are an example. A bias that W's layer adds belongs
+    to W: pick both, as `lambda p: (p.weight, p.bias)`, with axes (1, (0, 0)).
 
     Args:
-        point: a point of the kind to be moved.
+        point: a point of the structure to be moved.
         first: picks U, (m, d), or a tuple of several leaves.
         second: picks W, (d, n), or a tuple of several leaves.
-        axes: the axes of U and W that are summed over in their product; where one of them
-            has several leaves, a tuple, or one number for all of them.
-        num_blocks: of those axes, as many as a network has heads. Each has its own Q.
+        axes: the axes of U and W over which their product sums, counted from the end where
+            negative. Where one of them has several leaves: a tuple, or one number for all of them.
+        num_blocks: the number of equal parts of those axes, such as the heads of a network. Each
+            has its own Q.
         name: for messages.
 
+    Returns:
+        A `ProductSymmetry`.
+
     Raises:
-        ValueError: the axes differ in length, or are not divided by the number of blocks.
+        ValueError: an axis that a leaf does not have; axes of different lengths, or not divided by
+            the number of blocks.
 
     Assumes:
-        The loss has the symmetry: `check_symmetry` tests it.
+        The loss has the symmetry. `check_symmetry` tests it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> point = {"U": jnp.ones((4, 3)), "W": 2 * jnp.ones((3, 5))}
+        >>> product = symmetry.product_symmetry(point, lambda p: p["U"], lambda p: p["W"])
+        >>> print(product.size(point), product.charge(point)[0, 0])  # UᵀU − WWᵀ
+        3 [-16. -16. -16.]
 
     References:
         [Ziyin2024, Proposition 5.1].
@@ -223,15 +258,18 @@ class _Projections:
 def attention_products(
     point: Point, where: Callable[[Any], Any], *, name: str = "attention"
 ) -> tuple[ProductSymmetry, ProductSymmetry]:
-    """The products in every head of an attention layer: queries and keys, values and outputs.
+    """The two products in every head of an attention layer: queries and keys, values and outputs.
 
-    (W_Q, W_K) ↦ (Q⁻ᵀW_Q, QW_K), with their biases: scores are products qᵀk. And
-    (W_V, W_O) ↦ (QW_V, W_OQ⁻¹), with the bias of the values. One Q for each head.
+    (W_Q, W_K) ↦ (Q⁻ᵀW_Q, QW_K) with their biases, since scores are products qᵀk. And (W_V, W_O) ↦
+    (QW_V, W_OQ⁻¹) with the bias of the values. Each head has its own Q.
 
     Args:
         point: a network.
         where: picks an `equinox.nn.MultiheadAttention` out of it.
         name: for messages.
+
+    Returns:
+        Two `ProductSymmetry`.
 
     Raises:
         ValueError: `where` picks something else.
@@ -239,6 +277,15 @@ def attention_products(
     Assumes:
         Nothing acts on queries and keys but their product: no rotary embedding, no normalisation.
         `check_symmetry` tests it.
+
+    Examples:
+        >>> import equinox as eqx
+        >>> import jax.random as jr
+        >>> from manifoldflow import symmetry
+        >>> layer = eqx.nn.MultiheadAttention(2, 6, key=jr.key(0))
+        >>> scores, values = symmetry.attention_products(layer, lambda p: p)
+        >>> print(scores.name, scores.num_blocks, scores.size(layer))
+        attention, queries and keys 2 3
     """
     layer = where(point)
     if not isinstance(layer, eqx.nn.MultiheadAttention):

@@ -22,7 +22,7 @@ class Relation(NamedTuple):
 
 
 def relations(shares: Shares, shapes: list[tuple[int, ...]], tolerance: float) -> list[Relation]:
-    """All relations of slices of one number, in the order of the leaves that grow.
+    """All relations between slices of equal length, in the order of the leaves that grow.
 
     Args:
         shares: along every axis.
@@ -54,7 +54,7 @@ def relations(shares: Shares, shapes: list[tuple[int, ...]], tolerance: float) -
 def _columns(
     length: int, whole: list[Slices], shares: Shares, tolerance: float
 ) -> list[tuple[Slices, np.ndarray]]:
-    """The shares of slices of one number, whole axes before parts of longer ones."""
+    """The shares of slices of one length, whole axes before parts of longer ones."""
     columns = [(one, shares.of[one].ravel()) for one in whole]
     for one, values in shares.of.items():
         many, rest = divmod(values.shape[1], length)
@@ -73,7 +73,7 @@ def _columns(
 def _dependences(
     columns: Float[np.ndarray, "columns rows"], tolerance: float
 ) -> list[dict[int, float]]:
-    """Σ weight·column = 0, one for every column that those before it give; unit columns."""
+    """The dependences Σ weight·column = 0, one for every column that those before it span."""
     basis: list[np.ndarray] = []
     kept: list[int] = []
     found = []
@@ -89,6 +89,7 @@ def _dependences(
             continue
         scales = np.linalg.norm(columns[kept], axis=1)
         weights = np.linalg.lstsq((columns[kept].T / scales), column / size, rcond=None)[0]
+        # Weights of rounding would add slices that have nothing to do with the relation.
         small = 10 * tolerance * np.max(np.abs(weights), initial=0)
         vector = {i: w * size / s for i, w, s in zip(kept, weights, scales) if abs(w) > small}
         found.append({**vector, index: -1.0})
@@ -127,7 +128,7 @@ def _two_valued(
 def total_relations(
     shares: Shares, leaves: Sequence[Leaf], grown: Collection[int], tolerance: float
 ) -> Iterator[list[Relation]]:
-    """For every layer of which nothing is known to grow, those later ones it may be against.
+    """The later layers that each layer may be rescaled against, for layers not known to grow yet.
 
     By totals alone: each is one number for an example, so that proportions hold by chance more
     often, and what is proposed must be checked.
@@ -153,7 +154,7 @@ def total_relations(
 
 
 def _degree(x: np.ndarray, y: np.ndarray, size: float, tolerance: float) -> float | None:
-    """p > 0 with x = p·y, a small integer if it is one to rounding."""
+    """The degree p > 0 with x = p·y, a small integer if it is one to rounding."""
     if not np.isfinite([x, y]).all() or not np.max(np.abs(x)) > tolerance * size:
         return None
     if not np.max(np.abs(y)) > 0:
@@ -166,7 +167,7 @@ def _degree(x: np.ndarray, y: np.ndarray, size: float, tolerance: float) -> floa
 
 
 def along(shares: Shares, one: Slices) -> Float[np.ndarray, "rows n"]:
-    """The shares of slices, of parts of an axis as well."""
+    """The shares of slices, also of parts of an axis."""
     if not one.view.axes:
         return shares.totals[:, [one.leaf]]
     whole = shares.of[Slices(one.leaf, View(one.view.axes))]

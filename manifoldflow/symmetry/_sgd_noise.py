@@ -1,15 +1,23 @@
-"""What moves a charge under SGD: examples, the scale of their noise, and weight decay."""
+"""The parameters of SGD that move a charge: examples, their noise scale and weight decay."""
 
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from manifoldflow import _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count, checked_nonnegative
-from manifoldflow._types import Scalar
-from manifoldflow.symmetry._gradients import checked_examples, ExampleLoss, num_examples
+from manifoldflow._types import Example, Point, Scalar
+from manifoldflow.symmetry._gradients import (
+    checked_examples,
+    example_value,
+    ExampleLoss,
+    num_examples,
+    over_chunks,
+)
 
 
 class SGDNoise(eqx.Module):
@@ -20,16 +28,26 @@ class SGDNoise(eqx.Module):
     Args:
         example_loss: ℓ(point, example) → scalar, without the decay.
         data: PyTree of arrays with a leading axis of examples.
-        noise_scale: σ² = η/(2S), learning rate over twice the batch size.
-        weight_decay: γ, where γ‖θ‖² is added to the loss.
+        noise_scale: σ² = η/(2S) ≥ 0, the learning rate over twice the batch size.
+        weight_decay: γ ≥ 0, where γ‖θ‖² is added to the loss.
         name: of the caller, for messages.
-        throw: whether values inside jit are looked at.
+        throw: False leaves values inside jit unchecked.
 
     Attributes:
-        mean_scale: what ∇L∇Lᵀ counts beside σ²Σ: η/2 in steps of finite length, else None.
+        mean_scale: the weight of ∇L∇Lᵀ beside σ²Σ: η/2 in steps of finite length, else None.
 
     Raises:
         ValueError: wrong data, σ² or γ.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> loss = lambda p, x: (p * x - 1.0) ** 2
+        >>> noise = symmetry.SGDNoise(
+        ...     loss, jnp.arange(3.0), noise_scale=0.1 / (2 * 5)
+        ... )  # η = 0.1, S = 5
+        >>> print(noise.noise_scale, noise.weight_decay)
+        0.01 0.0
     """
 
     example_loss: ExampleLoss
@@ -58,7 +76,7 @@ class SGDNoise(eqx.Module):
         self.mean_scale = None
 
     def astype(self, dtype: Any) -> "SGDNoise":
-        """With its numbers in this precision."""
+        """The same noise with its numbers in this precision."""
         scales = lambda noise: [
             scale
             for scale in (noise.noise_scale, noise.weight_decay, noise.mean_scale)
@@ -78,10 +96,10 @@ def noise_of_steps(
     name: str,
     throw: bool = True,
 ) -> SGDNoise:
-    """What moves a charge in a step of SGD, exactly: its drift is (E[C_{k+1}] − C_k)/η.
+    """The noise of a step of SGD, exactly: its drift of a charge is (E[Cₖ₊₁] − Cₖ)/η.
 
-    From C_{k+1} = (1 − 2ηγ)²C_k + ½η²gᵀAg and E[ggᵀ] = f·Σ/S + ∇L∇Lᵀ: the σ² is ηf/(2S),
-    the γ is γ(1 − ηγ), and ∇L∇Lᵀ counts η/2.
+    From C_{k+1} = (1 − 2ηγ)²C_k + ½η²gᵀAg and E[ggᵀ] = f·Σ/S + ∇L∇Lᵀ: the σ² is ηf/(2S), the γ is
+    γ(1 − ηγ), and ∇L∇Lᵀ counts η/2.
 
     Args:
         example_loss: ℓ.
@@ -108,6 +126,39 @@ def noise_of_steps(
     scales = learning_rate * finite / (2 * size), decay * kept, learning_rate / 2
     where = lambda noise: (noise.noise_scale, noise.weight_decay, noise.mean_scale)
     return eqx.tree_at(where, noise, scales, is_leaf=lambda leaf: leaf is None)
+
+
+class _Scaled(eqx.Module):
+    """The example loss ℓ/u."""
+
+    example_loss: ExampleLoss
+    unit: Scalar
+
+    def __call__(self, point: Point, example: Example) -> Scalar:
+        return self.example_loss(point, example) / self.unit
+
+
+def in_own_units(noise: SGDNoise, point: Point) -> SGDNoise:
+    """The noise on ℓ/u with decay γ/u², which has the same equilibrium; u = 1 if ℓ is moderate.
+
+    Its potential is Φ/u². In float32 squares of gradients overflow from ‖∇ℓ‖ = 2·10¹⁹ on, which
+    weights of 10⁶ reach, and an infinite Φ has no minimum.
+    """
+    coordinates, remainder = _tree.split(point)
+    value = example_value(noise.example_loss, remainder)
+    size = _tree.size(coordinates)
+    losses = over_chunks(lambda example: value(coordinates, example), noise.data, size)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(losses)))
+    # A power of 2, so that the division does not round.
+    is_large = jnp.isfinite(largest) & (largest > float(jnp.finfo(largest.dtype).max) ** 0.15)
+    unit = jnp.where(is_large, jnp.exp2(jnp.floor(jnp.log2(jnp.where(is_large, largest, 1)))), 1)
+    # Without noise Φ is the decay alone, and γ/u² would vanish.
+    has_noise = noise.noise_scale > 0
+    if noise.mean_scale is not None:
+        has_noise |= noise.mean_scale > 0
+    decay = jnp.where(has_noise, noise.weight_decay / unit / unit, noise.weight_decay)
+    scaled = _Scaled(noise.example_loss, unit), decay.astype(noise.weight_decay.dtype)
+    return eqx.tree_at(lambda noise: (noise.example_loss, noise.weight_decay), noise, scaled)
 
 
 def checked_decay(name: str, weight_decay: Any) -> Array:

@@ -1,7 +1,7 @@
-"""What each slice of each leaf contributes to ∇ℓ·θ, example by example.
+"""The shares of slices of leaves in ∇ℓ·θ, example by example.
 
-A rescaling that multiplies slice j of some leaves by c and slice j of others by c^{−p} leaves ℓ as
-it is where the shares Σ∇ℓ∘θ of the former are p times those of the latter. So symmetries are linear
+A rescaling multiplies slice j of some leaves by c and slice j of others by c⁻ᵖ. It leaves ℓ as it
+is where the shares Σ∇ℓ∘θ of the former are p times those of the latter. So symmetries are linear
 relations between shares, and no layer's class need be known.
 """
 
@@ -39,11 +39,12 @@ class Shares(NamedTuple):
 
     of: dict[Slices, np.ndarray]
     totals: np.ndarray  # (rows, leaves)
+    losses: np.ndarray  # (rows,)
     sizes: np.ndarray  # (leaves,), the root mean square of Σ|∇ℓ∘θ|
 
 
 def plain_slices(coordinates: Coordinates) -> list[Slices]:
-    """Along every axis of every leaf, and along neighbouring axes where something fits them."""
+    """The slices along every axis of each leaf, and along neighbouring axes where others fit."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(coordinates)]
     single = [
         Slices(i, View((axis,)))
@@ -68,32 +69,33 @@ def plain_slices(coordinates: Coordinates) -> list[Slices]:
 def shares_of(
     example_loss: ExampleLoss, points: list[Point], data: PyTree[Array], slices: list[Slices]
 ) -> Shares:
-    """The shares of as many examples as there is room for, at all of these points."""
+    """The shares at all of these points, of the examples that there is room for."""
     coordinates, _ = _tree.split(points[0])
     shapes = [leaf.shape for leaf in jax.tree.leaves(coordinates)]
     numbers = len(points) * (sum(s.view.length(shapes[s.leaf]) for s in slices) + 2 * len(shapes))
     count = num_examples(data)
+    # Examples from all over: files are often sorted by class.
     kept = np.linspace(0, count - 1, min(count, max(2, _NUMBERS // numbers))).astype(int)
     data = jax.tree.map(lambda leaf: leaf[kept], data)
     found = [_measured(example_loss, point, data, tuple(slices)) for point in points]
     found = jax.tree.map(lambda *parts: np.concatenate(parts).astype(float), *found)
-    sums, totals, sizes = found
-    return Shares(dict(zip(slices, sums)), totals, np.sqrt(np.mean(sizes**2, axis=0)))
+    sums, totals, losses, sizes = found
+    return Shares(dict(zip(slices, sums)), totals, losses, np.sqrt(np.mean(sizes**2, axis=0)))
 
 
 @eqx.filter_jit
 def _measured(
     example_loss: ExampleLoss, point: Point, data: PyTree[Array], slices: tuple[Slices, ...]
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     coordinates, remainder = _tree.split(point)
     value = example_value(example_loss, remainder)
 
-    def of_example(example: Example) -> tuple[list[Array], Array, Array]:
-        gradient = jax.grad(value)(coordinates, example)
+    def of_example(example: Example) -> tuple[list[Array], Array, Array, Array]:
+        loss, gradient = jax.value_and_grad(value)(coordinates, example)
         products = jax.tree.leaves(jax.tree.map(jnp.multiply, gradient, coordinates))
         sums = [jnp.sum(s.view.rows(products[s.leaf]), axis=1) for s in slices]
         totals = jnp.stack([jnp.sum(leaf) for leaf in products])
-        return sums, totals, jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in products])
+        return sums, totals, loss, jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in products])
 
     with _precision.full_precision():
         return over_chunks(of_example, data, _tree.size(coordinates))

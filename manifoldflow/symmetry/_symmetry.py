@@ -19,21 +19,30 @@ from manifoldflow.symmetry._generators import AbstractGenerator, resolved
 
 
 class ExponentialSymmetry(eqx.Module):
-    """θ ↦ e^{λA}θ with a symmetric A, under which a per-example loss does not change.
+    """The symmetry θ ↦ e^{λA}θ of a per-example loss, with a symmetric generator A.
 
-    ℓ(e^{λA}θ, z) = ℓ(θ, z) for all λ and z, that is, ∇ℓ·Aθ = 0.
+    ℓ(e^{λA}θ, z) = ℓ(θ, z) for all λ and z; equivalently ∇ℓ·Aθ = 0.
 
     Args:
-        generator: A, as one of
-            a PyTree of elementwise weights like the point or a prefix of it, whose leaves
-            broadcast against the point's (None is 0);
-            a linear function θ ↦ Aθ on PyTrees like the point's coordinates;
-            a symmetric matrix (D, D), as an array for points that are vectors or as a
-            `lineax` operator, in the order of `jax.flatten_util.ravel_pytree`;
-            or what `rescaling`, `scaling`, `double_rotation` … build.
+        generator: A, given in one of five ways: elementwise weights, a PyTree like the point or a
+            prefix of it, whose leaves broadcast against the point's (None is 0); a linear function
+            θ ↦ Aθ on PyTrees like the point's coordinates; a symmetric matrix (D, D) for points
+            that are vectors; a `lineax` operator, in the order of `jax.flatten_util.ravel_pytree`;
+            the value of `rescaling`, `scaling`, `double_rotation` or `low_rank`.
+
+    Raises:
+        ValueError: a generator of another kind, or with entries that are not finite.
 
     Assumes:
-        The loss has the symmetry and A is symmetric: `check_symmetry` tests both.
+        The loss has the symmetry and A is symmetric. `check_symmetry` tests both.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> opposite = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})  # the product uw stays
+        >>> moved = opposite.act({"u": jnp.array(1.0), "w": jnp.array(6.0)}, jnp.log(2.0))
+        >>> print({name: round(float(value), 5) for name, value in moved.items()})
+        {'u': 2.0, 'w': 3.0}
 
     References:
         [Ziyin2024, Definition 4.1].
@@ -54,36 +63,41 @@ class ExponentialSymmetry(eqx.Module):
         self.generator = _tree.as_pytree_callable(generator) if callable(generator) else generator
 
     def at(self, point: Point) -> AbstractGenerator:
-        """The generator for points like this one."""
+        """The generator A for points with the coordinates of this one."""
         return resolved(self.generator, _tree.split(point)[0])
 
     def velocity(self, point: Point) -> Tangent:
-        """Aθ, the direction of the orbit at a point."""
+        """The direction Aθ of the orbit at a point."""
         coordinates, _ = _tree.split(point)
         return resolved(self.generator, coordinates).mv(coordinates)
 
     @eqx.filter_jit
     def act(self, point: Point, parameter: Any) -> Point:
-        """e^{λA}θ.
+        """The point e^{λA}θ.
 
         Args:
             point: θ.
-            parameter: λ, a number. Generators that are functions are right to rounding for
-                |λ|·‖A‖ up to 36.
+            parameter: λ, a number. Generators that are functions are right to rounding for |λ|·‖A‖
+                up to 36.
+
+        Returns:
+            A point like θ.
         """
         coordinates, remainder = _tree.split(point)
+        # In the point's precision: a float64 λ would promote every leaf that it multiplies.
         parameter = jnp.asarray(parameter, _tree.dtype_of(coordinates))
         moved = resolved(self.generator, coordinates).exp_mv(parameter, coordinates)
         return _tree.join(moved, remainder)
 
 
 def _as_array(leaf: Any) -> Any:
+    # True is an int for Python, and no weight.
     is_number = isinstance(leaf, np.ndarray | int | float) and not isinstance(leaf, bool)
     return jnp.asarray(real_numbers("The generator", leaf), float) if is_number else leaf
 
 
 def _is_generator(generator: Any) -> bool:
-    """A function, or numbers in a PyTree, of which all that are known are finite."""
+    """True for a function, and for numbers in a PyTree if all that are known are finite."""
     if callable(generator) or isinstance(generator, AbstractGenerator | lx.AbstractLinearOperator):
         return True
     leaves = [leaf for leaf in jax.tree.leaves(generator) if eqx.is_array(leaf)]
@@ -97,13 +111,22 @@ Symmetries = ExponentialSymmetry | Sequence[ExponentialSymmetry]
 
 @shown
 def symmetries_of(symmetry: Symmetries) -> tuple[ExponentialSymmetry, ...]:
-    """One symmetry, or several that commute, as a tuple.
+    """The symmetries as a tuple: one symmetry, or several that commute.
 
     Args:
         symmetry: an `ExponentialSymmetry`, or a sequence of them.
 
+    Returns:
+        A tuple of at least one.
+
     Raises:
-        ValueError: anything else, or none.
+        ValueError: anything else, or an empty sequence.
+
+    Examples:
+        >>> from manifoldflow import symmetry
+        >>> one = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> len(symmetry.symmetries_of(one)), len(symmetry.symmetries_of([one, one]))
+        (1, 2)
     """
     if not isinstance(symmetry, ExponentialSymmetry | Sequence):
         raise ValueError(
@@ -120,18 +143,34 @@ def symmetries_of(symmetry: Symmetries) -> tuple[ExponentialSymmetry, ...]:
 
 
 def like(symmetry: Symmetries, values: Float[Array, " k"]) -> Float[Array, "..."]:
-    """A scalar for one symmetry, (k,) for several."""
+    """The single value for one symmetry, all k of them for several."""
     return values[0] if isinstance(symmetry, ExponentialSymmetry) else values
 
 
 @checked
 def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parameters: Any) -> Point:
-    """e^{λ₁A₁ + … + λₖAₖ}θ for symmetries that commute.
+    """The point e^{λ₁A₁ + … + λₖAₖ}θ, for symmetries that commute.
 
     Args:
         symmetries: k of them.
         point: θ.
-        parameters: λ, (k,), as `noise_equilibrium` finds them.
+        parameters: λ, (k,), in the order of the symmetries, as `noise_equilibrium` returns them.
+
+    Returns:
+        A point like θ.
+
+    Raises:
+        ValueError: no symmetry, or another number of parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> pairs = [
+        ...     symmetry.ExponentialSymmetry(jnp.array(a)) for a in ([1.0, -1, 0], [0, 1.0, -1])
+        ... ]
+        >>> there = symmetry.act_together(pairs, jnp.ones(3), jnp.log(jnp.array([2.0, 4.0])))
+        >>> print(there.round(5), round(float(jnp.prod(there)), 5))
+        [2.   2.   0.25] 1.0
     """
     symmetries = symmetries_of(symmetries)
     values = jnp.asarray(real_numbers("act_together: parameters", parameters))
@@ -140,6 +179,7 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
             f"act_together: parameters must be one number for each of the {len(symmetries)} "
             f"symmetries; got shape {values.shape}."
         )
+    # One after the other, which is e^{ΣλA} only for symmetries that commute.
     for symmetry, parameter in zip(symmetries, values):
         point = symmetry.act(point, parameter)
     return point
@@ -147,10 +187,24 @@ def act_together(symmetries: Sequence[ExponentialSymmetry], point: Point, parame
 
 @checked
 def noether_charge(symmetry: Symmetries, point: Point) -> Float[Array, "..."]:
-    """C = ½θᵀAθ, which gradient flow conserves and SGD does not; (k,) for k symmetries.
+    """The charge C = ½θᵀAθ, which gradient flow conserves and SGD does not.
 
-    Its gradient is Aθ. For a rescaling of two layers it is half the difference of their
-    squared norms.
+    Its gradient is Aθ. For a rescaling of two layers it is half the difference of their squared
+    norms.
+
+    Args:
+        symmetry: an `ExponentialSymmetry`, or a sequence of k of them.
+        point: θ.
+
+    Returns:
+        A scalar, or (k,).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import symmetry
+        >>> opposite = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+        >>> print(symmetry.noether_charge(opposite, {"u": jnp.array(3.0), "w": jnp.array(1.0)}))
+        4.0
 
     References:
         [Ziyin2024, eq. (6)], which prints θᵀAθ; with the ½ its eqs. (5), (7) and (9) hold.

@@ -1,18 +1,19 @@
-"""One axis of a leaf, several of them as one, or a part of one: what a symmetry multiplies."""
+"""Views of the axes of a leaf: one axis, several as one, or a part of one."""
 
 import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Axes of an array, taken together as before × n × after numbers, of which n is meant.
+    """Axes of an array as before × n × after numbers; the view is the n in the middle.
 
-    Flattened pictures are channels × pixels: a layer behind them has `after` pixels for each
-    of n channels. Heads may have an axis of their own, or share it with what is in them.
+    Flattened pictures are channels × pixels: a layer behind them has `after` pixels for each of n
+    channels. Heads may have an axis of their own, or share it with what is in them.
 
     Args:
         axes: one, or several neighbours that count as one.
@@ -25,11 +26,11 @@ class View:
     after: int = 1
 
     def length(self, shape: tuple[int, ...]) -> int:
-        """n, for an array of this shape."""
+        """The length n, for an array of this shape."""
         return math.prod(shape[axis] for axis in self.axes) // (self.before * self.after)
 
     def rows(self, leaf: Array) -> Array:
-        """(n, everything else)."""
+        """The array as (n, everything else)."""
         front = jnp.moveaxis(leaf, self.axes, range(len(self.axes)))
         parts = front.reshape(self.before, self.length(leaf.shape), self.after, -1)
         return jnp.moveaxis(parts, 1, 0).reshape(parts.shape[1], -1)
@@ -42,7 +43,7 @@ class View:
         return jnp.moveaxis(back, range(len(self.axes)), self.axes).astype(leaf.dtype)
 
     def spread(self, values: Array, shape: tuple[int, ...]) -> Array:
-        """n numbers, shaped to be broadcast against an array of this shape."""
+        """The n numbers, shaped to broadcast against an array of this shape."""
         lengths = [shape[axis] for axis in self.axes]
         whole = jnp.broadcast_to(values[:, None], (self.before, len(values), self.after))
         full = [1] * len(shape)
@@ -52,5 +53,12 @@ class View:
 
 
 def as_view(axis: "int | View", num_axes: int) -> View:
-    """An axis by its number, or a view as it is."""
-    return axis if isinstance(axis, View) else View((axis % num_axes,))
+    """The view of an axis given by its number; a view as it is."""
+    if isinstance(axis, View):
+        return axis
+    if not isinstance(axis, int | np.integer) or not -num_axes <= axis < num_axes:
+        raise ValueError(
+            f"axes: got {axis!r} for a leaf of {num_axes} axes, expected an integer from "
+            f"{-num_axes} to {num_axes - 1}; name the axis over which the product sums."
+        )
+    return View((int(axis) % num_axes,))

@@ -1,4 +1,8 @@
-"""Closed forms from the papers: oracles that see nothing of what they judge."""
+"""Closed forms and bounds from the papers, in float64 NumPy.
+
+They judge what the other packages compute, so they share no code with them. All of them need
+concrete numbers: call them outside `jax.jit`, `jax.vmap` and `jax.grad`.
+"""
 
 from manifoldflow.theory._kernel_rich_potential import (
     kernel_rich_potential as kernel_rich_potential,

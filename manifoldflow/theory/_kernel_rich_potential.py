@@ -1,44 +1,53 @@
-"""The potential between the l1 and the l2 norm that gradient flow minimises."""
+"""The potential between the ℓ₁ and the ℓ₂ norm that gradient flow minimises."""
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import finite
 
 # From where on arcsinh(x/2) is log x to rounding.
 _LARGE = 1e9
 
 
-@checked
+@checked_concrete
 def kernel_rich_potential(
     weights: Num[ArrayLike, "*batch d"], *, scale: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, "*batch"]:
-    """``Q_alpha(theta) = sum_j alpha_j^2 q(theta_j/alpha_j^2)``, the hyperbolic entropy.
+    """The potential Q_α(θ) = Σⱼ αⱼ²·q(θⱼ/αⱼ²) that gradient flow on ⟨w₊² − w₋², x⟩ minimises.
 
-    ``q(z) = 2 - sqrt(4 + z^2) + z arcsinh(z/2)``, so that its gradient is ``arcsinh(theta_j/(2
-    alpha_j^2))``. Among all theta with ``X theta = y`` gradient flow on ``<w_+^2 - w_-^2, x>`` from
-    ``w_+ = w_- = alpha`` ends at the least: `kernel_rich_interpolant` for one alpha. Under label
-    noise the point is at every time the least for ``alpha_j^2 = |u_j v_j|``, see
-    `overparametrized_linear_charges`.
+    It is called the hyperbolic entropy: q(z) = 2 − √(4 + z²) + z·arcsinh(z/2), so that ∂Q_α/∂θⱼ =
+    arcsinh(θⱼ/(2αⱼ²)). Among all θ with Xθ = y gradient flow from w₊ = w₋ = α ends at the minimum
+    of Q_α; `kernel_rich_interpolant` finds it for one α. Under label noise the point minimises Q_α
+    at every time, with αⱼ² = |uⱼvⱼ| from `overparametrized_linear_charges`.
 
-    ``4 alpha^2 Q_alpha -> |theta|_2^2`` as alpha -> infinity (the kernel regime), ``Q_alpha/log
-    (1/alpha^2) -> |theta|_1`` as alpha -> 0 (the rich regime), there only like 1/log.
+    Kernel regime: 4α²Q_α → ‖θ‖₂² as α → ∞. Rich regime: Q_α/ln(1/α²) → ‖θ‖₁ as α → 0, with an error
+    that falls only like 1/ln(1/α).
 
     Args:
-        weights: theta, shape (d,), or (..., d) for several.
-        scale: alpha > 0, a number or shape (d,).
+        weights: θ, shape (d,), or (…, d) for several points.
+        scale: α > 0, a number or shape (d,).
 
     Returns:
-        Q in float64, of shape () or (...); the sum is over the d features.
+        Q in float64, shape () or (…).
 
     Raises:
-        ValueError: a wrong shape or a value out of range.
+        ValueError: a wrong shape, or a value out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> weights = [1.0, -2.0]
+        >>> large = theory.kernel_rich_potential(weights, scale=100.0)
+        >>> print(round(4 * 100.0**2 * float(large), 3))  # ‖θ‖₂²
+        5.0
+        >>> small = theory.kernel_rich_potential(weights, scale=1e-100)
+        >>> print(round(float(small) / 460.5, 1))  # ‖θ‖₁
+        3.0
 
     References:
-        [Woodworth2020, Theorem 1; Ma2022, Theorem 9.18]. Printed in (9.99) is a sum over the n
-        examples, and in (9.104) another factor ``1/alpha^2``.
+        [Woodworth2020, Theorem 1; Ma2022, Theorem 9.18]. [Ma2022, (9.99)] prints a sum over the n
+        examples in place of the d features, and (9.104) another factor 1/α².
     """
     theta, alpha = finite("weights", weights), finite("scale", scale)
     if theta.ndim == 0 or alpha.shape not in ((), theta.shape[-1:]):
@@ -49,8 +58,8 @@ def kernel_rich_potential(
     if not np.all(alpha > 0.0):
         raise ValueError(f"scale: got {np.min(alpha)}, expected numbers > 0.")
     size = np.abs(theta)
-    # Divided twice, since alpha^2 may underflow; Q = |theta| (arcsinh(z/2) - z/(2 + sqrt(4 + z^2)))
-    # does not cancel for small z.
+    # Divided twice, since α² may underflow. Q = |θ|·(arcsinh(z/2) − z/(2 + √(4 + z²))) does not
+    # cancel for small z, as the definition does.
     with np.errstate(over="ignore", under="ignore"):
         z = size / alpha / alpha
         logarithm = np.log(np.where(size > 0.0, size, 1.0)) - 2.0 * np.log(alpha)

@@ -1,4 +1,4 @@
-"""Where gradient descent on separable data goes: directions of largest margin."""
+"""Directions of largest margin, to which gradient descent on separable data converges."""
 
 from typing import NamedTuple
 
@@ -6,30 +6,35 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import finite, matrix, number, problem, vector
 
 
-@checked
+@checked_concrete
 def max_margin_direction(
     inputs: Num[ArrayLike, "..."], labels: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, " d"]:
-    """The unit w with the largest ``min_i y_i <w, x_i>``: a hard-margin support vector machine.
+    """The unit vector w with the largest margin minᵢ yᵢ⟨w, xᵢ⟩.
 
-    Gradient flow and gradient descent on the logistic or exponential loss of separable data
-    converge to it in direction, from any start. Solved as a least-distance problem, ``min |w|``
-    subject to ``y_i <w, x_i> >= 1``, by non-negative least squares.
+    It is the hard-margin support vector machine. Gradient flow and gradient descent on the logistic
+    or exponential loss of separable data converge to it in direction, from any start. It solves min
+    ‖w‖ subject to yᵢ⟨w, xᵢ⟩ ≥ 1, a least-distance problem, by non-negative least squares.
 
     Args:
         inputs: X, shape (n, d), finite; add a column of ones for a bias.
-        labels: y, shape (n,), -1 or 1.
+        labels: y, shape (n,), each −1 or 1.
 
     Returns:
         w in float64, shape (d,), of length 1.
 
     Raises:
-        ValueError: a wrong shape, labels other than -1 and 1, or data that no plane through
-            the origin separates.
+        ValueError: a wrong shape; labels other than −1 and 1; data that no plane through the origin
+            separates.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.max_margin_direction([[1.0, 3.0], [-1.0, 2.0]], [1, -1]).round(3) + 0.0)
+        [1. 0.]
 
     References:
         [Soudry2018]; C. Lawson, R. Hanson, Solving Least Squares Problems, chapter 23.
@@ -41,12 +46,14 @@ def max_margin_direction(
     if not np.all(np.abs(y) == 1.0):
         raise ValueError(f"labels: got {np.unique(y)[:5]}, expected -1 and 1 only.")
     constraints = y[:, None] * x
+    # In units of the longest input, since the tolerances of nnls are absolute.
     scale = np.max(np.linalg.norm(x, axis=1))
     if scale == 0.0:
         raise ValueError("inputs: got zeros only, expected data that can be separated.")
     system = np.vstack([constraints.T / scale, np.ones(len(y))])
     wanted = np.zeros(len(system))
     wanted[-1] = 1.0
+    # Its default of 3n exchanges is too few where many examples lie close to the margin.
     dual, _ = nnls(system, wanted, maxiter=100 * len(y))
     residual = system @ dual - wanted
     # A zero residual is a convex combination of the y_i x_i that vanishes (Farkas).
@@ -60,14 +67,20 @@ def max_margin_direction(
 
 
 class MarginKKT(NamedTuple):
-    """How far a point is from stationary for the margin.
+    """The defects of the optimality conditions of the largest margin, from `margin_kkt`.
 
     Attributes:
-        residual: of both conditions together, between 0 and 1; 0 exactly where both hold.
-        stationarity: ``|u - sum_i lambda_i y_i grad f_i|`` for the unit vector u.
-        slackness: ``1 - k gamma sum_i lambda_i``, the share of examples beyond the margin.
-        multipliers: lambda, shape (n,), not negative; positive for support vectors only.
-        margin: gamma, ``min_i y_i f_i(u)``.
+        residual: both conditions together, from 0 to 1; 0 exactly where both hold.
+        stationarity: ‖u − Σᵢ λᵢyᵢ∇fᵢ‖ for the unit vector u = θ/‖θ‖.
+        slackness: 1 − kγ·Σᵢ λᵢ, the share of examples beyond the margin.
+        multipliers: λ ≥ 0, shape (n,); positive for support vectors only.
+        margin: γ = minᵢ yᵢfᵢ(u).
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> found = theory.margin_kkt([0.0, 1.0], [1.0, 2.0], [[1.0, 1.0], [0.0, 2.0]])
+        >>> isinstance(found, theory.MarginKKT), found.margin
+        (True, 1.0)
     """
 
     residual: float
@@ -77,7 +90,7 @@ class MarginKKT(NamedTuple):
     margin: float
 
 
-@checked
+@checked_concrete
 def margin_kkt(
     point: Num[ArrayLike, "..."],
     margins: Num[ArrayLike, "..."],
@@ -85,33 +98,42 @@ def margin_kkt(
     *,
     degree: float = 1.0,
 ) -> MarginKKT:
-    """How nearly a point is stationary for ``min |theta|`` subject to ``y_i f_i(theta) >= 1``.
+    """The distance of a point from stationarity for min ‖θ‖ subject to yᵢfᵢ(θ) ≥ 1.
 
-    For outputs that are homogeneous of degree k, ``f(c theta) = c^k f(theta)``, as of a network of
-    k layers without biases. Gradient descent on the logistic or exponential loss, once it separates
-    the data, goes to such a direction: with the unit vector ``u = theta/|theta|`` and gamma its
-    margin there are ``lambda >= 0`` with
+    The outputs are homogeneous of degree k, f(cθ) = cᵏf(θ), like those of a network of k layers
+    without biases. Gradient descent on the logistic or exponential loss, once it separates the
+    data, converges to a direction that satisfies the Karush-Kuhn-Tucker conditions: with u = θ/‖θ‖
+    and its margin γ there are λ ≥ 0 with
 
-        u = sum_i lambda_i y_i grad f_i(u),   lambda_i (y_i f_i(u) - gamma) = 0.
+        u = Σᵢ λᵢyᵢ∇fᵢ(u),   λᵢ(yᵢfᵢ(u) − γ) = 0.
 
-    The lambda here minimise the squares of both, ``|u - sum_i lambda_i y_i grad f_i|^2 + (k sum_i
-    lambda_i (y_i f_i - gamma))^2``, and `residual` is the root of that. For a linear model the
-    margin is at least ``(1 - sqrt(5) residual)`` of the largest; a network may have many such
-    directions. Where an output has a kink, as of a ReLU at 0, any subgradient would do; only the
-    one that is given counts here.
+    The λ returned minimise ‖u − Σᵢ λᵢyᵢ∇fᵢ‖² + (k Σᵢ λᵢ(yᵢfᵢ − γ))², and `residual` is the root of
+    that minimum. For a linear model the margin is at least (1 − √5·residual) of the largest one. A
+    network may have many such directions. At a kink of an output, such as a ReLU at 0, any
+    subgradient would serve; only the given one is tried.
 
     Args:
-        point: theta, shape (D,), of any length but 0.
-        margins: ``y_i f_i(theta)``, shape (n,), all positive.
-        gradients: ``y_i grad f_i(theta)``, shape (n, D).
+        point: θ, shape (D,), not 0.
+        margins: yᵢfᵢ(θ), shape (n,), all positive.
+        gradients: yᵢ∇fᵢ(θ), shape (n, D).
         degree: k > 0.
 
     Returns:
-        `MarginKKT`.
+        A `MarginKKT`.
 
     Raises:
-        ValueError: a wrong shape, a point that does not separate the labels, or margins and
-            gradients that are not those of this degree, ``<grad f_i, theta> = k f_i``.
+        ValueError: a wrong shape; a point that does not separate the labels; margins and gradients
+            that break ⟨∇fᵢ, θ⟩ = k·fᵢ, so that the degree is another one.
+
+    Examples:
+        >>> import numpy as np
+        >>> from manifoldflow import theory
+        >>> rows = np.array([[1.0, 0.0], [0.0, 1.0]])  # yᵢxᵢ of a linear model
+        >>> best = theory.max_margin_direction(rows, [1, 1])
+        >>> print(round(theory.margin_kkt(best, rows @ best, rows).residual, 6))
+        0.0
+        >>> print(round(theory.margin_kkt([3.0, 1.0], [3.0, 1.0], rows).residual, 3))
+        0.507
 
     References:
         [Soudry2018; Ma2022, section 9.4]; K. Lyu, J. Li, Gradient descent maximizes the margin of
@@ -136,9 +158,11 @@ def margin_kkt(
             f"degree: got {k}, expected that of the model, for which <grad f_i, theta> = k f_i; "
             f"the ratios here go up to {np.max(slopes @ theta / values):.4g}. Leave out biases."
         )
+    # On the unit sphere: f(u) = f(θ)/‖θ‖ᵏ and ∇f(u) = ∇f(θ)/‖θ‖ᵏ⁻¹.
     unit, least = theta / length, np.min(values) / length**k
     rows = slopes / length ** (k - 1)
     excess = k * (values / length**k - least)
+    # One least-squares problem for both conditions: slackness is one more row.
     found, residual = nnls(np.vstack([rows.T, excess]), np.r_[unit, 0.0], maxiter=100 * len(values))
     gap = float(np.linalg.norm(unit - found @ rows))
     return MarginKKT(float(residual), gap, float(found @ excess), found, float(least))

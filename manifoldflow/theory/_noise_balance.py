@@ -1,4 +1,4 @@
-"""What SGD's noise weighs in a linear network, on either side of a layer; its sharpness."""
+"""The noise of SGD on either side of a layer of a linear network, and the network's sharpness."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count
-from manifoldflow.theory._arguments import finite, matrix, number, semidefinite
+from manifoldflow.theory._arguments import finite, matrix, number, rounding_of, semidefinite
 
 
-@checked
+@checked_concrete
 def two_layer_noise_matrices(
     inputs: Num[ArrayLike, "..."],
     residuals: Num[ArrayLike, "..."],
@@ -19,19 +19,32 @@ def two_layer_noise_matrices(
     noise_scale: float,
     weight_decay: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``G_W = 2 s E[|r|^2 x x'] + g I`` and ``G_U = 2 s E[|x|^2 r r'] + g I`` with s = sigma^2.
+    """The matrices G_W = 2σ²E[‖r‖²xxᵀ] + γI and G_U = 2σ²E[‖x‖²rrᵀ] + γI of a linear network.
 
-    For ``|U W x - y|^2 + g (|U|^2 + |W|^2)``, all charges rest where ``W G_W W' = U' G_U U``:
-    where the mean gradient (without decay) is 0, and at batch size 1 in steps of SGD anywhere.
+    The network has two layers. For the loss ‖UWx − y‖² + γ(‖U‖² + ‖W‖²) all charges rest where
+    W·G_W·Wᵀ = Uᵀ·G_U·U. This holds where the mean gradient without decay is 0, and anywhere for
+    steps of SGD with batches of one.
 
     Args:
         inputs: x, shape (N, d_x).
-        residuals: r = U W x - y, shape (N, d_y).
-        noise_scale: sigma^2 = eta/(2 S), learning rate over twice the batch size.
-        weight_decay: g >= 0.
+        residuals: r = UWx − y, shape (N, d_y).
+        noise_scale: σ² = η/(2S) ≥ 0, the learning rate over twice the batch size.
+        weight_decay: γ ≥ 0.
+
+    Returns:
+        (G_W, G_U), of shapes (d_x, d_x) and (d_y, d_y).
+
+    Raises:
+        ValueError: wrong shapes, or numbers out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> g_w, g_u = theory.two_layer_noise_matrices([[1.0, 0.0]], [[2.0]], noise_scale=0.5)
+        >>> print(g_w.tolist(), g_u.tolist())
+        [[4.0, 0.0], [0.0, 0.0]] [[4.0]]
 
     References:
-        [Ziyin2024, eq. (13)], which prints E[...] + 2 g I, without eta and S.
+        [Ziyin2024, eq. (13)], which prints E[…] + 2γI, without η and S.
     """
     x, r = matrix("inputs", inputs), matrix("residuals", residuals)
     if len(x) != len(r):
@@ -43,27 +56,41 @@ def two_layer_noise_matrices(
     return of_inputs + decay * np.eye(x.shape[1]), of_outputs + decay * np.eye(r.shape[1])
 
 
-@checked
+@checked_concrete
 def deep_linear_noise_sides(
     weights: Sequence[Num[ArrayLike, "..."]],
     input_covariance: Num[ArrayLike, "..."],
     noise_covariance: Num[ArrayLike, "..."],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """At a minimum, for every hidden layer the two matrices that are equal in equilibrium.
+    """The noise matrices on both sides of each hidden layer, at a minimum of a linear network.
 
-    With N_i = W_{i-1} ... W_1 and M_i = W_D ... W_{i+1}, the second moments of the gradients
-    by W_{i+1} and by W_i, over 4: ``N_{i+1} Sigma_x N_{i+1}' tr(M_{i+1}' Sigma_eps M_{i+1})`` and
-    ``M_i' Sigma_eps M_i tr(N_i Sigma_x N_i')``. For two layers ``W Sigma_x W' tr Sigma_eps`` and
-    ``U' Sigma_eps U tr Sigma_x``.
+    With Nᵢ = Wᵢ₋₁ ⋯ W₁ and Mᵢ = W_D ⋯ Wᵢ₊₁ they are a quarter of the second moments of the
+    gradients by Wᵢ₊₁ and by Wᵢ,
+
+        Nᵢ₊₁ Σ_x Nᵢ₊₁ᵀ · tr(Mᵢ₊₁ᵀ Σ_ε Mᵢ₊₁)   and   Mᵢᵀ Σ_ε Mᵢ · tr(Nᵢ Σ_x Nᵢᵀ).
+
+    At a noise equilibrium the two are equal. For two layers they are WΣ_xWᵀ·tr Σ_ε and UᵀΣ_εU·tr
+    Σ_x.
 
     Args:
-        weights: (W_1, ..., W_D).
-        input_covariance: Sigma_x.
-        noise_covariance: Sigma_eps, of the residuals.
+        weights: (W₁, …, W_D), each (outputs, inputs).
+        input_covariance: Σ_x, (d_x, d_x).
+        noise_covariance: Σ_ε of the residuals, (d_y, d_y).
 
     Returns:
-        D - 1 pairs; their difference times 8 sigma^2 is the drift of
-        ``W_{i+1}' W_{i+1} - W_i W_i'``.
+        D − 1 pairs. Their difference times 8σ² is the drift of Wᵢ₊₁ᵀWᵢ₊₁ − WᵢWᵢᵀ.
+
+    Raises:
+        ValueError: wrong shapes, or a covariance with a negative eigenvalue.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> layers = [[[2.0]], [[0.5]]]  # W = 2, U = 1/2
+        >>> theory.deep_linear_noise_sides(layers, [[1.0]], [[1.0]])
+        [(array([[4.]]), array([[0.25]]))]
+
+    References:
+        [Ziyin2024, Theorem 5.4].
     """
     layers = layers_of(weights)
     moments, returns = _moments(layers, input_covariance, noise_covariance)
@@ -73,18 +100,29 @@ def deep_linear_noise_sides(
     ]
 
 
-@checked
+@checked_concrete
 def deep_linear_sharpness(
     weights: Sequence[Num[ArrayLike, "..."]], input_covariance: Num[ArrayLike, "..."]
 ) -> float:
-    """The trace of the Hessian of ``E|W_D ... W_1 x - y|^2``, at any weights.
+    """The trace of the Hessian of E‖W_D ⋯ W₁x − y‖², at any weights.
 
-    ``2 sum_i |W_D ... W_{i+1}|^2 tr(W_{i-1} ... W_1 Sigma_x W_1' ... W_{i-1}')``; for two layers
-    ``2 (d_y tr(W Sigma_x W') + |U|^2 tr Sigma_x)``.
+    It is 2 Σᵢ ‖W_D ⋯ Wᵢ₊₁‖²·tr(Wᵢ₋₁ ⋯ W₁ Σ_x W₁ᵀ ⋯ Wᵢ₋₁ᵀ). For two layers: 2(d_y·tr(WΣ_xWᵀ) +
+    ‖U‖²·tr Σ_x).
 
     Args:
-        weights: (W_1, ..., W_D).
-        input_covariance: Sigma_x = E[x x'].
+        weights: (W₁, …, W_D), each (outputs, inputs).
+        input_covariance: Σ_x = E[xxᵀ], (d_x, d_x).
+
+    Returns:
+        tr ∇²L, a Python float.
+
+    Raises:
+        ValueError: wrong shapes, or a covariance with a negative eigenvalue.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.deep_linear_sharpness([[[2.0]], [[0.5]]], [[1.0]])
+        8.5
 
     References:
         [Ziyin2024, Proposition 5.3], which prints half of it.
@@ -94,28 +132,40 @@ def deep_linear_sharpness(
     return float(2 * sum(np.trace(m) * np.trace(r) for m, r in zip(moments, returns)))
 
 
-@checked
+@checked_concrete
 def deep_linear_initial_sharpness(
     sizes: Sequence[int], variances: Sequence[float], input_trace: float
 ) -> float:
-    """The mean of `deep_linear_sharpness` over independent centred weights.
+    """The mean of `deep_linear_sharpness` over independent weights with mean 0.
 
-    ``2 tr Sigma_x n_1 ... n_D sum_i prod_{j != i} v_j``; for two layers
-    ``2 d_y d (v_W + v_U) tr Sigma_x``.
+    It is 2·tr Σ_x·n₁ ⋯ n_D·Σᵢ ∏_{j≠i} vⱼ. For two layers of hidden width d: 2·d_y·d·(v_W + v_U)·tr
+    Σ_x.
 
     Args:
-        sizes: (n_0, ..., n_D) = (d_x, widths, d_y).
-        variances: v_i of the entries of W_i, for each of the D layers: (1/d_x, 1/d) for
+        sizes: (n₀, …, n_D) = (d_x, hidden widths, d_y).
+        variances: vᵢ ≥ 0 of the entries of Wᵢ, one for each of the D layers; (1/d_x, 1/d) for
             Kaiming's start of two layers.
-        input_trace: tr Sigma_x.
+        input_trace: tr Σ_x ≥ 0.
+
+    Returns:
+        The mean of tr ∇²L, a Python float.
+
+    Raises:
+        ValueError: sizes, variances or a trace out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.deep_linear_initial_sharpness((4, 2, 1), (0.25, 0.5), input_trace=4.0)
+        12.0
 
     References:
-        [Ziyin2024, eq. (15)], half of it and with v_U = 1 for Kaiming's start.
+        [Ziyin2024, eq. (15)], which has half of it, and v_U = 1 for Kaiming's start.
     """
     counts = [checked_count("sizes", size) for size in sizes]
     v = finite("variances", np.array(variances))
     if v.shape != (len(counts) - 1,) or len(v) == 0 or np.any(v < 0):
         raise ValueError(f"variances: got {v}, expected {len(counts) - 1} numbers >= 0.")
+    # Without division by vᵢ, which may be 0.
     others = sum(np.prod(np.delete(v, i)) for i in range(len(v)))
     return float(2 * number("input_trace", input_trace, least=0.0) * np.prod(counts[1:]) * others)
 
@@ -127,20 +177,26 @@ def problem(
     inner_name: str = "input_covariance",
     outer_name: str = "noise_covariance",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A map and the two covariances around it, refused unless their shapes fit."""
+    given = target_map, inner, outer
     v = matrix("target_map", target_map)
     rows, columns = v.shape
     inner = shaped(inner_name, matrix(inner_name, inner), (columns, columns))
     outer = shaped(outer_name, matrix(outer_name, outer), (rows, rows))
-    return v, semidefinite(inner_name, inner), semidefinite(outer_name, outer)
+    rounding = rounding_of(*given)
+    inner = semidefinite(inner_name, inner, rounding)
+    return v, inner, semidefinite(outer_name, outer, rounding)
 
 
 def shaped(name: str, value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The array itself, refused unless it has this shape."""
     if value.shape != shape:
         raise ValueError(f"{name}: got shape {value.shape}, expected {shape}.")
     return value
 
 
 def layers_of(weights: Sequence[ArrayLike]) -> list[np.ndarray]:
+    """The weights (W₁, …, W_D) as float64 matrices whose shapes follow each other."""
     layers = [matrix(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     fits = all(after.shape[1] == before.shape[0] for before, after in zip(layers, layers[1:]))
     if not layers or not fits:
@@ -154,7 +210,7 @@ def layers_of(weights: Sequence[ArrayLike]) -> list[np.ndarray]:
 def _moments(
     layers: list[np.ndarray], input_covariance: ArrayLike, noise_covariance: ArrayLike
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """N_i Sigma_x N_i' of what enters every layer, M_i' Sigma_eps M_i of what comes back to it."""
+    """Nᵢ Σ_x Nᵢᵀ of the input to every layer, and Mᵢᵀ Σ_ε Mᵢ of the gradient at its output."""
     outputs, inputs = len(layers[-1]), layers[0].shape[1]
     _, forward, backward = problem(np.zeros((outputs, inputs)), input_covariance, noise_covariance)
     moments, returns = [forward], [backward]

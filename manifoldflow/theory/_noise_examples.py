@@ -1,4 +1,4 @@
-"""Where SGD holds deep linear networks on examples, whatever their weights and residuals."""
+"""Noise equilibria of deep linear networks on given examples, at any weights and residuals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,27 +7,29 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Key
-from manifoldflow.theory._arguments import matrix
+from manifoldflow.theory._arguments import matrix, rounding_of
 from manifoldflow.theory._noise_balance import layers_of
 from manifoldflow.theory._noise_equilibrium import frames, Weights
 
-_ROUNDING = 1e-10
 _MAX_SWEEPS = 20_000
 
 
 class _Batches(NamedTuple):
-    """Examples, and E over batches of the gradient's square as ``share E[g g'] + (1 - share) E[g]
-    E[g]'`` over examples."""
+    """Examples, and the share of E[ggᵀ] over examples in the second moment of a batch's gradient.
+
+    Over batches that moment is share·E[ggᵀ] + (1 − share)·E[g]E[g]ᵀ.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
     share: float
+    rounding: float  # of the numbers that were given
 
 
-@checked
+@checked_concrete
 def deep_linear_sides_of_examples(
     weights: Sequence[Num[ArrayLike, "..."]],
     inputs: Num[ArrayLike, "..."],
@@ -36,30 +38,40 @@ def deep_linear_sides_of_examples(
     batch_size: int | None = 1,
     replacement: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """At any weights, for every hidden layer the two matrices that are equal in equilibrium.
+    """The noise matrices on both sides of each hidden layer, at any weights, on given examples.
 
-    With residuals ``r = W_D ... W_1 x - y``, with ``h = W_{i-1} ... W_1 x`` that enters layer i and
-    ``b = (W_D ... W_{i+2})' r`` that comes back to layer i + 1, for batches of one
+    With residuals r = W_D ⋯ W₁x − y, with h = Wᵢ₋₁ ⋯ W₁x the input to layer i and b = (W_D ⋯
+    Wᵢ₊₂)ᵀr the gradient at the output of layer i + 1, for batches of one they are
 
-        ``W_i E[|b|^2 h h'] W_i'`` and ``W_{i+1}' E[|h|^2 b b'] W_{i+1}``:
+        WᵢE[‖b‖²hhᵀ]Wᵢᵀ   and   Wᵢ₊₁ᵀE[‖h‖²bbᵀ]Wᵢ₊₁:
 
-    a quarter of E[g'g] of the gradient by W_{i+1} and of E[g g'] of that by W_i, for larger
-    batches with g of a batch. A step of SGD on the mean of |r|^2 changes
-    ``W_{i+1}' W_{i+1} - W_i W_i'`` by 4 eta^2 times their difference in the mean, exactly.
+    a quarter of E[gᵀg] of the gradient by Wᵢ₊₁ and of E[ggᵀ] of the gradient by Wᵢ. For larger
+    batches g is the gradient of a batch. A step of SGD on the mean of ‖r‖² changes Wᵢ₊₁ᵀWᵢ₊₁ −
+    WᵢWᵢᵀ by 4η² times their difference in the mean, exactly. At a noise equilibrium the two are
+    equal.
 
     Args:
-        weights: (W_1, ..., W_D), D >= 2.
+        weights: (W₁, …, W_D), D ≥ 2, each (outputs, inputs).
         inputs: x, shape (N, d_x).
         targets: y, shape (N, d_y).
         batch_size: S; None for all N, gradient descent.
-        replacement: how batches are drawn.
+        replacement: True where batches are drawn with replacement.
 
     Returns:
-        D - 1 pairs.
+        D − 1 pairs.
+
+    Raises:
+        ValueError: wrong shapes, or a batch size above N without replacement.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> layers = [[[2.0]], [[0.5]]]
+        >>> theory.deep_linear_sides_of_examples(layers, [[1.0], [1.0]], [[0.0], [2.0]])
+        [(array([[4.]]), array([[0.25]]))]
 
     References:
-        [Ziyin2024, Theorem E.1], batches of one. In the limit of small learning rates E[g] counts
-        for nothing: `symmetry.noether_drift`. Where it is 0 all of them agree.
+        [Ziyin2024, Theorem E.1], for batches of one. In the limit of small learning rates E[g] does
+        not contribute (`symmetry.noether_drift`). Where E[g] is 0 all of them agree.
     """
     layers = layers_of(weights)
     shape = len(layers[-1]), layers[0].shape[1]
@@ -68,7 +80,7 @@ def deep_linear_sides_of_examples(
     return [_sides(layers, i, residuals, batches) for i in range(len(layers) - 1)]
 
 
-@checked
+@checked_concrete
 def deep_linear_equilibrium_of_examples(
     product: Num[ArrayLike, "..."],
     inputs: Num[ArrayLike, "..."],
@@ -79,29 +91,39 @@ def deep_linear_equilibrium_of_examples(
     batch_size: int | None = 1,
     replacement: bool = False,
 ) -> Weights:
-    """The factors W_D ... W_1 of a product at which no charge moves, whatever the residuals.
+    """The factors W_D, …, W₁ of a product at which no charge drifts, for the residuals as they are.
 
-    Where `deep_linear_noise_equilibrium` needs a minimum, and residuals that are independent of
-    the inputs, this one takes any product and the residuals as they are. It is the minimum of
-    ``sum_i E|dL/dW_i|^2`` over all factors, up to rotations of the hidden layers the only one.
+    `deep_linear_noise_equilibrium` needs a minimum, and residuals that are independent of the
+    inputs. This function takes any product and any residuals. The factors minimise Σᵢ E‖∂L/∂Wᵢ‖²
+    over all factors of the product, and are unique up to rotations of the hidden layers.
 
     Args:
-        product: P = W_D ... W_1, shape (d_y, d_x), not 0: the least-squares map for the end of
+        product: P = W_D ⋯ W₁, shape (d_y, d_x), not 0: the least-squares map for the end of
             training, or the product of any network.
         inputs: x, shape (N, d_x).
         targets: y, shape (N, d_y).
-        widths: of the D - 1 hidden layers, each at least the rank of P.
+        widths: of the D − 1 hidden layers, each at least the rank of P.
         key: draws the rotations, uniformly.
-        batch_size: S; None for all N, gradient descent. Where the mean gradient is 0 all agree.
-        replacement: how batches are drawn.
+        batch_size: S; None for all N, gradient descent. Where the mean gradient is 0 it does not
+            matter.
+        replacement: True where batches are drawn with replacement.
 
     Returns:
-        (W_1, ..., W_D) in float64. Layers wider than the rank of P carry nothing else.
+        (W₁, …, W_D) in float64. Layers wider than the rank of P carry nothing else.
 
     Raises:
-        ValueError: wrong shapes; a width below the rank of P; gradients that do not reach all of
-            P: then no finite equilibrium exists.
+        ValueError: wrong shapes; a width below the rank of P; gradients that do not reach all of P,
+            so that no finite equilibrium exists.
         RuntimeError: no convergence.
+
+    Examples:
+        >>> import jax.random as jr
+        >>> from manifoldflow import theory
+        >>> w, u = theory.deep_linear_equilibrium_of_examples(
+        ...     [[1.0]], [[1.0], [2.0]], [[0.0], [3.0]], widths=[1], key=jr.key(0)
+        ... )
+        >>> print((u @ w).round(6).tolist(), (abs(u) - abs(w)).round(6).tolist())
+        [[1.0]] [[0.0]]
 
     References:
         [Ziyin2024, Theorem E.1].
@@ -111,7 +133,7 @@ def deep_linear_equilibrium_of_examples(
     sizes = [checked_count("widths", width) for width in widths]
     if not sizes:
         raise ValueError("widths: got none, expected the width of at least one hidden layer.")
-    layers = _even_factors(target, len(sizes) + 1)
+    layers = _even_factors(target, len(sizes) + 1, rounding_of(product))
     turns = frames(sizes, len(layers[0]), key)
     residuals = _residuals(batches, [target])
     _balance_all(layers, residuals, batches)
@@ -139,7 +161,7 @@ def _batches(
             f"batch_size: got {size}, more than the {len(x)} examples; draw with replacement=True."
         )
     finite = 1.0 if replacement else (len(x) - size) / max(len(x) - 1, 1)
-    return _Batches(x, y, finite / size)
+    return _Batches(x, y, finite / size, rounding_of(inputs, targets))
 
 
 def _residuals(batches: _Batches, layers: Sequence[np.ndarray]) -> np.ndarray:
@@ -152,7 +174,7 @@ def _residuals(batches: _Batches, layers: Sequence[np.ndarray]) -> np.ndarray:
 def _sides(
     layers: Sequence[np.ndarray], index: int, residuals: np.ndarray, batches: _Batches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of hidden layer `index`: of the gradient by what follows it, and by what it follows."""
+    """The two sides of a hidden layer: from the gradient by the next layer, and by this one."""
     entering, coming_back = batches.inputs, residuals
     for layer in layers[:index]:
         entering = entering @ layer.T
@@ -166,19 +188,19 @@ def _sides(
 
 
 def _second_moment(rows: np.ndarray, others: np.ndarray, share: float) -> np.ndarray:
-    """``E_batches[g g']`` of ``g = E[row other']``."""
+    """E[ggᵀ] over batches, for g = E[row·otherᵀ]."""
     each = (rows.T * np.sum(others**2, axis=1)) @ rows / len(rows)
     mean = rows.T @ others / len(rows)
     return share * each + (1 - share) * mean @ mean.T
 
 
 def _balance_all(layers: list[np.ndarray], residuals: np.ndarray, batches: _Batches) -> None:
-    """One layer after the other: the sum of squares is convex along the orbit, so this ends."""
+    """Balances one layer after the other; ends since the sum of squares is convex on the orbit."""
     gap = np.inf
     for _ in range(_MAX_SWEEPS):
         last, hidden = gap, range(len(layers) - 1)
         gap = max(_balance(layers, i, residuals, batches) for i in hidden)
-        if gap <= 1e-13 or last <= gap <= _ROUNDING:  # what rounding leaves
+        if gap <= 1e-13 or last <= gap <= 1e-10:  # what rounding leaves
             return
     raise RuntimeError(
         f"deep_linear_equilibrium_of_examples: the sides still differ by {gap:.1e} after "
@@ -189,35 +211,38 @@ def _balance_all(layers: list[np.ndarray], residuals: np.ndarray, batches: _Batc
 def _balance(
     layers: list[np.ndarray], index: int, residuals: np.ndarray, batches: _Batches
 ) -> float:
-    """Makes the two sides of one hidden layer equal by ``(W, W') -> (Q W, W' Q^-1)``.
+    """Makes the two sides of one hidden layer equal by (W, W′) ↦ (QW, W′Q⁻¹).
 
-    They turn into ``Q N Q'`` and ``Q'^-1 M Q^-1``: with Q'Q = P, ``P N P = M``, whose solution is
-    the geometric mean of ``N^-1`` and M.
+    They become QNQᵀ and Q⁻ᵀMQ⁻¹. With QᵀQ = P the equation is PNP = M, solved by the geometric mean
+    of N⁻¹ and M.
 
     Returns:
-        How far apart they were, relatively.
+        The relative difference of the two sides before.
     """
     left, right = _sides(layers, index, residuals, batches)
     gap = np.linalg.norm(left - right) / np.linalg.norm(left + right)
     values, vectors = np.linalg.eigh(left)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     middle, turn = np.linalg.eigh(root @ right @ root)
-    if values[0] <= _ROUNDING * values[-1] or middle[0] <= _ROUNDING**2 * middle[-1]:
+    # `middle` is of fourth order in the gradients, `values` of second.
+    rounding = batches.rounding
+    if values[0] <= rounding * values[-1] or middle[0] <= rounding**2 * middle[-1]:
         raise ValueError(
             "inputs and targets: the gradients reach less than all of product, so that no finite "
             "equilibrium exists. Restrict the problem to the directions that have noise."
         )
-    # Q = D^(1/4) V' N^(-1/2) for N^(1/2) M N^(1/2) = V D V'.
+    # Q = D^¼VᵀN^{−½} for N^½MN^½ = VDVᵀ.
+    # With QᵀQ the geometric mean of N⁻¹ and M; Q itself need not be symmetric.
     change = middle[:, None] ** 0.25 * (turn.T @ (vectors / np.sqrt(values)) @ vectors.T)
     layers[index] = change @ layers[index]
     layers[index + 1] = layers[index + 1] @ np.linalg.inv(change)
     return float(gap)
 
 
-def _even_factors(product: np.ndarray, depth: int) -> list[np.ndarray]:
-    """Factors of the product with its rank as widths, all of the same singular values."""
+def _even_factors(product: np.ndarray, depth: int, rounding: float) -> list[np.ndarray]:
+    """Factors of the product, with its rank as widths, that share the same singular values."""
     left, values, right = np.linalg.svd(product, full_matrices=False)
-    rank = int(np.sum(values > _ROUNDING * values[0])) if values[0] > 0 else 0
+    rank = int(np.sum(values > rounding * values[0])) if values[0] > 0 else 0
     if rank == 0:
         raise ValueError("product: got 0, expected a map that is not; 0 needs no weights.")
     root = values[:rank] ** (1 / depth)

@@ -1,8 +1,8 @@
-"""Where optimisers go on the smallest model with a valley: f = x y, fitted to 1.
+"""Limits of optimisers on the smallest model with a valley: f = xy, fitted to 1.
 
-The loss is (x y - 1)^2/2 with fresh label noise of standard deviation d in every step, Gaussian or
-+-d. The minimisers are x = e^s, y = e^-s, of sharpness 2 cosh 2s: the flattest is s = 0. Here is
-s(t) in the limit of small learning rates eta, on the clock t = k eta^2 after k steps.
+The loss is ½(xy − 1)² with fresh label noise of standard deviation δ in every step, Gaussian or ±δ.
+The minimisers are x = eˢ, y = e⁻ˢ, of sharpness 2cosh 2s; the flattest is s = 0. Each function
+gives s(t) in the limit of small learning rates η, on the clock t = kη² after k steps.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count
 from manifoldflow.theory._arguments import finite, number
 
 Curve = Float[np.ndarray, "..."]
 
 
-@checked
+@checked_concrete
 def scalar_factorization_sgd(
     start: float,
     time: Num[ArrayLike, "..."],
@@ -26,18 +26,26 @@ def scalar_factorization_sgd(
     label_std: float = 1.0,
     weight_decay: float = 0.0,
 ) -> Curve:
-    """``sinh 2s = sinh 2s_0 e^{-(d^2 + 2 w) t}``: SGD with label noise on f = x y.
+    """The position s(t) of SGD with label noise on f = xy: sinh 2s = sinh 2s₀·e^{−(δ² + 2w)t}.
 
-    That is ``Y' = -(d^2/4) P grad tr H - w P Y`` [LiWangArora2022, Corollary 5.2].
+    It solves Y′ = −(δ²/4)P∇tr H − wPY [LiWangArora2022, Corollary 5.2].
 
     Args:
-        start: s_0 = ln x where gradient flow lands.
-        time: t >= 0 on the clock k eta^2, any shape.
-        label_std: d >= 0.
-        weight_decay: w = lambda/eta >= 0, of ``theta <- theta - eta g - eta lambda theta``.
+        start: s₀ = ln x at the point where gradient flow lands.
+        time: t ≥ 0 on the clock kη², any shape.
+        label_std: δ ≥ 0.
+        weight_decay: w = λ/η ≥ 0, of θ ← θ − ηg − ηλθ.
 
     Returns:
         s(t) in float64, of the shape of `time`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.scalar_factorization_sgd(1.0, [0.0, 1.0, 5.0]).round(3).tolist())
+        [1.0, 0.55, 0.012]
     """
     first, times = number("start", start, least=-np.inf), _times(time)
     rate = number("label_std", label_std, least=0.0) ** 2
@@ -45,7 +53,7 @@ def scalar_factorization_sgd(
     return np.asarray(np.arcsinh(np.sinh(2 * first) * np.exp(-rate * times)) / 2)
 
 
-@checked
+@checked_concrete
 def scalar_factorization_local_sgd(
     start: float,
     time: Num[ArrayLike, "..."],
@@ -54,20 +62,35 @@ def scalar_factorization_local_sgd(
     gradient_time: float,
     label_std: float = 1.0,
 ) -> Curve:
-    """s(t) for K workers on f = x y whose weights are averaged every a/eta steps.
+    """The position s(t) of K workers on f = xy whose weights are averaged every a/η steps.
 
-    ``Y' = -(d^2/4K) P grad tr[K H - (K-1) Ein(2aH)/(2a)]`` with ``Ein(x) = int_0^x (1-e^-u)/u du``:
-    from that of SGD with K times the batch, at a = 0, to that of one worker as a grows.
+    Y′ = −(δ²/4K)·P∇tr[KH − (K − 1)Ein(2aH)/(2a)] with Ein(x) = ∫₀ˣ (1 − e⁻ᵘ)/u du. At a = 0 this is
+    SGD with K times the batch; as a grows it becomes SGD of one worker.
 
     Args:
-        start: s_0 = ln x where gradient flow lands.
-        time: t >= 0 on the clock k eta^2 of the k steps of each worker, any shape.
-        num_workers: K >= 1.
-        gradient_time: a >= 0, learning rate times the number of steps between averages.
-        label_std: d >= 0, of the labels of one worker.
+        start: s₀ = ln x at the point where gradient flow lands.
+        time: t ≥ 0 on the clock kη² of the k steps of each worker, any shape.
+        num_workers: K ≥ 1.
+        gradient_time: a ≥ 0, learning rate times the number of steps between averages.
+        label_std: δ ≥ 0, of the labels of one worker.
 
     Returns:
         s(t) in float64, of the shape of `time`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> options = {"num_workers": 4, "label_std": 1.0}
+        >>> for a in (0.0, 1.0, 100.0):
+        ...     position = theory.scalar_factorization_local_sgd(
+        ...         1.0, 1.0, gradient_time=a, **options
+        ...     )
+        ...     print(round(float(position), 3))
+        0.881
+        0.581
+        0.55
 
     References:
         [GuLyuHuangArora2023].
@@ -79,6 +102,7 @@ def scalar_factorization_local_sgd(
 
     def velocity(_: float, state: np.ndarray) -> np.ndarray:
         depth = 4 * a * np.cosh(2 * state)  # 2a tr H
+        # Ein′(x) = (1 − e⁻ˣ)/x, and 1 in the limit a → 0.
         kept = -np.expm1(-depth) / depth if a > 0 else 1.0
         gain = (workers - (workers - 1) * kept) / workers
         return -variance / 2 * gain * np.tanh(2 * state)
@@ -86,7 +110,7 @@ def scalar_factorization_local_sgd(
     return _integrated(velocity, np.array([first]), _times(time))
 
 
-@checked
+@checked_concrete
 def scalar_factorization_adam(
     start: float,
     time: Num[ArrayLike, "..."],
@@ -96,24 +120,33 @@ def scalar_factorization_adam(
     weight_decay: float = 0.0,
     decoupled: bool = True,
 ) -> Curve:
-    """s(t) for Adam (eps = 0) on f = x y, with 1 - beta_2 = b eta; any beta_1.
+    """The position s(t) of Adam (ε = 0) on f = xy, with 1 − β₂ = bη and any β₁.
 
-    Without decay ``sinh s tanh(s/2)^{b d/2}`` falls as e^{-t/2}, from
-    ``s' = -(c/2) tanh s`` with ``c = m/(m + b)``, ``m = 2 cosh(s)/d`` the rate at which the
-    preconditioned loss relaxes: the second moments lag behind by 1/b. For b = 0, that is for
-    eta^2 << 1 - beta_2 << eta m, sinh s falls as e^{-t/2}, whatever the noise. Decoupled decay
-    (AdamW) adds ``-w tanh s``, a decay inside the loss ``-(2 w/d) sinh s``.
+    Without decay sinh s·tanh(s/2)^{bδ/2} falls as e^{−t/2}, by s′ = −(c/2)tanh s with c = m/(m +
+    b). The rate m = 2cosh(s)/δ is that at which the preconditioned loss relaxes; the second moments
+    lag behind by 1/b. For b = 0, that is for η² ≪ 1 − β₂ ≪ ηm, sinh s falls as e^{−t/2} for any
+    noise. Decoupled decay (AdamW) adds −w·tanh s, a decay inside the loss −(2w/δ)·sinh s.
 
     Args:
-        start: s_0 = ln x where the descent lands.
-        time: t >= 0 on the clock k eta^2, any shape.
-        averaging_rate: b = (1 - beta_2)/eta >= 0.
-        label_std: d > 0; without noise there is nothing to divide by.
-        weight_decay: w = lambda/eta >= 0, where lambda multiplies theta.
-        decoupled: the decay of AdamW; else that of ``lambda |theta|^2/2`` in the loss.
+        start: s₀ = ln x at the point where the descent lands.
+        time: t ≥ 0 on the clock kη², any shape.
+        averaging_rate: b = (1 − β₂)/η ≥ 0.
+        label_std: δ > 0; without noise there is nothing to divide by.
+        weight_decay: w = λ/η ≥ 0, where λ multiplies θ.
+        decoupled: True for the decay of AdamW; False for that of ½λ‖θ‖² in the loss.
 
     Returns:
         s(t) in float64, of the shape of `time`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(round(float(theory.scalar_factorization_adam(1.0, 2.0)), 3))
+        0.42
+        >>> print(round(float(theory.scalar_factorization_adam(1.0, 2.0, averaging_rate=1.0)), 3))
+        0.543
 
     References:
         [LiWenLyu2025] for b = 0.
@@ -131,7 +164,7 @@ def scalar_factorization_adam(
     return _integrated(velocity, np.array([first]), _times(time))
 
 
-@checked
+@checked_concrete
 def scalar_factorization_slow_adam(
     start: float,
     time: Num[ArrayLike, "..."],
@@ -140,22 +173,32 @@ def scalar_factorization_slow_adam(
     label_std: float = 1.0,
     second_moments: Num[ArrayLike, "..."] | None = None,
 ) -> Curve:
-    """s(t) for Adam (eps = 0) on f = x y whose second moments are slow, 1 - beta_2 = c eta^2.
+    """The position s(t) of Adam (ε = 0) on f = xy whose second moments are slow, 1 − β₂ = cη².
 
-    ``s' = -(d^2/2) p q (q x^2 - p y^2)/(p y^2 + q x^2)`` with p, q = v^{-1/2}, and
-    ``v' = c (d^2 (y^2, x^2) - v)``. With the bias correction v begins at 0 and is divided by
-    ``1 - e^{-c t}``: p, q are then right from the start, and depend on all of the way so far.
+    s′ = −(δ²/2)·pq(qx² − py²)/(py² + qx²) with p, q = v^{−1/2}, and v′ = c(δ²(y², x²) − v). With
+    the bias correction v begins at 0 and is divided by 1 − e^{−ct}. Then p and q are right from the
+    start, and depend on the whole way so far.
 
     Args:
-        start: s_0 = ln x where the descent lands.
-        time: t >= 0 on the clock k eta^2, any shape.
-        averaging_rate: c = (1 - beta_2)/eta^2 > 0.
-        label_std: d > 0.
-        second_moments: v at time 0, two positive numbers, for Adam without bias correction; by
-            default with it.
+        start: s₀ = ln x at the point where the descent lands.
+        time: t ≥ 0 on the clock kη², any shape.
+        averaging_rate: c = (1 − β₂)/η² > 0.
+        label_std: δ > 0.
+        second_moments: v at time 0, two positive numbers, for Adam without bias correction; None
+            for Adam with it.
 
     Returns:
         s(t) in float64, of the shape of `time`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> position = theory.scalar_factorization_slow_adam(1.0, 1.0, averaging_rate=100.0)
+        >>> fast = theory.scalar_factorization_adam(1.0, 1.0)  # the limit c → ∞
+        >>> print(abs(position - fast) < 0.01)
+        True
     """
     first = number("start", start, least=-np.inf)
     c = number("averaging_rate", averaging_rate, least=0.0, strict=True)
@@ -169,6 +212,7 @@ def scalar_factorization_slow_adam(
         s, v = state[0], state[1:]
         moments = variance * np.exp(np.array([-2 * s, 2 * s]))  # of the gradient
         seen = v / -np.expm1(-c * t) if is_corrected and t > 0 else v
+        # At t = 0 the corrected moments are 0/0; their limit is the moment of the first gradient.
         seen = moments if is_corrected and t == 0 else seen
         p, q = seen**-0.5
         pulls = q * np.exp(2 * s), p * np.exp(-2 * s)
@@ -178,7 +222,7 @@ def scalar_factorization_slow_adam(
     return _integrated(velocity, np.append(first, begin), _times(time))
 
 
-@checked
+@checked_concrete
 def scale_invariant_norm(
     start: float,
     time: Num[ArrayLike, "..."],
@@ -187,26 +231,35 @@ def scale_invariant_norm(
     noise_constant: float = 1.0,
     weight_decay: float = 0.0,
 ) -> Curve:
-    """|theta| for a scale-invariant loss: ``r^4 = ch/2w + (r_0^4 - ch/2w) e^{-4wt}``.
+    """The norm r = ‖θ‖ for a scale-invariant loss: r⁴ = ch/2w + (r₀⁴ − ch/2w)·e^{−4wt}.
 
-    Noise of covariance c H, which is orthogonal to theta, drives the norm up and decay pulls it
-    down: ``Y' = -(c/4) P grad tr H - w Y`` with ``tr H(theta) = h/r^2``. Exact where h, the trace
-    at norm 1, is the same all along the way; without decay ``r^4 = r_0^4 + 2 c h t``.
+    Noise of covariance cH is orthogonal to θ and drives the norm up; decay pulls it down: Y′ =
+    −(c/4)P∇tr H − wY with tr H(θ) = h/r². The formula is exact where h, the trace at norm 1, stays
+    the same on the way. Without decay r⁴ = r₀⁴ + 2cht.
 
     Args:
-        start: r_0 > 0, the norm at which gradient flow lands.
-        time: t >= 0 on the clock k eta^2, any shape.
-        trace: h >= 0, the trace of the Hessian at theta/|theta|.
-        noise_constant: c >= 0 of the gradient noise c H.
-        weight_decay: w = lambda/eta >= 0.
+        start: r₀ > 0, the norm at which gradient flow lands.
+        time: t ≥ 0 on the clock kη², any shape.
+        trace: h ≥ 0, the trace of the Hessian at θ/‖θ‖.
+        noise_constant: c ≥ 0 of the gradient noise cH.
+        weight_decay: w = λ/η ≥ 0.
 
     Returns:
         r(t) in float64, of the shape of `time`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.scale_invariant_norm(1.0, [0.0, 7.5, 40.0], trace=1.0).tolist())
+        [1.0, 2.0, 3.0]
     """
     fourth = number("start", start, least=0.0, strict=True) ** 4
     times = _times(time)
     h, c = number("trace", trace, least=0.0), number("noise_constant", noise_constant, least=0.0)
     w = number("weight_decay", weight_decay, least=0.0)
+    # By expm1: the difference 1 − e^{−4wt} cancels for slow decay.
     gained = -np.expm1(-4 * w * times) / (2 * w) if w > 0 else 2 * times
     return np.asarray((fourth * np.exp(-4 * w * times) + c * h * gained) ** 0.25)
 
@@ -221,10 +274,11 @@ def _times(time: Num[ArrayLike, "..."]) -> np.ndarray:
 def _integrated(
     velocity: Callable[[float, np.ndarray], np.ndarray], start: np.ndarray, times: np.ndarray
 ) -> np.ndarray:
-    """The first component of the solution of an ordinary differential equation, at some times."""
+    """The first component of the solution of a differential equation, at the given times."""
     # Here, since scipy is slow to import and only some oracles need it.
     from scipy.integrate import solve_ivp
 
+    # solve_ivp wants its times ascending; callers may give them in any order.
     wanted, where = np.unique(times, return_inverse=True)
     end = float(np.max(wanted, initial=0.0))
     if end == 0.0:

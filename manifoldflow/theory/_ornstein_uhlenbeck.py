@@ -1,4 +1,4 @@
-"""How SGD spreads about a minimum: the laws of its linearisation, at every time and in the end."""
+"""The Gaussian laws of SGD linearised about a minimum, at every time and at late times."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,19 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
-from manifoldflow.theory._arguments import matrix, number, semidefinite, times_of, vector
+from manifoldflow._boundary import checked_concrete
+from manifoldflow.theory._arguments import (
+    eps_of,
+    matrix,
+    number,
+    rounding_of,
+    semidefinite,
+    times_of,
+    vector,
+)
 
 
-@checked
+@checked_concrete
 def ornstein_uhlenbeck_covariance(
     hessian: Num[ArrayLike, "..."],
     covariance: Num[ArrayLike, "..."],
@@ -18,39 +26,48 @@ def ornstein_uhlenbeck_covariance(
     learning_rate: float,
     discrete: bool = False,
 ) -> Float[np.ndarray, "D D"]:
-    """S, the stationary covariance of SGD near a minimum with this Hessian.
+    """The stationary covariance S of SGD near a minimum with this Hessian.
 
-    In continuous time ``dX = -eta H X dt + eta F dW`` with ``F F' = Sigma``, so that ``H S + S H =
-    eta Sigma``. SGD itself, ``X <- (I - eta H) X + eta xi``, has ``S = (I - eta H) S (I - eta H) +
-    eta^2 Sigma`` exactly: ``discrete=True``. Label noise, ``Sigma = c H``, gives ``S = (eta c/2)
-    P_perp`` and ``eta c (2 I - eta H)^{-1} P_perp``.
+    In continuous time dX = −ηHX dt + ηF dW with FFᵀ = Σ, so that HS + SH = ηΣ. The steps of SGD, X
+    ← (I − ηH)X + ηξ, have S = (I − ηH)S(I − ηH) + η²Σ exactly (`discrete=True`). Label noise, Σ =
+    cH, gives S = (ηc/2)·P⊥ in continuous time and ηc(2I − ηH)⁻¹P⊥ in steps.
 
-    Along directions in which the Hessian vanishes nothing pulls back; S is 0 there, and noise
-    there is refused.
+    Along directions in which the Hessian vanishes nothing pulls back. S is 0 there, and noise there
+    is refused.
 
     Args:
-        hessian: H, symmetric positive semidefinite.
-        covariance: Sigma of the gradient noise, symmetric positive semidefinite.
-        learning_rate: eta > 0.
-        discrete: for the steps of SGD, not for the diffusion.
+        hessian: H, symmetric positive semidefinite, (D, D).
+        covariance: Σ of the gradient noise, symmetric positive semidefinite, (D, D).
+        learning_rate: η > 0.
+        discrete: True for the steps of SGD, False for the diffusion.
 
     Returns:
-        S in float64.
+        S in float64, (D, D).
 
     Raises:
-        ValueError: wrong shapes, no symmetry, a negative eigenvalue, noise along a flat
-            direction, or a learning rate at which SGD is unstable, ``eta lambda >= 2``.
+        ValueError: wrong shapes; no symmetry; a negative eigenvalue; noise along a flat direction;
+            a learning rate at which SGD is unstable, ηλ ≥ 2.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> hessian = [[2.0, 0.0], [0.0, 0.0]]
+        >>> print(
+        ...     theory.ornstein_uhlenbeck_covariance(hessian, hessian, learning_rate=0.1).tolist()
+        ... )
+        [[0.05, 0.0], [0.0, 0.0]]
 
     References:
         [Ma2022, chapter 9]; S. Mandt, M. Hoffman, D. Blei, JMLR 18 (2017).
     """
     h = _symmetric("hessian", hessian)
-    sigma = semidefinite("covariance", _symmetric("covariance", covariance))
+    rounding = rounding_of(covariance)
+    sigma = semidefinite("covariance", _symmetric("covariance", covariance), rounding)
     if h.shape != sigma.shape:
         raise ValueError(f"hessian and covariance need one shape; got {h.shape} and {sigma.shape}.")
     eta = number("learning_rate", learning_rate, least=0.0, strict=True)
     values, vectors = np.linalg.eigh(h)
-    floor = len(h) * np.finfo(np.float64).eps * np.max(np.abs(values), initial=0.0)
+    # A flat direction of a float32 Hessian has an eigenvalue of about 1e-8 of the largest.
+    floor = len(h) * eps_of(hessian) * np.max(np.abs(values), initial=0.0)
     if values[0] < -100 * floor:
         raise ValueError(
             f"hessian: got the eigenvalue {values[0]:.3g}, expected none below 0; a saddle has no "
@@ -65,7 +82,7 @@ def ornstein_uhlenbeck_covariance(
     turned = vectors.T @ sigma @ vectors
     is_flat = values == 0.0
     leak = np.max(np.abs(turned[is_flat]), initial=0.0)
-    if leak > 1e-10 * np.max(np.abs(turned), initial=0.0):
+    if leak > max(rounding, rounding_of(hessian)) * np.max(np.abs(turned), initial=0.0):
         raise ValueError(
             f"covariance: got noise of size {leak:.3g} along directions in which the Hessian "
             "vanishes, expected none; it would grow for ever. Restrict both to the others."
@@ -73,6 +90,7 @@ def ornstein_uhlenbeck_covariance(
     rates = values[:, None] + values
     if discrete:
         rates = rates - eta * values[:, None] * values
+    # The rate of a pair is 0 only where both are flat, but noise across is left out as well.
     kept = ~(is_flat[:, None] | is_flat)
     spread = np.where(kept, eta * turned / np.where(kept, rates, 1.0), 0.0)
     return vectors @ spread @ vectors.T
@@ -85,6 +103,13 @@ class OrnsteinUhlenbeckLaw(NamedTuple):
         mean: E X(t), shape (D,) or (m, D).
         covariance: Cov X(t), shape (D, D) or (m, D, D).
         autocovariance: Cov(X(t + lag), X(t)), of the same shape.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> one = [[1.0]]
+        >>> law = theory.ornstein_uhlenbeck_law(one, one, [1.0], time=0.0, learning_rate=0.1)
+        >>> isinstance(law, theory.OrnsteinUhlenbeckLaw), law.mean.tolist(), law.covariance.tolist()
+        (True, [1.0], [[0.0]])
     """
 
     mean: Float[np.ndarray, "*times D"]
@@ -92,7 +117,7 @@ class OrnsteinUhlenbeckLaw(NamedTuple):
     autocovariance: Float[np.ndarray, "*times D D"]
 
 
-@checked
+@checked_concrete
 def ornstein_uhlenbeck_law(
     hessian: Num[ArrayLike, "..."],
     covariance: Num[ArrayLike, "..."],
@@ -103,43 +128,51 @@ def ornstein_uhlenbeck_law(
     lag: float = 0.0,
     discrete: bool = False,
 ) -> OrnsteinUhlenbeckLaw:
-    """The law of SGD near a stationary point with this Hessian, at every time after a fixed start.
+    """The law of SGD near a stationary point with this Hessian, at any time after a fixed start.
 
-    Of ``dX = -eta H X dt + eta F dW`` with ``F F' = Sigma``, the point of zero gradient at 0: in an
-    eigenbasis of H, with rates ``a_j = eta lambda_j``,
+    The law is that of dX = −ηHX dt + ηF dW with FFᵀ = Σ and the stationary point at 0. In an
+    eigenbasis of H, with rates aⱼ = ηλⱼ,
 
-        E X(t) = e^{-a t} x_0,   Cov X(t)_jk = eta^2 Sigma_jk (1 - e^{-(a_j + a_k) t})/(a_j + a_k),
-        Cov(X(t + lag), X(t)) = e^{-eta H lag} Cov X(t).
+        E X(t) = e^{−at}x₀,   Cov X(t)ⱼₖ = η²Σⱼₖ(1 − e^{−(aⱼ + aₖ)t})/(aⱼ + aₖ),
+        Cov(X(t + lag), X(t)) = e^{−ηH·lag} Cov X(t).
 
-    SGD itself, ``X <- (I - eta H) X + eta xi``, has ``1 - a`` in place of ``e^{-a}`` and, exactly,
-    ``Cov X(t)_jk = eta^2 Sigma_jk sum_{i < t} ((1 - a_j)(1 - a_k))^i``: ``discrete=True``.
+    The steps of SGD, X ← (I − ηH)X + ηξ, have 1 − a in place of e^{−a} and, exactly, Cov X(t)ⱼₖ =
+    η²Σⱼₖ Σ_{i<t} ((1 − aⱼ)(1 − aₖ))ⁱ (`discrete=True`).
 
-    Where the Hessian vanishes this is Brownian motion, of covariance ``eta^2 Sigma t``; where it is
-    negative, or a step of SGD is too long, the law spreads exponentially but exists at every time.
-    Where there is a stationary law, `ornstein_uhlenbeck_covariance` gives it, the limit of large
-    times.
+    Where the Hessian vanishes this is Brownian motion of covariance η²Σt. Where it is negative, or
+    where a step of SGD is too long, the law spreads exponentially; it exists at every time. Where
+    there is a stationary law, `ornstein_uhlenbeck_covariance` gives it.
 
     Args:
         hessian: H, symmetric, shape (D, D).
-        covariance: Sigma of the gradient noise, symmetric positive semidefinite.
-        start: x_0, shape (D,), less the stationary point.
-        time: t in steps, finite and >= 0: a scalar, or shape (m,).
-        learning_rate: eta > 0.
-        lag: in steps, >= 0.
-        discrete: for the steps of SGD, with whole times and lag, not for the diffusion.
+        covariance: Σ of the gradient noise, symmetric positive semidefinite, (D, D).
+        start: x₀, shape (D,), relative to the stationary point.
+        time: t ≥ 0 in steps, finite: a scalar, or shape (m,).
+        learning_rate: η > 0.
+        lag: ≥ 0, in steps.
+        discrete: True for the steps of SGD, with whole numbers for time and lag; False for the
+            diffusion.
 
     Returns:
-        `OrnsteinUhlenbeckLaw`.
+        An `OrnsteinUhlenbeckLaw`.
 
     Raises:
-        ValueError: wrong shapes, no symmetry, a value out of range, fractions of steps, or a law
-            that has spread beyond the range of floats.
+        ValueError: wrong shapes; no symmetry; a value out of range; fractions of steps; a law that
+            has spread beyond the range of floats.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> options = {"time": [0.0, 10.0, 1e3], "learning_rate": 0.1}
+        >>> law = theory.ornstein_uhlenbeck_law([[1.0]], [[1.0]], [1.0], **options)
+        >>> print(law.mean.ravel().round(3).tolist(), law.covariance.ravel().round(3).tolist())
+        [1.0, 0.368, 0.0] [0.0, 0.043, 0.05]
 
     References:
-        [Ma2022, section 9.5]
+        [Ma2022, section 9.5].
     """
     h = _symmetric("hessian", hessian)
-    sigma = semidefinite("covariance", _symmetric("covariance", covariance))
+    rounding = rounding_of(covariance)
+    sigma = semidefinite("covariance", _symmetric("covariance", covariance), rounding)
     if h.shape != sigma.shape:
         raise ValueError(f"hessian and covariance need one shape; got {h.shape} and {sigma.shape}.")
     origin = vector("start", start, len(h))
@@ -153,6 +186,7 @@ def ornstein_uhlenbeck_law(
     values, vectors = np.linalg.eigh(h)
     rates, t = eta * values, times[..., None]
     pairs = rates[:, None] + rates
+    # A law that spreads beyond floats is refused below, with the time at which it does.
     with np.errstate(over="ignore", invalid="ignore"):
         if discrete:
             kept = lambda steps: (1.0 - rates) ** steps
@@ -174,16 +208,17 @@ def ornstein_uhlenbeck_law(
 
 
 def _exponentials_integrated(rates: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """The integral of e^{-rate s} over s from 0 to t; t where the rate is 0."""
+    """∫₀ᵗ e^{−rate·s} ds; t where the rate is 0."""
     x = rates * time
     is_zero = x == 0.0
     return time * np.where(is_zero, 1.0, -np.expm1(-x) / np.where(is_zero, 1.0, x))
 
 
 def _powers_summed(gaps: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """sum_{i < t} (1 - gap)^i; t where the gap is 0, without loss where it is small."""
+    """Σ_{i<t} (1 − gap)ⁱ; t where the gap is 0, without loss of digits where it is small."""
     is_small = np.abs(gaps) < 0.5
     small = np.where(is_small, gaps, 0.25)
+    # (1 − gap)ⁱ = e^{−rate·i}: 1 − gap itself would drop the digits of a small gap.
     rates = -np.log1p(-small)
     slow = _exponentials_integrated(rates, steps) * np.where(
         small == 0.0, 1.0, rates / np.where(small == 0.0, 1.0, small)
@@ -195,7 +230,7 @@ def _powers_summed(gaps: np.ndarray, steps: np.ndarray) -> np.ndarray:
 def _symmetric(name: str, value: ArrayLike) -> np.ndarray:
     array = matrix(name, value)
     is_square = array.shape[0] == array.shape[1]
-    scale = np.max(np.abs(array))
-    if not is_square or np.max(np.abs(array - array.T)) > 1e-10 * scale:
+    tolerance = rounding_of(value) * np.max(np.abs(array))
+    if not is_square or np.max(np.abs(array - array.T)) > tolerance:
         raise ValueError(f"{name}: got shape {array.shape}, expected a symmetric matrix.")
     return (array + array.T) / 2

@@ -1,19 +1,16 @@
-"""Closed forms for the model ``f_i = <z_i, u*u - v*v>`` and its linear programs.
+"""Closed forms of the model fᵢ = ⟨zᵢ, u⊙u − v⊙v⟩, and its linear programs.
 
-Notation: ``Z`` (n, d) the inputs, ``y`` (n,) the targets, ``w = u*u - v*v``. Gradient flow, and
-label noise after it, multiply ``u_j^2`` and ``v_j^2`` by ``e^{-c s_j t + x_j}`` and ``e^{-c s_j t -
-x_j}`` with ``x = Z' nu``, so the answer at every time is ``w = e^{p + x} - e^{q - x}`` for
-logarithms ``p, q`` that are known, and only ``nu`` (n numbers) has to be found from ``Z w = y``. It
-minimises ``sum(e^{p + x} + e^{q - x}) - <nu, y>``: smooth and convex.
-
-Everything here is float64 NumPy, whatever JAX is set to: these are oracles, called outside ``jit``.
+Notation: Z (n, d) the inputs, y (n,) the targets, w = u⊙u − v⊙v. Gradient flow, and label noise
+after it, multiply uⱼ² and vⱼ² by e^{−csⱼt + xⱼ} and e^{−csⱼt − xⱼ} with x = Zᵀν. So w = e^{p + x} −
+e^{q − x} at every time, for logarithms p and q that are known, and only ν (n numbers) has to be
+found from Zw = y. It minimises Σ(e^{p + x} + e^{q − x}) − ⟨ν, y⟩, which is smooth and convex.
 """
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import matrix, number, problem, times_of, vector
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -22,7 +19,7 @@ _STAGE = 20.0  # nats by which the logarithms p, q may move between two Newton s
 _MAX_NEWTON_STEPS = 500
 
 
-@checked
+@checked_concrete
 def overparametrized_linear_flow(
     inputs: Num[ArrayLike, "..."],
     targets: Num[ArrayLike, "..."],
@@ -32,38 +29,47 @@ def overparametrized_linear_flow(
     time: Num[ArrayLike, "..."],
     noise_constant: float = 1.0,
 ) -> Float[np.ndarray, "*times d"]:
-    """The label-noise flow of the overparametrised linear model, in closed form at every time.
+    """The weights w = u⊙u − v⊙v along the label-noise flow of fᵢ = ⟨zᵢ, w⟩, in closed form.
 
-    The flow is ``dY/dt = -(c/4) P grad tr H`` on ``{Z (u*u - v*v) = y}`` for the loss ``(1/2n)
-    sum_i (<z_i, u*u - v*v> - y_i)^2``, started where gradient flow from ``(u, v)`` lands. With
-    ``s_j = (4/n) sum_i z_ij^2``, ``p_j = |u_j v_j| e^{-c s_j t}`` and ``a_j = ln|u_j / v_j|`` its
-    answer is ``w(t) = 2 p * sinh(a + Z' nu)`` with ``nu`` fixed by ``Z w = y``. ``time=0`` is the
-    limit of gradient flow alone.
+    The flow is dY/dt = −(c/4)P∇tr H on {Z(u⊙u − v⊙v) = y} for the loss (1/2n)Σᵢ(⟨zᵢ, u⊙u − v⊙v⟩ −
+    yᵢ)². It starts where gradient flow from (u, v) lands, and `time=0` is that point. With sⱼ =
+    (4/n)Σᵢ zᵢⱼ², pⱼ = |uⱼvⱼ|e^{−csⱼt} and aⱼ = ln|uⱼ/vⱼ| the answer is w(t) = 2p⊙sinh(a + Zᵀν),
+    with ν fixed by Zw = y.
 
-    Only logarithms of p are kept, so ``p = e^{-800}`` is harmless. Where the linear program of the
-    limit has a solution with fewer than n non-zeros, ``nu`` is no longer resolved at large times
-    but ``w`` is: its absolute error stays near ``eps * (1 + c s_j t) * max|w|`` times a constant of
-    the inputs. So ``nu`` itself is not returned.
+    Only logarithms of p are kept, so p = e⁻⁸⁰⁰ is harmless. Where the linear program of the limit
+    has a solution with fewer than n non-zeros, ν is not resolved at large times, but w is: its
+    absolute error stays near eps·(1 + csⱼt)·max|w| times a constant of the inputs. For this reason
+    ν is not returned.
 
     Args:
         inputs: Z, shape (n, d), finite. Rows may be dependent if the targets are consistent.
         targets: y, shape (n,), finite.
-        u: Start coordinates, shape (d,), on the manifold or not. A coordinate that is 0 stays 0 for
-        ever.
-        v: Start coordinates, shape (d,); likewise.
-        time: Limit-clock time(s), finite and >= 0: a scalar, or shape (m,) in any order.
-        noise_constant: c in ``Sigma = c H``, finite and >= 0; 1 for label noise of unit variance at
-        batch size 1.
+        u: start coordinates, shape (d,), on the manifold or not. A coordinate that is 0 stays 0.
+        v: start coordinates, shape (d,); likewise.
+        time: t ≥ 0 on the clock kη², finite: a scalar, or shape (m,) in any order.
+        noise_constant: c ≥ 0 in Σ = cH; 1 for label noise of unit variance with batches of one.
 
     Returns:
-        w(t) in float64, shape (d,) for scalar time, (m, d) for m times.
+        w(t) in float64, shape (d,) for a scalar time, (m, d) for m times.
 
     Raises:
-        ValueError: a wrong shape or a value out of range.
+        ValueError: a wrong shape, or a value out of range.
         RuntimeError: no w of the given signs fits the targets, or the Newton iteration stalled.
 
+    Examples:
+        >>> from manifoldflow import theory
+        >>> start = [1.0, 1.0]
+        >>> options = {"time": [0.0, 5.0]}
+        >>> print(
+        ...     theory.overparametrized_linear_flow(
+        ...         [[1.0, 2.0]], [2.0], start, start, **options
+        ...     ).round(3)
+        ... )
+        [[0.394 0.803]
+         [2.    0.   ]]
+
     References:
-        [LiWangArora2022, Lemmas 6.3, 6.5 and D.13]
+        [LiWangArora2022, Lemmas 6.3, 6.5 and D.13].
     """
     z, y = problem(inputs, targets)
     u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
@@ -80,7 +86,7 @@ def overparametrized_linear_flow(
     return answer.reshape(times.shape + (z.shape[1],))
 
 
-@checked
+@checked_concrete
 def overparametrized_linear_charges(
     inputs: Num[ArrayLike, "..."],
     u: Num[ArrayLike, "..."],
@@ -89,38 +95,45 @@ def overparametrized_linear_charges(
     time: Num[ArrayLike, "..."],
     noise_constant: float = 1.0,
 ) -> Float[np.ndarray, "*times d"]:
-    """The products ``u_j v_j`` along the label-noise flow: ``u_j(0) v_j(0) e^{-c s_j t}``.
+    """The products uⱼvⱼ along the label-noise flow: uⱼ(0)vⱼ(0)e^{−csⱼt}, with sⱼ = (4/n)Σᵢ zᵢⱼ².
 
-    ``s_j = (4/n) sum_i z_ij^2``. Gradient flow conserves them, label noise makes each decay at its
-    own rate; with ``w(t)`` they give the point: ``u_j^2 + v_j^2 = sqrt(w_j^2 + 4 (u_j v_j)^2)``.
+    Gradient flow conserves them; label noise makes each decay at a rate of its own. Together with
+    w(t) they give the point: uⱼ² + vⱼ² = √(wⱼ² + 4(uⱼvⱼ)²).
 
     Args:
         inputs: Z, shape (n, d), finite.
-        u: Start coordinates, shape (d,), on the manifold or not.
-        v: Start coordinates, shape (d,).
-        time: Limit-clock time(s), finite and >= 0: a scalar, or shape (m,).
-        noise_constant: c in ``Sigma = c H``, finite and >= 0.
+        u: start coordinates, shape (d,), on the manifold or not.
+        v: start coordinates, shape (d,).
+        time: t ≥ 0 on the clock kη², finite: a scalar, or shape (m,).
+        noise_constant: c ≥ 0 in Σ = cH.
 
     Returns:
         The products in float64, shape (d,) or (m, d).
 
     Raises:
-        ValueError: a wrong shape or a value out of range.
+        ValueError: a wrong shape, or a value out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> charges = theory.overparametrized_linear_charges(
+        ...     [[1.0, 0.5]], [1.0, 2.0], [1.0, 1.0], time=1.0
+        ... )
+        >>> print(charges.round(3).tolist())  # e⁻⁴ and 2e⁻¹
+        [0.018, 0.736]
 
     References:
-        [LiWangArora2022, Lemma D.13]
+        [LiWangArora2022, Lemma D.13].
     """
     z = matrix("inputs", inputs)
     u, v = vector("u", u, z.shape[1]), vector("v", v, z.shape[1])
     return u * v * np.exp(-_decay_rates(z, noise_constant) * times_of(time)[..., None])
 
 
-@checked
+@checked_concrete
 def weighted_l1_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."]
 ) -> Float[np.ndarray, " d"]:
-    """Where label noise ends: ``argmin sum_j (sum_i z_ij^2) |w_j|`` subject to ``Z w = y``, a
-    linear program.
+    """The end of the label-noise flow: argmin Σⱼ (Σᵢ zᵢⱼ²)|wⱼ| subject to Zw = y, a linear program.
 
     A coordinate whose column of Z is zero costs nothing and fits nothing; it is returned as 0.
     Where the minimiser is not unique this is one of its vertices, and not the one that the flow
@@ -134,11 +147,16 @@ def weighted_l1_interpolant(
         w in float64, shape (d,), with at most n non-zeros.
 
     Raises:
-        ValueError: a wrong shape or a value that is not finite.
+        ValueError: a wrong shape, or a value that is not finite.
         RuntimeError: the targets cannot be interpolated, or the linear program failed.
 
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.weighted_l1_interpolant([[1.0, 2.0]], [2.0]).tolist())
+        [2.0, 0.0]
+
     References:
-        [LiWangArora2022, Lemma 6.5]
+        [LiWangArora2022, Lemma 6.5].
     """
     # Here, since only this oracle needs scipy, which is slow to import.
     from scipy.optimize import linprog
@@ -159,60 +177,71 @@ def weighted_l1_interpolant(
     return np.where(cost > 0.0, plus - minus, 0.0)
 
 
-@checked
+@checked_concrete
 def kernel_rich_interpolant(
     inputs: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."], *, scale: float
 ) -> Float[np.ndarray, " d"]:
-    """The interpolant that gradient flow on ``<w_+^2 - w_-^2, x>`` picks from ``w_+ = w_- = alpha
-    1``.
+    """The interpolant that gradient flow on ⟨w₊² − w₋², x⟩ picks from w₊ = w₋ = α·1.
 
-    It minimises ``Q_alpha(theta) = alpha^2 sum_j q(theta_j / alpha^2)``, ``q'(z) = arcsinh(z/2)``,
-    subject to ``X theta = y``: ``theta = 2 alpha^2 sinh(X' nu)``. The least l1 norm as alpha -> 0
-    (the rich regime), the least l2 norm as alpha -> infinity (the kernel regime).
+    It minimises Q_α(θ) = α² Σⱼ q(θⱼ/α²), q′(z) = arcsinh(z/2), subject to Xθ = y, and has the form
+    θ = 2α²sinh(Xᵀν). It is the interpolant of least ℓ₁ norm as α → 0 (the rich regime), and of
+    least ℓ₂ norm as α → ∞ (the kernel regime).
 
     Args:
         inputs: X, shape (n, d), finite.
         targets: y, shape (n,), finite, in the range of X.
-        scale: alpha, finite and > 0.
+        scale: α > 0, finite.
 
     Returns:
-        theta in float64, shape (d,).
+        θ in float64, shape (d,).
 
     Raises:
-        ValueError: a wrong shape or a value out of range.
+        ValueError: a wrong shape, or a value out of range.
         RuntimeError: the targets cannot be interpolated, or the Newton iteration stalled.
 
+    Examples:
+        >>> from manifoldflow import theory
+        >>> for scale in (1e-6, 1e3):
+        ...     print(theory.kernel_rich_interpolant([[1.0, 2.0]], [1.0], scale=scale).round(3))
+        [0.  0.5]
+        [0.2 0.4]
+
     References:
-        [Woodworth2020, Theorem 1]; [Ma2022, chapter 9]
+        [Woodworth2020, Theorem 1; Ma2022, chapter 9].
     """
     x, y = problem(inputs, targets)
     log_scale = np.full(x.shape[1], 2.0 * np.log(number("scale", scale, least=0.0, strict=True)))
     return _Dual(x, y, log_scale, log_scale).move_to(log_scale, log_scale)
 
 
-@checked
+@checked_concrete
 def min_norm_interpolant(
     inputs: Num[ArrayLike, "..."],
     targets: Num[ArrayLike, "..."],
     start: Num[ArrayLike, "..."] | None = None,
 ) -> Float[np.ndarray, " d"]:
-    """Where gradient descent on linear regression lands: ``X^+ y + (I - X^+ X) beta_0``.
+    """The solution X⁺y + (I − X⁺X)β₀ of linear regression at which gradient descent lands.
 
-    The interpolant (or least-squares solution) nearest to the start.
+    It is the interpolant nearest to the start, or the nearest least-squares solution.
 
     Args:
         inputs: X, shape (n, d), finite, of any rank.
         targets: y, shape (n,), finite.
-        start: beta_0, shape (d,), finite; 0 if not given.
+        start: β₀, shape (d,), finite; None for 0.
 
     Returns:
-        beta in float64, shape (d,).
+        β in float64, shape (d,).
 
     Raises:
-        ValueError: a wrong shape or a value that is not finite.
+        ValueError: a wrong shape, or a value that is not finite.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.min_norm_interpolant([[1.0, 2.0]], [5.0]).round(6).tolist())
+        [1.0, 2.0]
 
     References:
-        [Ma2022, chapter 9]
+        [Ma2022, chapter 9].
     """
     x, y = problem(inputs, targets)
     origin = np.zeros(x.shape[1]) if start is None else vector("start", start, x.shape[1])
@@ -220,7 +249,7 @@ def min_norm_interpolant(
 
 
 class _Dual:
-    """Follows the solution nu of ``Z (e^{p + Z'nu} - e^{q - Z'nu}) = y`` as p and q move."""
+    """The solution ν of Z(e^{p + Zᵀν} − e^{q − Zᵀν}) = y, followed as p and q move."""
 
     def __init__(self, z: np.ndarray, y: np.ndarray, log_plus: np.ndarray, log_minus: np.ndarray):
         size = np.max(np.abs(np.linalg.lstsq(z, y, rcond=None)[0]))
@@ -232,7 +261,7 @@ class _Dual:
         self.minus = np.where(np.isfinite(log_minus), easy, -np.inf)
 
     def move_to(self, log_plus: np.ndarray, log_minus: np.ndarray) -> np.ndarray:
-        """Continue to new logarithms by stages, nu predicted on a line; returns w there."""
+        """Moves to new logarithms by stages, with ν predicted on a line; returns w there."""
         change_plus, change_minus = (
             _difference(log_plus, self.plus),
             _difference(log_minus, self.minus),
@@ -262,12 +291,13 @@ class _Dual:
         return w
 
     def _newton(self, nu: np.ndarray, max_steps: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Damped Newton; the step ln(1+m)/m, m = max|Z' dnu|, descends for sums of exponentials."""
+        """Damped Newton for a sum of exponentials: steps of length ln(1 + m)/m, m = max|Zᵀdν|."""
         z, y = self.z, self.y
         error, best = np.inf, None
         for _ in range(max_steps):
             x = z.T @ nu
             with np.errstate(over="ignore", invalid="ignore"):
+                # An overflow makes the Hessian infinite, and ends this attempt below.
                 plus, minus = np.exp(self.plus + x), np.exp(self.minus - x)
                 gap = self.plus - self.minus + 2.0 * x
                 w = np.where(
@@ -298,7 +328,7 @@ class _Dual:
         )
 
     def _tolerance(self, weight: np.ndarray, x: np.ndarray) -> float:
-        """What rounding leaves of the residual: x has relative error eps and size -ln p."""
+        """The rounding error of the residual: x has relative error eps, and the size −ln p."""
         return (
             16.0
             * _EPS
@@ -312,5 +342,5 @@ def _difference(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def _decay_rates(z: np.ndarray, noise_constant: float) -> np.ndarray:
-    """c s_j with s_j = (4/n) sum_i z_ij^2."""
+    """The rates csⱼ, with sⱼ = (4/n)Σᵢ zᵢⱼ²."""
     return number("noise_constant", noise_constant, least=0.0) * 4.0 * np.mean(z * z, axis=0)

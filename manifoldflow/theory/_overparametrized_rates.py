@@ -1,50 +1,55 @@
-"""How fast label noise makes the overparametrised linear model sparse: its rates at late times."""
+"""Rates at late times at which label noise makes the overparametrised linear model sparse."""
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import number, problem
 
 _ZERO = 1e-7  # multipliers below this part of the largest are rounding
 _TOLERANCES = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
-@checked
+@checked_concrete
 def overparametrized_linear_rates(
     inputs: Num[ArrayLike, "..."],
     targets: Num[ArrayLike, "..."],
     *,
     noise_constant: float = 1.0,
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """The rates at which ``|u_j|`` and ``|v_j|`` decay at late times of the label-noise flow.
+    """The rates at which |uⱼ| and |vⱼ| decay at late times of the label-noise flow.
 
-    With ``s_j = (4/n) sum_i z_ij^2`` the flow has ``u_j^2 = e^{-c s_j t + x_j + const}`` and
-    ``v_j^2 = e^{-c s_j t - x_j + const}``, ``x = Z' nu(t)``. At late times nu grows like ``c t xi``
-    with xi a solution of the dual linear program, ``max <y, xi>`` subject to ``|z_j' xi| <= s_j``,
-    so that ``|u_j|`` falls like ``e^{-(c/2)(s_j - z_j' xi) t}`` and ``|v_j|`` like
-    ``e^{-(c/2)(s_j + z_j' xi) t}``. The rate is 0 for what stays: ``u_j`` where the limit has ``w_j
-    > 0``, ``v_j`` where ``w_j < 0``; there the other one has ``c s_j``.
+    With sⱼ = (4/n)Σᵢ zᵢⱼ² the flow has uⱼ² = e^{−csⱼt + xⱼ + const} and vⱼ² = e^{−csⱼt − xⱼ +
+    const}, x = Zᵀν(t). At late times ν grows like ctξ, where ξ solves the dual linear program, max
+    ⟨y, ξ⟩ subject to |zⱼᵀξ| ≤ sⱼ. So |uⱼ| falls like e^{−(c/2)(sⱼ − zⱼᵀξ)t} and |vⱼ| like
+    e^{−(c/2)(sⱼ + zⱼᵀξ)t}. The rate is 0 for what stays: uⱼ where the limit has wⱼ > 0, vⱼ where wⱼ
+    < 0. There the other one has the rate csⱼ.
 
-    Where the limit has fewer than n non-zeros there are many such xi. The flow minimises a sum of
+    Where the limit has fewer than n non-zeros there are many such ξ. The flow minimises a sum of
     exponentials, so it picks the one whose slowest rate is the fastest, then the second slowest,
-    and so on; it is found by a linear program for each of them.
+    and so on. Each of these is found by a linear program.
 
     Args:
         inputs: Z, shape (n, d), finite. A coordinate whose column is zero has rate 0.
         targets: y, shape (n,), finite, in the range of Z.
-        noise_constant: c in ``Sigma = c H``, finite and >= 0.
+        noise_constant: c ≥ 0 in Σ = cH.
 
     Returns:
-        The rates of u and of v in float64, each of shape (d,), per unit of the limit clock.
+        The rates of u and of v in float64, each of shape (d,), per unit of the clock kη².
 
     Raises:
-        ValueError: a wrong shape or a value out of range.
+        ValueError: a wrong shape, or a value out of range.
         RuntimeError: the targets cannot be interpolated, or a linear program failed.
 
     Assumes:
-        No coordinate of u and v is 0 at the start: one that is stays 0.
+        No coordinate of u and v is 0 at the start: one that is 0 stays 0.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> u_rates, v_rates = theory.overparametrized_linear_rates([[1.0, 2.0]], [2.0])
+        >>> print(u_rates.round(3).tolist(), v_rates.round(3).tolist())
+        [0.0, 4.0] [4.0, 12.0]
 
     References:
         [LiWangArora2022, Lemmas 6.5 and D.13]; the rates are new here.
@@ -61,8 +66,10 @@ def overparametrized_linear_rates(
 
 
 def _slacks(rows: np.ndarray, bounds: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """b - A xi for the one of all xi with the largest <y, xi>, A xi <= b, that keeps farthest from
-    the bounds: its least slack is as large as it can be, then the next, and so on."""
+    """The slacks b − Aξ of the ξ with the largest ⟨y, ξ⟩ that keeps farthest from Aξ ≤ b.
+
+    Its least slack is as large as possible, then the next one, and so on.
+    """
     fixed = np.full(len(bounds), np.nan)  # the slacks that are known
     if np.any(y):
         fixed[_program(-y, rows, bounds)[1]] = 0.0
@@ -95,10 +102,11 @@ def _program(
     even_rows: np.ndarray | None = None,
     values: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A minimiser of <cost, x> with A x <= b, and which bounds are tight at every minimiser."""
+    """A minimiser of ⟨cost, x⟩ with Ax ≤ b, and the bounds that are tight at every minimiser."""
     # Here, since only linear programs need scipy, which is slow to import.
     from scipy.optimize import linprog
 
+    # In units of the largest cost, since the tolerances of HiGHS are absolute.
     found = linprog(
         cost / np.max(np.abs(cost)), A_ub=rows, b_ub=bounds, A_eq=even_rows, b_eq=values,
         bounds=(None, None), method="highs", options=_TOLERANCES,
@@ -108,5 +116,6 @@ def _program(
             f"The dual linear program with {rows.shape} bounds was not solved: {found.message} "
             "Check that the targets lie in the range of the inputs."
         )
+    # Strict complementarity: a bound with a positive multiplier is tight at every minimiser.
     multipliers = -found.ineqlin.marginals
     return found.x, multipliers > _ZERO * np.max(multipliers)

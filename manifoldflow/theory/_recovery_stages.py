@@ -1,8 +1,8 @@
-"""Gradient descent on ``<b * b, x>`` from a small start: in which stages it finds a sparse truth.
+"""The stages in which gradient descent on ⟨b⊙b, x⟩ finds a sparse truth from a small start.
 
-Notation: ``w = b * b`` the weights, S the r features that count, ``G = X'X/n``. On S the signal is
-b, off S the noise is b. One step multiplies b by ``1 - eta m`` with ``m = G (w - w*)``, which is
-that of the population loss, ``w - w*``, up to errors that delta bounds.
+Notation: w = b⊙b the weights, S the r features that count, G = XᵀX/n. On S the signal is b, off S
+the noise is b. One step multiplies b by 1 − ηm with m = G(w − w*), which is that of the population
+loss, w − w*, up to errors that δ bounds.
 """
 
 import math
@@ -12,25 +12,34 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import finite, matrix, number, times_of, vector
 
 
 class RecoveryStages(NamedTuple):
-    """When gradient descent from ``b = alpha 1`` has found a 0-1 truth, and what holds till then.
+    """The stages in which gradient descent from b = α·1 finds a 0-1 truth, in steps.
 
     Attributes:
-        scale: alpha.
-        learning_rate: eta.
-        distortion: delta, the largest entry of ``X'X/n - I`` in size.
-        drift_error: rho, by which a coordinate's growth rate differs at most from its own in the
-            population, as long as the noise is at most 2 alpha.
-        half_steps: steps after which every signal is above 1/2; inf if nothing is shown.
-        fit_steps: steps after which every signal is within rho of ``sqrt(1 - rho)``, of the order
-            ``log(1/(alpha rho))/eta``; inf if nothing is shown.
-        noise_steps: steps up to which the noise is at most 2 alpha, ``log 2/log(1 + eta rho)``; 0
-            if nothing is shown.
-        error: a bound of ``|b * b - w*|^2`` from `fit_steps` up to `noise_steps`.
+        scale: α.
+        learning_rate: η.
+        distortion: δ, the largest |entry| of XᵀX/n − I.
+        drift_error: ρ, a bound on the error of a coordinate's growth rate, relative to the
+            population, as long as the noise is at most 2α.
+        half_steps: steps after which every signal is above ½; inf if nothing is shown.
+        fit_steps: steps after which every signal is within ρ of √(1 − ρ), of the order
+            ln(1/(αρ))/η; inf if nothing is shown.
+        noise_steps: steps up to which the noise is at most 2α, ln 2/ln(1 + ηρ); 0 if nothing is
+            shown.
+        error: a bound of ‖b⊙b − w*‖² from `fit_steps` to `noise_steps`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from manifoldflow import theory
+        >>> stages = theory.recovery_stages(
+        ...     2 * np.eye(4), np.eye(4)[0], scale=0.01, learning_rate=0.1
+        ... )
+        >>> stages.is_shown, stages.half_steps, stages.signal_bounds(2).shape
+        (True, 55, (2, 3))
     """
 
     scale: float
@@ -44,13 +53,19 @@ class RecoveryStages(NamedTuple):
 
     @property
     def is_shown(self) -> bool:
-        """Whether the signal is there before the noise may have grown: then the truth is found."""
+        """True where the signal is there before the noise may have grown, so the truth is found."""
         return self.fit_steps <= self.noise_steps
 
     def signal_bounds(self, num_steps: int) -> Float[np.ndarray, "2 steps"]:
-        """Between what every signal lies after 0, 1, ..., num_steps steps, up to `noise_steps`.
+        """Lower and upper bounds of every signal after 0, 1, …, num_steps steps.
 
-        The steps ``r <- r + eta r (1 - r^2 -+ rho)``.
+        They take the steps r ← r + ηr(1 − r² ∓ ρ), and hold up to `noise_steps`.
+
+        Args:
+            num_steps: ≥ 0.
+
+        Returns:
+            Shape (2, num_steps + 1).
         """
         bounds = np.full((2, num_steps + 1), self.scale)
         errors = self.drift_error * np.array([-1.0, 1.0])
@@ -60,14 +75,17 @@ class RecoveryStages(NamedTuple):
         return bounds
 
     def noise_bound(self, steps: Num[ArrayLike, "..."]) -> Float[np.ndarray, "..."]:
-        """``alpha (1 + eta rho)^t``, what a coordinate off S is at most up to `noise_steps`.
+        """The bound α(1 + ηρ)ᵗ of a coordinate off S after t steps, up to `noise_steps`.
 
-        So the noise has ``|zeta|^2 <= alpha^2 (d - r) (1 + eta rho)^(2t)``.
+        So the noise ζ has ‖ζ‖² ≤ α²(d − r)(1 + ηρ)²ᵗ.
+
+        Args:
+            steps: t ≥ 0, any shape.
         """
         return self.scale * (1 + self.learning_rate * self.drift_error) ** np.asarray(steps, float)
 
 
-@checked
+@checked_concrete
 def recovery_stages(
     inputs: Num[ArrayLike, "..."],
     truth: Num[ArrayLike, "..."],
@@ -75,37 +93,44 @@ def recovery_stages(
     scale: float,
     learning_rate: float,
 ) -> RecoveryStages:
-    """In which stages gradient descent on ``(1/4n) sum_i (y_i - <b * b, x_i>)^2`` finds the truth.
+    """The stages in which gradient descent on (1/4n)Σᵢ(yᵢ − ⟨b⊙b, xᵢ⟩)² finds a 0-1 truth.
 
-    From ``b = alpha 1`` with exact targets ``y = X w*`` and ``w*`` of r ones. With delta the
-    largest entry of ``X'X/n - I`` and ``rho = r delta + 4 alpha^2 + 4 alpha^2 (d - r) delta``:
+    It starts at b = α·1, with exact targets y = Xw* and w* of r ones. With δ the largest |entry| of
+    XᵀX/n − I and ρ = rδ + 4α² + 4α²(d − r)δ:
 
-    - the noise: ``|b_j| <= alpha (1 + eta rho)^t`` off S, at most 2 alpha for ``log 2/log(1 + eta
-      rho)`` steps;
-    - the signal: till then ``|r_{t+1} - (1 + eta (1 - r_t^2)) r_t| <= eta rho r_t``, so that it
-      passes 1/2 after ``log(1/2 alpha)/log(1 + eta (3/4 - rho))`` steps and is within rho of
-      ``sqrt(1 - rho)`` another ``2 log(1/2 rho)/eta`` steps later;
-    - then ``|b * b - w*|^2 <= 9 r rho^2 + 16 alpha^4 (d - r)``.
+    - The noise has |bⱼ| ≤ α(1 + ηρ)ᵗ off S, so it is at most 2α for ln 2/ln(1 + ηρ) steps.
+    - The signal till then has |rₜ₊₁ − (1 + η(1 − rₜ²))rₜ| ≤ ηρrₜ, so it passes ½ after
+      ln(1/2α)/ln(1 + η(¾ − ρ)) steps and is within ρ of √(1 − ρ) another 2ln(1/2ρ)/η steps later.
+    - The error is ‖b⊙b − w*‖² ≤ 9rρ² + 16α⁴(d − r) from then on.
 
-    Of Gaussian inputs delta is of the order ``sqrt(log d/n)``. Nothing is shown where rho is 1/2 or
-    more: times are then inf, and 0 for the noise.
+    For Gaussian inputs δ is of the order √(ln d/n). Nothing is shown where ρ ≥ ½: times are then
+    inf, and 0 for the noise.
 
     Args:
         inputs: X, shape (n, d), with entries of variance 1.
         truth: w*, shape (d,), zeros and ones.
-        scale: alpha, the start, between 0 and 1/2.
-        learning_rate: eta, positive and at most ``1/(2 + 4 rho)``, so 1/4 always serves.
+        scale: α, the start, in (0, ½).
+        learning_rate: η > 0, at most 1/(2 + 4ρ); ¼ always serves.
 
     Returns:
-        `RecoveryStages`.
+        A `RecoveryStages`.
 
     Raises:
-        ValueError: a wrong shape or a value out of range, a truth of other numbers.
+        ValueError: a wrong shape; a value out of range; a truth of other numbers.
+
+    Examples:
+        >>> import numpy as np
+        >>> from manifoldflow import theory
+        >>> stages = theory.recovery_stages(
+        ...     2 * np.eye(4), np.eye(4)[0], scale=0.01, learning_rate=0.1
+        ... )
+        >>> print(stages.half_steps, stages.fit_steps, stages.noise_steps, f"{stages.error:.1e}")
+        55 195 17329 1.9e-06
 
     References:
-        [Ma2022, Theorem 9.14, Lemmas 9.16 and 9.17]. Printed there are delta for r = 1 from a
-        condition on single columns, which does not bound it; a time ``alpha log(1/delta)/eta``;
-        and a growth of ``|zeta|^2`` with the exponent t from ``alpha sqrt(d)``.
+        [Ma2022, Theorem 9.14, Lemmas 9.16 and 9.17]. Printed there are δ for r = 1 from a condition
+        on single columns, which does not bound it; a time α·ln(1/δ)/η; and a growth of ‖ζ‖² with
+        the exponent t from α√d.
     """
     x = matrix("inputs", inputs)
     w = vector("truth", truth, x.shape[1])
@@ -132,40 +157,42 @@ def recovery_stages(
     return RecoveryStages(alpha, eta, delta, rho, half, fit, noise, error)
 
 
-@checked
+@checked_concrete
 def quadratically_parametrized_flow(
     weights: Num[ArrayLike, "..."],
     start: Num[ArrayLike, "..."],
     *,
     time: Num[ArrayLike, "..."],
 ) -> Float[np.ndarray, "*times d"]:
-    """Gradient flow on the population loss of ``<b * b, x>``, in closed form at every time.
+    """The gradient flow b(t) of the population loss of ⟨b⊙b, x⟩, in closed form.
 
-    With ``E[x x'] = I`` the loss is ``|b * b - w*|^2/4``, and each coordinate goes its own way:
-    ``b' = (w* - b^2) b``, so that ``b^2`` is logistic,
+    With E[xxᵀ] = I the loss is ¼‖b⊙b − w*‖², and each coordinate goes its own way: b′ = (w* − b²)b.
+    So b² is logistic,
 
-        b(t)^2 = w* b_0^2 / (b_0^2 + (w* - b_0^2) e^{-2 w* t}),
+        b(t)² = w*b₀²/(b₀² + (w* − b₀²)e^{−2w*t}),
 
-    and ``b_0^2/(1 + 2 b_0^2 t)`` where ``w* = 0``. The sign of b stays.
+    and b₀²/(1 + 2b₀²t) where w* = 0. The sign of b stays.
 
     Args:
         weights: w*, shape (d,), of any sign; where it is negative b falls to 0.
-        start: b_0, shape (d,).
-        time: time(s) of gradient flow, learning rate times steps, finite and >= 0: a scalar, or
-            shape (m,).
+        start: b₀, shape (d,).
+        time: t ≥ 0 of gradient flow, learning rate times steps, finite: a scalar, or shape (m,).
 
     Returns:
         b(t) in float64, shape (d,) or (m, d).
 
     Raises:
-        ValueError: a wrong shape or a value that is not finite.
+        ValueError: a wrong shape, or a value that is not finite.
 
-    Example:
-        >>> quadratically_parametrized_flow([1.0], [0.001], time=[0.0, 20.0]).round(3).tolist()
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.quadratically_parametrized_flow([1.0], [0.001], time=[0.0, 20.0]).round(
+        ...     3
+        ... ).tolist()
         [[0.001], [1.0]]
 
     References:
-        [Ma2022, Theorem 9.13]
+        [Ma2022, Theorem 9.13].
     """
     w = finite("weights", weights)
     if w.ndim != 1 or w.size == 0:

@@ -1,7 +1,4 @@
-"""How many examples a sparse truth needs: with label noise, and in the kernel regime.
-
-Everything here is float64 NumPy, called outside ``jit``.
-"""
+"""The number of examples that a sparse truth needs: with label noise, and in the kernel regime."""
 
 import math
 from typing import NamedTuple
@@ -10,41 +7,48 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow.theory._arguments import finite, matrix, number, vector
 
 _EPS = float(np.finfo(np.float64).eps)
+# Measured: up to this ratio of column lengths margins agree with those in other units to 1e-5.
+_MAX_RATIO = 1e12
 # Which part of an eigenvalue is given away, in the bound for Boolean inputs: each is valid.
 _PARTS = np.linspace(0.02, 0.98, 97)
 
 
-@checked
+@checked_concrete
 def kernel_regime_error_bound(num_examples: int, truth: Num[ArrayLike, "..."]) -> float:
-    """The error ``E |w - w*|^2 >= (1 - n/d) |w*|^2`` of gradient descent in the kernel regime.
+    """The bound (1 − n/d)‖w*‖² ≤ E‖w − w*‖² for gradient descent in the kernel regime.
 
-    For ``f_i = <z_i, u*u - v*v>``, linearised at ``u = v = alpha 1``, after any number of steps
-    with any learning rates: w stays in the span of the n inputs, of which the projection of w* is
-    on average the part n/d. Mini-batches and label noise do not leave the span either. For inputs
-    of covariance I this error is the expected squared error on a new one, ``E <z, w - w*>^2``.
+    It holds for fᵢ = ⟨zᵢ, u⊙u − v⊙v⟩, linearised at u = v = α·1, after any number of steps with any
+    learning rates. The weights w stay in the span of the n inputs, and the projection of w* on that
+    span is on average the part n/d. Mini-batches and label noise do not leave the span either. For
+    inputs of covariance I this error is the expected squared error on a new one, E⟨z, w − w*⟩².
 
     Args:
         num_examples: n; from d on the bound is 0.
         truth: w*, shape (d,), finite. Its zeros count: they make d.
 
+    Returns:
+        The bound, a Python float.
+
     Raises:
         ValueError: a wrong shape or value.
 
     Assumes:
-        inputs that are drawn independently of w*, and whose law does not change under rotations,
-        as Gaussian ones, or under permutations and changes of sign of the coordinates, as Boolean
-        ones: then the projection on their span is on average (rank/d) I.
+        inputs that are drawn independently of w*, and whose law does not change under rotations
+        (such as Gaussian ones), or under permutations and changes of sign of the coordinates (such
+        as Boolean ones). Then the projection on their span is on average (rank/d)·I.
 
-    Example:
+    Examples:
+        >>> import numpy as np
+        >>> from manifoldflow import theory
         >>> theory.kernel_regime_error_bound(30, np.eye(100)[0])
         0.7
 
     References:
-        [LiWangArora2022, Theorem 6.7]
+        [LiWangArora2022, Theorem 6.7].
     """
     w = finite("truth", truth)
     w = vector("truth", w, w.size)
@@ -52,16 +56,21 @@ def kernel_regime_error_bound(num_examples: int, truth: Num[ArrayLike, "..."]) -
 
 
 class RecoveryCertificate(NamedTuple):
-    """Whether a vector is the only minimiser of a weighted l1 norm, with the proof.
+    """The verdict on whether a vector is the only minimiser of a weighted ℓ₁ norm, with the proof.
 
     Attributes:
-        margin: 1 - max |z_j' nu|/c_j over j off the support; at most 1. Above 0 the vector is the
-            only minimiser, if its columns are independent. The largest margin of all nu: at 0 it
-            is one minimiser of several, below 0 it is none.
-        dual: nu, shape (n,), with ``z_j' nu = c_j sign(w_j)`` on the support. None, with a
-            margin of minus infinity, if there is none.
-        injectivity: the least singular value of the columns of the support, brought to length 1.
-        is_unique: whether margin and injectivity are above what rounding can make of 0.
+        margin: 1 − max |zⱼᵀν|/cⱼ over j off the support, for the ν with the largest one; at most 1.
+            Above 0 the vector is the only minimiser, if the columns of its support are independent.
+            At 0 it is one minimiser of several, below 0 it is none. −inf where no ν exists.
+        dual: ν, shape (n,), with zⱼᵀν = cⱼ·sign(wⱼ) on the support; None where no ν exists.
+        injectivity: the least singular value of the columns of the support, scaled to length 1.
+        is_unique: True where margin and injectivity are above rounding.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> found = theory.sparse_recovery_certificate([[1.0, 2.0]], [1.0, 0.0])
+        >>> isinstance(found, theory.RecoveryCertificate), found.margin
+        (True, 0.5)
     """
 
     margin: float
@@ -70,39 +79,51 @@ class RecoveryCertificate(NamedTuple):
     is_unique: bool
 
 
-@checked
+@checked_concrete
 def sparse_recovery_certificate(
     inputs: Num[ArrayLike, "..."],
     truth: Num[ArrayLike, "..."],
     *,
     weights: Num[ArrayLike, "..."] | None = None,
 ) -> RecoveryCertificate:
-    """Whether w* is the only minimiser of ``sum_j c_j |w_j|`` subject to ``Z w = Z w*``.
+    """The proof that w* is the only minimiser of Σⱼ cⱼ|wⱼ| subject to Zw = Zw*, or that it is not.
 
-    That is so if and only if the columns of its support are independent and some nu has ``z_j' nu
-    = c_j sign(w*_j)`` there and ``|z_j' nu| < c_j`` elsewhere. The best nu is found by a linear
-    program, and then checked by itself: w* costs less than any other fit, for
-    ``sum_j c_j |w_j| >= sum_j c_j |w*_j| + margin * (sum of c_j |w_j| off the support)``.
-    With the weights of the model ``<z, u*u - v*v>`` label noise then ends at w* from every start.
+    It is the only one if and only if the columns of its support are independent and some ν has zⱼᵀν
+    = cⱼ·sign(w*ⱼ) there and |zⱼᵀν| < cⱼ elsewhere. The best ν is found by a linear program, and
+    then checked by itself: w* costs less than any other fit, since Σⱼ cⱼ|wⱼ| ≥ Σⱼ cⱼ|w*ⱼ| +
+    margin·(Σ cⱼ|wⱼ| off the support). With the weights of the model ⟨z, u⊙u − v⊙v⟩ label noise then
+    ends at w* from every start.
 
     Args:
         inputs: Z, shape (n, d), finite, without a column of zeros.
         truth: w*, shape (d,), finite. Its support is where it is not 0: round what was computed.
-        weights: c > 0, shape (d,); ``sum_i z_ij^2`` if not given.
+        weights: c > 0, shape (d,), with ‖zⱼ‖/cⱼ over at most 12 decades; None for Σᵢ zᵢⱼ².
+
+    Returns:
+        A `RecoveryCertificate`.
 
     Raises:
-        ValueError: a wrong shape or value.
+        ValueError: a wrong shape or value; weights beyond what a linear program in double precision
+            resolves.
         RuntimeError: the linear program failed.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> inputs = [[1.0, 2.0]]
+        >>> print(theory.sparse_recovery_certificate(inputs, [1.0, 0.0]).is_unique)
+        True
+        >>> print(theory.sparse_recovery_certificate(inputs, [0.0, 0.5]).is_unique)
+        False
 
     References:
         [LiWangArora2022, Lemmas 6.6 and D.6]; J.-J. Fuchs, On sparse representations in arbitrary
-        redundant bases, IEEE Trans. Inform. Theory 50 (2004); H. Zhang, W. Yin, L. Cheng,
-        Necessary and sufficient conditions of solution uniqueness in 1-norm minimization, JOTA 164
-        (2015).
+        redundant bases, IEEE Trans. Inform. Theory 50 (2004); H. Zhang, W. Yin, L. Cheng, Necessary
+        and sufficient conditions of solution uniqueness in 1-norm minimization, JOTA 164 (2015).
     """
     z = matrix("inputs", inputs)
     w = vector("truth", truth, z.shape[1])
     size = np.max(np.abs(z))
+    # In units of the largest entry: HiGHS has absolute tolerances.
     z = z / (size if size > 0 else 1.0)
     lengths = np.sqrt(np.sum(z * z, axis=0))
     if np.any(lengths == 0.0):
@@ -115,20 +136,42 @@ def sparse_recovery_certificate(
     if np.any(costs <= 0.0):
         raise ValueError(f"weights: got {np.min(costs)}, expected all > 0.")
     costs = costs / np.max(costs)  # nu and the costs have one scale between them
+    _check_decades(lengths / costs)
     on = w != 0.0
     dual = _best_dual(z / costs, on, np.sign(w))
     columns = z[:, on] / lengths[on]
     least = 1.0 if not on.any() else _least_singular(columns)
     is_injective = least > max(columns.shape) * _EPS
+    if dual is None and is_injective:
+        raise RuntimeError(
+            f"The linear program of shape {z.shape} found no dual vector, though there is one: the "
+            "columns of the support are independent. Bring the columns of the inputs to similar "
+            "lengths."
+        )
     if dual is None:
         return RecoveryCertificate(-math.inf, None, least, False)
     pulls = (z.T @ dual) / costs
+    # A bound on the rounding of zⱼᵀν, so that a margin of rounding proves nothing.
     rounding = 8 * len(z) * _EPS * (1 + np.max(np.abs(z).T @ np.abs(dual) / costs))
     missed = np.max(np.abs(pulls - np.sign(w)), where=on, initial=0.0)
     margin = 1.0 - float(np.max(np.abs(pulls), where=~on, initial=0.0))
     is_unique = bool(is_injective and margin > rounding + missed)
     scale = np.max(lengths**2) * size if given is None else np.max(given) / size
     return RecoveryCertificate(margin, dual * scale, least, is_unique)
+
+
+def _check_decades(lengths: Float[np.ndarray, " d"]) -> None:
+    """Refuse columns z_j/c_j whose lengths the linear program cannot hold together.
+
+    HiGHS takes coefficients above 1e15 for infinite and calls the program infeasible.
+    """
+    ratio = float(np.max(lengths) / np.min(lengths))
+    if not ratio <= _MAX_RATIO:
+        raise ValueError(
+            f"weights: got |z_j|/c_j over a ratio of {ratio:.1e}, expected at most "
+            f"{_MAX_RATIO:.0e}, which a linear program in double precision resolves; bring the "
+            "weights and the columns of the inputs to similar scales."
+        )
 
 
 def _least_singular(columns: Float[np.ndarray, "n k"]) -> float:
@@ -139,7 +182,7 @@ def _least_singular(columns: Float[np.ndarray, "n k"]) -> float:
 def _best_dual(
     a: Float[np.ndarray, "n d"], on: np.ndarray, signs: np.ndarray
 ) -> Float[np.ndarray, " n"] | None:
-    """argmin max_off |a_j' nu| subject to a_j' nu = sign_j on the support; None if none exists."""
+    """argmin max_off |aⱼᵀν| subject to aⱼᵀν = signⱼ on the support; None if no such ν exists."""
     from scipy.optimize import linprog  # slow to import
 
     n, off = len(a), a[:, ~on].T
@@ -165,7 +208,7 @@ def _best_dual(
     return dual + np.linalg.lstsq(a[:, on].T, signs[on] - a[:, on].T @ dual, rcond=None)[0]
 
 
-@checked
+@checked_concrete
 def sparse_recovery_sample_size(
     num_features: int,
     sparsity: int,
@@ -173,32 +216,37 @@ def sparse_recovery_sample_size(
     failure_probability: float = 0.05,
     design: str = "gaussian",
 ) -> int:
-    """How many examples suffice for label noise to recover a sparse truth, with this probability.
+    """The number of examples with which label noise provably recovers a sparse truth.
 
-    A number of the order of ``kappa ln d`` that comes with a proof, not the least that works, which
-    is several times smaller. Where it is above d it says nothing: d Gaussian examples suffice.
+    It is of the order κ·ln d and comes with a proof; the least number that works is several times
+    smaller. Where it is above d it says nothing, as d Gaussian examples suffice.
 
-    Gaussian inputs [LiWangArora2022, Lemmas D.8 and D.9]: with ``s = sqrt(n - 1) - sqrt(kappa) - 3
-    sqrt(2 kappa ln(2(d - kappa)))`` recovery fails with probability at most ``e^{-s^2/2} + d P(|q -
-    n| > n/2)`` for s > 0, q chi-squared with n degrees of freedom. The lemma takes half of
-    ``sqrt(n - 1)`` for s and leaves C and c open; here the tail of q is exact.
+    Gaussian inputs [LiWangArora2022, Lemmas D.8 and D.9]: with s = √(n − 1) − √κ − 3√(2κ·ln(2(d −
+    κ))) recovery fails with probability at most e^{−s²/2} + d·P(|q − n| > n/2) for s > 0, q
+    chi-squared with n degrees of freedom. The lemma takes half of √(n − 1) for s and leaves C and c
+    open; here the tail of q is exact.
 
-    Boolean inputs: Lemma D.7 quotes a theorem with constants that are not specified. Here it is the
-    dual vector ``nu = n Z_S (Z_S' Z_S)^{-1} sign(w*)`` instead, which fails with probability at
-    most ``kappa (e^{-x}/(1-x)^{1-x})^{n/kappa} + 2(d - kappa) e^{-n(1-x)/(2 kappa)}`` for any x in
-    (0, 1): a matrix Chernoff bound for ``Z_S' Z_S >= n(1-x)``, and Hoeffding's inequality.
+    Boolean inputs: Lemma D.7 quotes a theorem with constants that are not specified. Used here is
+    the dual vector ν = nZ_S(Z_SᵀZ_S)⁻¹sign(w*), which fails with probability at most κ(e⁻ˣ/(1 −
+    x)^{1−x})^{n/κ} + 2(d − κ)e^{−n(1−x)/(2κ)} for any x in (0, 1): a matrix Chernoff bound for
+    Z_SᵀZ_S ≥ n(1 − x), and Hoeffding's inequality.
 
     Args:
-        num_features: d > kappa.
-        sparsity: kappa >= 1, of a truth that is fixed before the inputs are drawn.
-        failure_probability: between 0 and 1, over the draw of the inputs.
-        design: "gaussian" or "boolean", as of `models.sparse_regression`.
+        num_features: d > κ.
+        sparsity: κ ≥ 1, of a truth that is fixed before the inputs are drawn.
+        failure_probability: in (0, 1), over the draw of the inputs.
+        design: "gaussian" or "boolean", like that of `models.sparse_regression`.
 
     Returns:
         The least n for which that bound is at most `failure_probability`.
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.sparse_recovery_sample_size(10_000, 3, design="boolean")
+        140
 
     References:
         [LiWangArora2022, Lemmas 6.6 and D.7-D.9]; J. Tropp, User-friendly tail bounds for sums of
@@ -215,6 +263,7 @@ def sparse_recovery_sample_size(
     if design not in bounds:
         raise ValueError(f'design: got {design!r}, expected "gaussian" or "boolean".')
     low, high = sparsity, sparsity + 1  # the bound falls with n
+    # Doubling, then bisection: each evaluation is one closed form.
     while bounds[design](high, num_features, sparsity) > probability:
         low, high = high, 2 * high
     while high - low > 1:

@@ -1,4 +1,4 @@
-"""Two-layer networks: where label noise ends, and what that asks for [Gatmiry2024]."""
+"""Two-layer networks: the end of label noise, and its assumptions [Gatmiry2024]."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from manifoldflow._boundary import checked, checked_but
+from manifoldflow._boundary import checked_but, checked_concrete
 from manifoldflow._errors import checked_count
 from manifoldflow.theory._arguments import finite, matrix
 
@@ -20,16 +20,22 @@ _ROUNDING = 1e-12
 
 
 class ActivationConstants(NamedTuple):
-    """What the theorems on two-layer networks ask of an activation: all three must be > 0.
+    """The constants of an activation that the theorems on two-layer networks need; all must be > 0.
 
     Attributes:
-        slope: rho_1 = min phi'.
-        third_derivative: rho_2 = min phi'''.
-        normality: the largest beta with ``beta |phi''| <= phi'^2 phi'''``; inf where
-            phi'' vanishes and phi''' does not become negative.
-        slope_at: where phi' is least.
-        third_derivative_at: where phi''' is least.
-        normality_at: where beta is decided.
+        slope: ϱ₁ = min φ′.
+        third_derivative: ϱ₂ = min φ‴.
+        normality: the largest β with β|φ″| ≤ φ′²φ‴; inf where φ″ vanishes and φ‴ does not become
+            negative.
+        slope_at: the place where φ′ is least.
+        third_derivative_at: the place where φ‴ is least.
+        normality_at: the place that decides β.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> found = theory.activation_constants(lambda z: z**3 + z, -1.0, 1.0)
+        >>> isinstance(found, theory.ActivationConstants), found.slope_at
+        (True, 0.0)
     """
 
     slope: float
@@ -40,26 +46,34 @@ class ActivationConstants(NamedTuple):
     normality_at: float
 
 
-@checked
+@checked_concrete
 def activation_constants(
     activation: Callable[[Any], Any], low: float = -10.0, high: float = 10.0
 ) -> ActivationConstants:
-    """The constants of an activation on a range, each with the place that decides it.
+    """The constants ϱ₁, ϱ₂ and β of an activation on a range, each with the place that decides it.
 
-    An activation that breaks an assumption has a constant <= 0 and the place where it does.
-    For ``z^3 + nu z`` they are nu at 0, 6, and ``16/3 nu^(3/2)`` at ``+-sqrt(nu)/3``.
+    An activation that breaks an assumption has a constant ≤ 0. For z³ + νz they are ν at 0, 6, and
+    (16/3)ν^{3/2} at ±√ν/3.
 
     Args:
-        activation: phi, number -> number, a JAX function with three derivatives.
-        low: where the range of features theta_j' x_i begins.
-        high: where it ends.
+        activation: φ, number → number, a JAX function with three derivatives.
+        low: lower end of the range of the features θⱼᵀxᵢ.
+        high: upper end.
 
     Returns:
-        The constants on [low, high], on a grid that is refined round the least value; a dip
-        narrower than ``(high - low)/2000`` may be missed.
+        An `ActivationConstants` on [low, high], from a grid that is refined around the least value.
+        A dip narrower than (high − low)/2000 may be missed.
 
     Raises:
         ValueError: an empty range; derivatives that are NaN or infinite there.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> found = theory.activation_constants(lambda z: z**3 + z, -1.0, 1.0)
+        >>> print(
+        ...     round(found.slope, 3), round(found.third_derivative, 3), round(found.normality, 3)
+        ... )
+        1.0 6.0 5.333
 
     References:
         [Gatmiry2024, Assumptions 1 and 3].
@@ -76,7 +90,7 @@ def activation_constants(
     return ActivationConstants(slope, bend, beta, slope_at, bend_at, beta_at)
 
 
-@checked_but("width")
+@checked_but("width", is_concrete=True)
 def two_layer_minimizer(
     targets: Num[ArrayLike, "..."],
     width: int,
@@ -84,28 +98,32 @@ def two_layer_minimizer(
     *,
     second_layer: Num[ArrayLike, "..."] | None = None,
 ) -> Float[np.ndarray, "m n"]:
-    """The features ``theta_j' x_i`` at which tr H is stationary on the zero-loss manifold.
+    """The features θⱼᵀxᵢ of a two-layer network at which tr ∇²L is stationary at zero loss.
 
-    For ``f_i = sum_j phi(theta_j' x_i)`` they are ``phi^{-1}(y_i / m)`` for all j. With a second
-    layer, ``f_i = sum_j w_j phi(theta_j' x_i)``, they are ``phi''^{-1}(a_i / w_j)`` with the a_i
-    for which the targets are fitted.
+    For fᵢ = Σⱼ φ(θⱼᵀxᵢ) they are φ⁻¹(yᵢ/m) for all j. With a second layer, fᵢ = Σⱼ wⱼφ(θⱼᵀxᵢ), they
+    are φ″⁻¹(aᵢ/wⱼ), with the aᵢ for which the targets are fitted.
 
     Args:
         targets: y, shape (n,), finite.
         width: m, the number of neurons.
-        activation: phi, number -> number, a JAX function; increasing, with an increasing
-            second derivative if there is a second layer.
-        second_layer: w, shape (m,), none of them 0; ones if not given.
+        activation: φ, number → number, a JAX function; increasing, with an increasing second
+            derivative if there is a second layer.
+        second_layer: w, shape (m,), none of them 0; None for ones.
 
     Returns:
         The features in float64, shape (m, n): one row for each neuron.
 
     Raises:
-        ValueError: a wrong shape, or a value that the activation (or its second derivative)
-            does not take within +-1e18.
+        ValueError: a wrong shape, or a value that the activation (or its second derivative) does
+            not take within ±1e18.
 
     Assumes:
-        linearly independent inputs, so that any features can be had.
+        linearly independent inputs, so that any features can be attained.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.two_layer_minimizer([4.0], 2, lambda z: z**3 + z).round(6).tolist())
+        [[1.0], [1.0]]
 
     References:
         [Gatmiry2024, Theorem 2].
@@ -135,14 +153,25 @@ def two_layer_minimizer(
     return np.stack([at(level) for level in levels], axis=1)
 
 
-@checked
+@checked_concrete
 def coherence(inputs: Num[ArrayLike, "..."]) -> float:
-    """mu, the least eigenvalue of the Gram matrix of the inputs: ``X X' >= mu I``.
+    """The coherence μ of inputs: the least eigenvalue of their Gram matrix, XXᵀ ≥ μI.
 
-    Positive where the inputs are linearly independent; 1 where they are orthonormal.
+    It is positive where the inputs are linearly independent, and 1 where they are orthonormal.
 
     Args:
         inputs: X, shape (n, d), one row for each example.
+
+    Returns:
+        μ, a Python float.
+
+    Raises:
+        ValueError: a wrong shape, or values that are not finite.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> round(theory.coherence([[1.0, 0.0], [0.6, 0.8]]), 6)
+        0.4
 
     References:
         [Gatmiry2024, Assumption 2].
@@ -159,11 +188,13 @@ def _quotient(number: Any, by: Any) -> Any:
 
 
 def _least(fn: Callable[[Any], Any], low: float, high: float) -> tuple[float, float]:
-    """The least value of a function on a range, and where; 0 if that is all but rounding."""
+    """The least value of a function on a range, and its place; 0 if it is rounding."""
     value, place, scale = np.inf, low, 0.0
+    # A lambda, since modules have no hash. Third derivatives lose most digits in float32.
     compiled = jax.jit(jax.vmap(lambda z: fn(z)))
     for zoom in range(_ZOOMS):
         with jax.enable_x64(True):
+            # With 0, where activations like z³ + νz are decided, and which a grid may miss.
             grid = np.sort(np.append(np.linspace(low, high, _GRID), np.clip(0.0, low, high)))
             values = np.asarray(compiled(grid))
         if np.any(np.isnan(values)):
@@ -183,7 +214,7 @@ def _least(fn: Callable[[Any], Any], low: float, high: float) -> tuple[float, fl
 
 
 def _in_double(fn: Callable[[Any], Any]) -> Callable[[float], float]:
-    """A JAX function of a number, in float64 whatever JAX is set to."""
+    """A JAX function of a number, evaluated in float64 whatever JAX is set to."""
     compiled = jax.jit(lambda z: fn(z))  # modules have no hash
 
     def value(z: float) -> float:
@@ -194,7 +225,7 @@ def _in_double(fn: Callable[[Any], Any]) -> Callable[[float], float]:
 
 
 def _inverse(fn: Callable[[float], float], value: float, name: str) -> float:
-    """z with fn(z) = value, for a monotone function, in a bracket that grows."""
+    """The z with fn(z) = value, for a monotone function, in a bracket that grows."""
     # Here, since scipy is slow to import and only some oracles need it.
     from scipy.optimize import brentq
 

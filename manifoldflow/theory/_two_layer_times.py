@@ -1,8 +1,8 @@
-"""Two-layer networks: how long flatness takes at most, in flow time and in steps [Gatmiry2024].
+"""Bounds on the time in which two-layer networks become flat, also in steps [Gatmiry2024].
 
-Three stretches: gradient flow lands on the zero-loss manifold, the flow θ' = −P∇F makes its
-gradient small, and from then on all features close in exponentially. SGD takes them one after
-the other, each on a clock of its own.
+Three stretches follow each other. Gradient flow lands on the zero-loss manifold; the flow θ′ = −P∇F
+makes its gradient small; from then on all features approach each other exponentially. SGD takes
+them one after the other, each on a clock of its own.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Num
 
-from manifoldflow._boundary import checked
+from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_count
 from manifoldflow.theory._arguments import matrix, number
 
 
-@checked
+@checked_concrete
 def simplicity_time_bound(
     flatness: float,
     accuracy: float,
@@ -31,22 +31,25 @@ def simplicity_time_bound(
     least_flatness: float = 0.0,
     halved: bool = False,
 ) -> float:
-    """When the features are within `accuracy` of `two_layer_minimizer`, at the latest.
+    """The latest time at which the features come within `accuracy` of `two_layer_minimizer`.
 
-    ``F/(mu beta^2) + ln(beta^2/(rho_1^2 rho_2^2 eps^2) v 1)/(rho_1 rho_2 mu)`` in the time of
-    ``theta' = -P grad F`` with ``F = sum_ij phi'(theta_j' x_i)^2 |x_i|^2``; on the limit clock of
-    label noise, with tr H = 2 F, it is 2/c times that. `label_noise_num_steps` counts steps.
+    It is F/(μβ²) + ln(max(β²/(ϱ₁²ϱ₂²ε²), 1))/(ϱ₁ϱ₂μ) in the time of θ′ = −P∇F with F = Σᵢⱼ
+    φ′(θⱼᵀxᵢ)²‖xᵢ‖². On the limit clock of label noise, with tr ∇²L = 2F, it is 2/c times that.
+    `label_noise_num_steps` counts steps.
 
     Args:
         flatness: F at the start.
-        accuracy: eps > 0, of each feature.
-        coherence: mu of the inputs.
-        normality: beta with ``beta |phi''| <= phi'^2 phi'''``.
-        slope: rho_1 > 0, a lower bound of phi'.
-        third_derivative: rho_2 > 0, a lower bound of phi'''.
-        least_flatness: a number that F does not fall below; only what is above it counts.
-        halved: whether to halve the logarithm. The squared gradient falls at the rate
-            2 rho_1 rho_2 mu, so half of it is enough; the theorem is printed with all of it.
+        accuracy: ε > 0, of each feature.
+        coherence: μ > 0 of the inputs.
+        normality: β > 0 with β|φ″| ≤ φ′²φ‴.
+        slope: ϱ₁ > 0, a lower bound of φ′.
+        third_derivative: ϱ₂ > 0, a lower bound of φ‴.
+        least_flatness: a lower bound of F; only what is above it counts.
+        halved: True halves the logarithm. The squared gradient falls at the rate 2ϱ₁ϱ₂μ, so half of
+            it is enough; the theorem is printed with all of it.
+
+    Returns:
+        The time, a Python float.
 
     Raises:
         ValueError: a bound that is not positive; a least flatness above the flatness.
@@ -54,6 +57,12 @@ def simplicity_time_bound(
     Assumes:
         inputs of norm 1, and the bounds on all features on the way: see `coherence` and
         `activation_constants`.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> bounds = {"coherence": 1.0, "normality": 2.0, "slope": 1.0, "third_derivative": 1.0}
+        >>> print(round(theory.simplicity_time_bound(4.0, 0.02, **bounds), 3))  # 1 + ln 10⁴
+        10.21
 
     References:
         [Gatmiry2024, Theorem 3].
@@ -76,7 +85,7 @@ def simplicity_time_bound(
     )
 
 
-@checked
+@checked_concrete
 def stationarity_time_bound(
     flatness: float,
     accuracy: float,
@@ -88,25 +97,34 @@ def stationarity_time_bound(
     least_flatness: float = 0.0,
     halved: bool = False,
 ) -> float:
-    """When the norm of P grad F is below `accuracy` and stays there, at the latest.
+    """The latest time from which on the norm of P∇F stays below `accuracy`.
 
-    ``F/(mu beta^2) + ln(mu beta^2/eps^2 v 1)/(rho_1 rho_2 mu)``, as `simplicity_time_bound`.
+    It is F/(μβ²) + ln(max(μβ²/ε², 1))/(ϱ₁ϱ₂μ), in the time of `simplicity_time_bound`.
 
     Args:
         flatness: F at the start.
-        accuracy: eps > 0, of the norm of the Riemannian gradient of F.
-        coherence: mu of the inputs.
-        normality: beta with ``beta |phi''| <= phi'^2 phi'''``.
-        slope: rho_1 > 0, a lower bound of phi'.
-        third_derivative: rho_2 > 0, a lower bound of phi'''.
-        least_flatness: a number that F does not fall below; only what is above it counts.
-        halved: whether to halve the logarithm, as the rate that holds allows.
+        accuracy: ε > 0, of the norm of the Riemannian gradient of F.
+        coherence: μ > 0 of the inputs.
+        normality: β > 0 with β|φ″| ≤ φ′²φ‴.
+        slope: ϱ₁ > 0, a lower bound of φ′.
+        third_derivative: ϱ₂ > 0, a lower bound of φ‴.
+        least_flatness: a lower bound of F; only what is above it counts.
+        halved: True halves the logarithm, which is still a bound.
+
+    Returns:
+        The time, a Python float.
 
     Raises:
         ValueError: a bound that is not positive; a least flatness above the flatness.
 
     Assumes:
         what `simplicity_time_bound` does.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> bounds = {"coherence": 1.0, "normality": 2.0, "slope": 1.0, "third_derivative": 1.0}
+        >>> theory.stationarity_time_bound(4.0, 2.0, **bounds)
+        1.0
 
     References:
         [Gatmiry2024, (16)].
@@ -123,29 +141,39 @@ def stationarity_time_bound(
     beta = number("normality", normality, least=0.0, strict=True)
     rate = number("slope", slope, least=0.0, strict=True) * mu
     rate *= number("third_derivative", third_derivative, least=0.0, strict=True)
-    # Above this gradient F falls at least at the rate mu beta^2; below it F is convex.
+    # Above this gradient F falls at least at the rate μβ²; below it F is convex.
     threshold = math.sqrt(mu) * beta
     logarithm = max(2 * (math.log(threshold) - math.log(eps)), 0.0)
     return (start - least) / threshold**2 + logarithm / (2 * rate if halved else rate)
 
 
-@checked
+@checked_concrete
 def landing_time_bound(
     loss: float, accuracy: float, *, width: int, coherence: float, slope: float
 ) -> float:
-    """When gradient flow has lowered the loss to `accuracy`, at the latest.
+    """The latest time at which gradient flow has lowered the loss to `accuracy`.
 
-    ``ln(L/eps v 1)/C`` with ``C = 4 m mu rho_1^2``, in the time of ``theta' = -grad L``.
+    It is ln(max(L/ε, 1))/C with C = 4mμϱ₁², in the time of θ′ = −∇L.
 
     Args:
         loss: L at the start, the sum of squares.
-        accuracy: eps > 0, of the loss.
+        accuracy: ε > 0, of the loss.
         width: m, the number of neurons.
-        coherence: mu of the inputs.
-        slope: rho_1 > 0, a lower bound of phi'.
+        coherence: μ > 0 of the inputs.
+        slope: ϱ₁ > 0, a lower bound of φ′.
+
+    Returns:
+        The time, a Python float.
 
     Raises:
         ValueError: a number out of its range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(
+        ...     round(theory.landing_time_bound(1.0, 1e-6, width=10, coherence=0.5, slope=1.0), 3)
+        ... )
+        0.691
 
     References:
         [Gatmiry2024, Lemma 11].
@@ -156,24 +184,31 @@ def landing_time_bound(
     return (math.log(start) - math.log(eps)) / rate if start > eps else 0.0
 
 
-@checked
+@checked_concrete
 def landing_distance_bound(
     loss: float, time: float = 0.0, *, width: int, coherence: float, slope: float
 ) -> float:
-    """How far gradient flow is from the point where it lands, at most.
+    """A bound on the distance of gradient flow from the point where it lands.
 
-    ``(2/sqrt(C)) e^(-C t/2) sqrt(L)`` with ``C = 4 m mu rho_1^2``, after the time t of
-    ``theta' = -grad L`` from a start of loss L.
+    It is (2/√C)·e^{−Ct/2}·√L with C = 4mμϱ₁², after the time t of θ′ = −∇L from a start of loss L.
 
     Args:
         loss: L at the start, the sum of squares.
-        time: t >= 0.
+        time: t ≥ 0.
         width: m, the number of neurons.
-        coherence: mu of the inputs.
-        slope: rho_1 > 0, a lower bound of phi'.
+        coherence: μ > 0 of the inputs.
+        slope: ϱ₁ > 0, a lower bound of φ′.
+
+    Returns:
+        The distance, a Python float.
 
     Raises:
         ValueError: a number out of its range.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> print(theory.landing_distance_bound(4.0, width=4, coherence=1.0, slope=1.0))
+        1.0
 
     References:
         [Gatmiry2024, (32)].
@@ -184,7 +219,7 @@ def landing_distance_bound(
     return 2 * decay * math.sqrt(start / rate)
 
 
-@checked
+@checked_concrete
 def landed_flatness_bound(
     features: Num[ArrayLike, "..."],
     loss: float,
@@ -193,26 +228,35 @@ def landed_flatness_bound(
     coherence: float,
     slope: float,
 ) -> float:
-    """F where gradient flow lands, at most: what the time bounds need of a start with a loss.
+    """A bound on F at the point where gradient flow lands, for the time bounds.
 
-    ``sum_ij phi'(z_ij)^2 + sum_i max_j [phi'(z_ij +- sqrt(m) R)^2 - phi'(z_ij)^2]`` where R is the
-    `landing_distance_bound`: the features on one example move by sqrt(m) R in all.
+    It is Σᵢⱼ φ′(zᵢⱼ)² + Σᵢ maxⱼ[φ′(zᵢⱼ ± √m·R)² − φ′(zᵢⱼ)²] with the `landing_distance_bound` R:
+    the features on one example move by √m·R in all.
 
     Args:
-        features: z_ij = theta_j' x_i at the start, shape (m, n): one row for each neuron.
+        features: zᵢⱼ = θⱼᵀxᵢ at the start, shape (m, n): one row for each neuron.
         loss: L at the start, the sum of squares.
-        activation: phi, number -> number, a JAX function.
-        coherence: mu of the inputs.
-        slope: rho_1 > 0, a lower bound of phi'.
+        activation: φ, number → number, a JAX function.
+        coherence: μ > 0 of the inputs.
+        slope: ϱ₁ > 0, a lower bound of φ′.
+
+    Returns:
+        The bound, a Python float.
 
     Raises:
-        ValueError: a wrong shape, a number out of its range.
+        ValueError: a wrong shape, or a number out of its range.
 
     Assumes:
-        inputs of norm 1, and a convex phi'^2, as it is where phi' and phi''' are positive.
+        inputs of norm 1, and a convex φ′², as it is where φ′ and φ‴ are positive.
+
+    Examples:
+        >>> from manifoldflow import theory
+        >>> options = {"coherence": 1.0, "slope": 1.0}
+        >>> print(theory.landed_flatness_bound([[0.0]], 0.0, lambda z: z**3 + z, **options))
+        1.0
 
     References:
-        [Gatmiry2024, Lemma 11], whose proof has R for sqrt(m) R.
+        [Gatmiry2024, Lemma 11], whose proof has R for √m·R.
     """
     z = matrix("features", features)
     distance = landing_distance_bound(loss, width=len(z), coherence=coherence, slope=slope)
@@ -224,11 +268,12 @@ def landed_flatness_bound(
             return np.asarray(compiled(z.ravel())).reshape(z.shape) ** 2
 
     here = squares(z)
+    # φ′² is convex, so its maximum over an interval is at one of the ends.
     rise = np.maximum(squares(z + reach), squares(z - reach)) - here
     return float(np.sum(here) + np.sum(np.max(rise, axis=0)))
 
 
-@checked
+@checked_concrete
 def label_noise_num_steps(
     time: float,
     *,
@@ -237,17 +282,20 @@ def label_noise_num_steps(
     batch_fraction: float = 1.0,
     landing_time: float = 0.0,
 ) -> int:
-    """How many steps of SGD with label noise take a time of the flow ``theta' = -P grad F``.
+    """The number of steps of SGD with label noise that take a time of the flow θ′ = −P∇F.
 
-    ``ceil(t_0/eta) + ceil(t b/(delta^2 eta^2))``: first the time t_0 of gradient flow, on the
-    clock k eta, then the time t, of which k steps make ``delta^2 k eta^2/b``.
+    It is ⌈t₀/η⌉ + ⌈tb/(δ²η²)⌉: first the time t₀ of gradient flow, on the clock kη, then the time
+    t, in which k steps make δ²kη²/b.
 
     Args:
-        time: t, as from `simplicity_time_bound`.
-        learning_rate: eta > 0, of steps on ``L = sum_i (f_i - y_i)^2``.
-        label_variance: delta^2 > 0, of the noise on each label.
-        batch_fraction: b = B/N in (0, 1], what part of the examples is in a batch.
-        landing_time: t_0, as from `landing_time_bound`.
+        time: t ≥ 0, as from `simplicity_time_bound`.
+        learning_rate: η > 0, of steps on L = Σᵢ(fᵢ − yᵢ)².
+        label_variance: δ² > 0, of the noise on each label.
+        batch_fraction: b = B/N in (0, 1], the share of the examples in a batch.
+        landing_time: t₀ ≥ 0, as from `landing_time_bound`.
+
+    Returns:
+        The number of steps, a Python integer.
 
     Raises:
         ValueError: a number out of its range.
@@ -255,8 +303,15 @@ def label_noise_num_steps(
     Assumes:
         a learning rate so small that SGD is close to its limit, and fresh noise at each step.
 
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.label_noise_num_steps(
+        ...     2.0, learning_rate=0.01, label_variance=1.0, landing_time=1.0
+        ... )
+        20100
+
     References:
-        [Gatmiry2024, Theorem 1], [LiWangArora2022, Corollary 5.2].
+        [Gatmiry2024, Theorem 1; LiWangArora2022, Corollary 5.2].
     """
     eta = number("learning_rate", learning_rate, least=0.0, strict=True)
     variance = number("label_variance", label_variance, least=0.0, strict=True)
@@ -270,20 +325,23 @@ def label_noise_num_steps(
     return _whole(landing, number("time", time, least=0.0) * fraction / variance / eta / eta)
 
 
-@checked
+@checked_concrete
 def sharpness_aware_num_steps(
     time: float, *, learning_rate: float, radius: float, landing_time: float = 0.0
 ) -> int:
-    """How many steps of 1-SAM take a time of the flow ``theta' = -P grad F``.
+    """The number of steps of 1-SAM that take a time of the flow θ′ = −P∇F.
 
-    ``ceil(t_0/eta) + ceil(t/(eta rho^2))``: 1-SAM, with one example in a batch, follows half the
-    gradient of ``tr H = 2 F`` on the clock k eta rho^2. It needs no noise on the labels.
+    It is ⌈t₀/η⌉ + ⌈t/(ηρ²)⌉. 1-SAM, with one example in a batch, follows half the gradient of tr
+    ∇²L = 2F on the clock kηρ². It needs no noise on the labels.
 
     Args:
-        time: t, as from `simplicity_time_bound`.
-        learning_rate: eta > 0, of steps on ``L = sum_i (f_i - y_i)^2``.
-        radius: rho > 0, the length of a climb.
-        landing_time: t_0, as from `landing_time_bound`.
+        time: t ≥ 0, as from `simplicity_time_bound`.
+        learning_rate: η > 0, of steps on L = Σᵢ(fᵢ − yᵢ)².
+        radius: ρ > 0, the length of a climb.
+        landing_time: t₀ ≥ 0, as from `landing_time_bound`.
+
+    Returns:
+        The number of steps, a Python integer.
 
     Raises:
         ValueError: a number out of its range.
@@ -291,8 +349,15 @@ def sharpness_aware_num_steps(
     Assumes:
         a learning rate and a radius so small that 1-SAM is close to its limit.
 
+    Examples:
+        >>> from manifoldflow import theory
+        >>> theory.sharpness_aware_num_steps(
+        ...     2.0, learning_rate=0.125, radius=0.25, landing_time=1.0
+        ... )
+        264
+
     References:
-        [Gatmiry2024, Theorem 1], [WenMaLi2023].
+        [Gatmiry2024, Theorem 1; WenMaLi2023].
     """
     eta = number("learning_rate", learning_rate, least=0.0, strict=True)
     rho = number("radius", radius, least=0.0, strict=True)
@@ -311,7 +376,7 @@ def _whole(*counts: float) -> int:
 
 
 def _dominance(width: int, coherence: float, slope: float) -> float:
-    """C with |grad L|^2 >= C L everywhere [Gatmiry2024, Lemma 12]."""
+    """The constant C with ‖∇L‖² ≥ C·L everywhere [Gatmiry2024, Lemma 12]."""
     m = checked_count("width, the number of neurons,", width)
     mu = number("coherence", coherence, least=0.0, strict=True)
     least = number("slope", slope, least=0.0, strict=True)

@@ -176,3 +176,17 @@ def test_what_is_no_metric(factor):
     metric = lambda point, vector: factor * vector
     with refused(ValueError, "metric", "symmetric and positive"):
         diagnostics.is_gradient_flow(flow, jnp.array([0.0, 0.6, 0.8]), metric=metric)
+
+
+def test_places_off_the_manifold_are_refused():
+    """The drift of a limit flow says nothing there, nor does a circulation round it."""
+    sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
+    flow = mf.RiemannianGradientFlow(sphere, lambda x: x[0])
+    start = jnp.array([0.0, 0.6, 0.8])
+    with refused(ValueError, "point must lie on the manifold", "manifold.project(point)"):
+        diagnostics.is_gradient_flow(flow, 1.1 * start)
+    wide = lambda t: jnp.array(
+        [(1 + jnp.sin(2 * jnp.pi * t)) * jnp.sin(2 * jnp.pi * t), 0.0, jnp.cos(2 * jnp.pi * t)]
+    )
+    with refused(ValueError, "loop must lie on the manifold", "leaves it at t = 0.125"):
+        diagnostics.is_gradient_flow(flow, start, loop=wide)

@@ -1,4 +1,4 @@
-"""What is kept of a Jacobian's columns for one leaf, and the products that it must offer."""
+"""The columns of a Jacobian that belong to one leaf, and the products that they must offer."""
 
 import abc
 from collections.abc import Callable
@@ -16,11 +16,18 @@ from manifoldflow.linalg.jacobian._views import apply_view, pull_view, View
 
 
 class AbstractBlock(eqx.Module):
-    """The columns of J that belong to one leaf, as one use of it makes them: k rows for each of
-    n examples.
+    """The columns of J that belong to one leaf, as one use of it makes them.
 
-    Every array that a block holds has a leading axis of n examples: the Gram matrix of many
-    examples is computed in strips, which are cut along it.
+    There are k rows for each of n examples. Every array that a block holds has a leading axis of n
+    examples: the Gram matrix of many examples is computed in strips, which are cut along it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.structured_jacobian(jnp.dot, jnp.ones(2), jnp.array([[3.0, 4.0]]))
+        >>> ((block,),) = jacobian.blocks
+        >>> print(isinstance(block, linalg.AbstractBlock), block.norms())
+        True [[25.]]
     """
 
     @abc.abstractmethod
@@ -60,15 +67,21 @@ class LeafView(NamedTuple):
     """A leaf as a use sees it: rearranged, by static steps.
 
     Args:
-        steps: what was done to the leaf; hashable, so that equal models compile once.
+        steps: the rearrangements; hashable, so that equal models compile once.
         shape: the shape of the leaf itself.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.LeafView((), (2,)).apply(jnp.array([1.0, 2.0])))
+        [1. 2.]
     """
 
     steps: View
     shape: tuple[int, ...]
 
     def apply(self, leaf: Array) -> Array:
-        """From the leaf to what the use sees."""
+        """The rearranged leaf, as the use sees it."""
         return apply_view(self.steps, leaf)
 
     def pull(self, value: Array) -> Array:

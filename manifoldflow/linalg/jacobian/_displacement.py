@@ -18,7 +18,7 @@ def displaced(leaf: Array, origin: Array) -> Array:
 
 @checked
 def displacement(coordinates: PyTree[Array], origin: PyTree[Array]) -> PyTree[Array]:
-    """θ − θ₀, recognised by `structured_jacobian` as no use of its own of the leaves of θ.
+    """The difference θ − θ₀, which `structured_jacobian` does not count as a use of θ.
 
     A model that is linear in it, such as `losses.linearized`, so has a Jacobian without n×D
     numbers. Everywhere else it is a subtraction.
@@ -29,6 +29,12 @@ def displacement(coordinates: PyTree[Array], origin: PyTree[Array]) -> PyTree[Ar
 
     Raises:
         ValueError: arrays that are not real, or differ in structure or shapes.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.displacement({"a": jnp.array([3.0])}, {"a": jnp.array([1.0])})["a"])
+        [2.]
     """
     _tree.split(coordinates)
     origin = _tree.as_tangent(coordinates, origin, "displacement: origin")

@@ -1,4 +1,4 @@
-"""From the derivatives of taps to blocks: several uses of one leaf in one form are one block."""
+"""Blocks from the derivatives of taps: several uses of one leaf in one form make one block."""
 
 import functools
 from typing import Any
@@ -34,7 +34,7 @@ def block_of(
 
 
 def _read(site: Site, delta: Array, record: Record, leaf: Array) -> AbstractBlock:
-    """What the block of a site keeps, from its tap derivatives (n, k, ...)."""
+    """The content of a site's block, from its tap derivatives (n, k, …)."""
 
     def one(delta: Array, record: Record) -> AbstractBlock:
         delta = delta.astype(leaf.dtype)
@@ -72,7 +72,7 @@ def _sum_of_blocks(blocks: list[Any], swapped: tuple[bool, ...]) -> AbstractBloc
 
 
 def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
-    """What `treatments` says of a leaf with these blocks."""
+    """The treatment of a leaf with these blocks, in words."""
     names = []
     for block, group in zip(blocks, groups, strict=True):
         kinds = {type(sites[index].use) for index in group.sites}

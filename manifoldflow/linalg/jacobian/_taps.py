@@ -95,7 +95,7 @@ def _same_entries(first: Entries, other: Entries) -> bool | None:
 
 
 def _are_disjoint(groups: list[list[Entries]]) -> bool:
-    """Whether it is certain that no two groups share an entry of the leaf."""
+    """True where it is certain that no two groups share an entry of the leaf."""
     pairs = itertools.combinations(groups, 2)
     return all(x.is_apart_from(y) for first, other in pairs for x in first for y in other)
 

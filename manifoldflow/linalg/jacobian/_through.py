@@ -1,4 +1,4 @@
-"""What a leaf passes through and remains itself: rearrangements, and programs inside."""
+"""The operations that a leaf passes through unchanged: rearrangements, and programs inside."""
 
 from collections.abc import Callable
 from typing import Any

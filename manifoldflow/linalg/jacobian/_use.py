@@ -1,7 +1,4 @@
-"""What a use of a leaf is, and how one is registered: for a primitive, or a jitted function.
-
-Each `_use_….py` beside this file holds one use. README.md here derives what they have in common.
-"""
+"""The uses of a leaf, and their registration for a primitive or a jitted function."""
 
 import abc
 from collections.abc import Callable
@@ -20,15 +17,25 @@ from manifoldflow.linalg.jacobian._views import is_selection, View
 
 
 class Equation(NamedTuple):
-    """One equation of a model's program, with the values of one example: what a use is shown.
+    """One equation of a model's program, with the values of one example, for `recognise`.
 
     Args:
-        name: the primitive, as `dot_general`, or the function under `jax.jit`.
+        name: the primitive, such as `dot_general`, or the function under `jax.jit`.
         params: the parameters of the primitive. Their names are JAX's, and change with it.
         operands: the arrays that enter.
         output: the array z that leaves.
-        is_leaf: for every operand, whether it is a leaf (rearranged or scaled).
+        is_leaf: for every operand, True if it is a leaf (rearranged or scaled).
         evaluate: maps other operands of the same shapes to their output.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> operands = jnp.ones(2), jnp.arange(2.0)
+        >>> equation = linalg.Equation(
+        ...     "mul", {}, operands, operands[1], (True, False), jnp.multiply
+        ... )
+        >>> print(equation.name, equation.is_leaf)
+        mul (True, False)
     """
 
     name: str
@@ -40,16 +47,33 @@ class Equation(NamedTuple):
 
 
 class Recognised(eqx.Module):
-    """A use of one operand of an equation, with what must be kept of each example.
+    """A use of one operand of an equation, with the values to be kept of each example.
 
     Args:
         use: the use; all that it holds is static.
-        factor: PyTree of arrays, whatever the row is made of beside δ.
-        steps: how the use rearranges the operand, if it does (see `LeafView`).
+        factor: PyTree of arrays, the ingredients of the row beside δ.
+        steps: the rearrangement of the operand, if the use does one (see `LeafView`).
         scale: a number by which the rows are multiplied; None for 1.
 
     Raises:
-        ValueError: if `use` is not an `AbstractUse`.
+        ValueError: `use` is not an `AbstractUse`.
+
+    Examples:
+        >>> import equinox as eqx
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> class Product(linalg.AbstractPairUse):
+        ...     @classmethod
+        ...     def recognise(cls, equation, index):
+        ...         return linalg.Recognised(cls(), factor=equation.operands[1 - index])
+        ...
+        ...     def apply(self, weight, factor):
+        ...         return weight * factor
+        ...
+        ...     def inner(self, delta, factor, other_delta, other_factor):
+        ...         return jnp.sum(delta * factor * other_delta * other_factor)
+        >>> print(linalg.Recognised(Product(), factor=jnp.ones(2)).factor)
+        [1. 1.]
     """
 
     use: "AbstractUse"
@@ -68,9 +92,14 @@ class Recognised(eqx.Module):
 class AbstractUse(eqx.Module):
     """One way in which a model uses a leaf w: z = U(w; a), whose rows are Uᵀδ.
 
-    Here δ = ∂f/∂z is found by the library and the factor a is named by the use. A subclass
-    holds static fields only (`equinox.field(static=True)`), so that equal uses compile once.
+    Here δ = ∂f/∂z is found by the library and the factor a is named by the use. A subclass holds
+    static fields only (`equinox.field(static=True)`), so that equal uses compile once.
     `AbstractPairUse` asks for less: the map U and the inner product of two rows.
+
+    Examples:
+        >>> from manifoldflow import linalg
+        >>> print(issubclass(linalg.AbstractPairUse, linalg.AbstractUse))
+        True
     """
 
     @classmethod
@@ -87,7 +116,7 @@ class AbstractUse(eqx.Module):
     def block(
         self, delta: Float[Array, "n k ..."], factor: PyTree[Array], leaf: LeafView
     ) -> AbstractBlock:
-        """What is kept of n examples.
+        """The block of n examples.
 
         Args:
             delta: ∂f/∂z for each of k outputs.
@@ -125,23 +154,45 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @shown
 def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
-    """Class decorator: how an operation uses a leaf, so that its explicit rows are not needed.
+    """The class decorator that tells how an operation uses a leaf, to spare its explicit rows.
 
-    From then on `structured_jacobian` keeps δ and a for every leaf (or rearranged leaf) that
-    enters this operation and is recognised. Several decorators may stand above one class.
-    Register before the first Jacobian: programs that were compiled stay as they are. The last
-    use that was registered for an operation is the one that counts.
+    From then on `structured_jacobian` keeps δ and a for every leaf (or rearranged leaf) that enters
+    this operation and is recognised. Several decorators may stand above one class. Register before
+    the first Jacobian: programs that were compiled stay as they are. The last use that was
+    registered for an operation is the one that counts.
 
     Args:
-        operation: the name of a primitive, as `"reduce_sum"`, or a function of arrays
-            under `jax.jit`. A function is known by its name and by its program: under `vmap`,
-            or with static arguments, it is not recognised, and what is inside is looked at.
+        operation: the name of a primitive, as `"reduce_sum"`, or a function of arrays under
+            `jax.jit`. A function is known by its name and by its program: under `vmap`, or with
+            static arguments, it is not recognised, and what is inside is looked at.
 
     Returns:
         A decorator for a final subclass of `AbstractUse`, which it gives back as it is.
 
     Raises:
         ValueError: if the operation is neither, or the class is no `AbstractUse`.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> @jax.jit
+        ... def stretched(w, a):
+        ...     return w * a
+        >>> @linalg.register_use(stretched)
+        ... class Stretch(linalg.AbstractPairUse):
+        ...     @classmethod
+        ...     def recognise(cls, equation, index):
+        ...         return linalg.Recognised(cls(), factor=equation.operands[1 - index])
+        ...
+        ...     def apply(self, weight, factor):
+        ...         return weight * factor
+        ...
+        ...     def inner(self, delta, factor, other_delta, other_factor):
+        ...         return jnp.sum(delta * factor * other_delta * other_factor)
+        >>> jacobian = linalg.structured_jacobian(stretched, jnp.zeros(3), jnp.ones((2, 3)))
+        >>> print(jacobian.treatments)
+        {'': 'Stretch, summed'}
     """
     is_jitted = hasattr(operation, "lower") and hasattr(operation, "__name__")
     if not isinstance(operation, str) and not is_jitted:
@@ -271,7 +322,7 @@ def function_use(eqn: Any) -> type[AbstractUse] | None:
 
 
 def is_call_of(fn: Callable[..., Any], eqn: Any) -> bool:
-    """Whether an equation runs the program that a jitted function has for these arguments."""
+    """True where an equation runs the program that a jitted function has for these arguments."""
     if eqn.params.get("name") != fn.__name__:
         return False
     try:

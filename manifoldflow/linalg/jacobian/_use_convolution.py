@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
     num_inputs: int  # channels in each group
 
     def patches(self, slabs: Float[Array, "batch X ... WI"]) -> Float[Array, "T G C"]:
-        """What the kernel sees at each of T places; C = window·channels of a group."""
+        """The patches that the kernel sees at each of T places; C = window·channels of a group."""
         pieces = _pieces(slabs, 1, self.size, self.stride, self.dilation)
         patches = jnp.concatenate(pieces, axis=-1)
         num_places = patches.size // patches.shape[-1]

@@ -48,7 +48,7 @@ class LookUpBlock(AbstractPositionBlock):
         return math.prod(self.leaf.shape) // self.delta.shape[-1]
 
     def as_outer(self) -> OuterBlock:
-        """With explicit unit vectors, as one more use of a weight matrix."""
+        """The block with explicit unit vectors, as one more use of a weight matrix."""
         units = jax.nn.one_hot(self.index, self._num_entries, dtype=self.delta.dtype)
         return OuterBlock(units[:, None, :, None], self.delta[:, :, :, None], self.leaf)
 

@@ -133,10 +133,10 @@ def _pair_gram(x: OuterBlock, y: OuterBlock, at: Place) -> Float[Array, "n k m l
 
 
 def _prefers_pairs(x: OuterBlock, y: OuterBlock) -> bool:
-    """Whether all pairs of positions cost less than products of explicit rows.
+    """True where all pairs of positions cost less than products of explicit rows.
 
-    Where many outputs share a, (Σ_s (a_t·a_s) δ_s)·δ_t takes fewer products than either, but
-    as many small ones; on CPUs it was the slower.
+    Where many outputs share a, (Σ_s (a_t·a_s) δ_s)·δ_t takes fewer products than either, but as
+    many small ones; on CPUs it was the slower.
     """
     num_pairs = x.delta.shape[2] * y.delta.shape[2]
     outputs = max(x.delta.shape[1], x.factor.shape[1]) * max(y.delta.shape[1], y.factor.shape[1])
@@ -188,10 +188,10 @@ class MatrixProduct(AbstractMatrixUse):
 
 
 def _dot_dims(numbers: Any, side: int, weight: Array, other: Array) -> tuple[Any, ...]:
-    """How to bring weight, factor and output to (B, F, C), (T, B, C) and (T, B, F).
+    """The axes that bring weight, factor and output to (B, F, C), (T, B, C) and (T, B, F).
 
-    B are batch axes, C is contracted, F is free in the weight, T are the positions at which
-    the weight is applied.
+    B are batch axes, C is contracted, F is free in the weight, T are the positions at which the
+    weight is applied.
     """
     contracting, batch = numbers
     w_contract, x_contract = ints(contracting[side]), ints(contracting[1 - side])

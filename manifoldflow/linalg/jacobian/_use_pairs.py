@@ -33,17 +33,36 @@ from manifoldflow.linalg.jacobian._use_rows import RowBlock
 class AbstractPairUse(AbstractUse):
     """A use that gives its map and the inner product of two rows, each for one example.
 
-    Both are mapped over examples, outputs and positions with `jax.vmap`. `apply` must be linear
-    in the weight, since its transpose is taken.
+    Both are mapped over examples, outputs and positions with `jax.vmap`. `apply` must be linear in
+    the weight, since its transpose is taken. `register_use` tells the library of the class.
 
-    ```python
-    @linalg.register_use(circulant)
-    class Circulant(linalg.AbstractPairUse):
-        @classmethod
-        def recognise(cls, equation, index): ...
-        def apply(self, weight, factor): ...
-        def inner(self, delta, factor, other_delta, other_factor): ...
-    ```
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> @jax.jit
+        ... def circulant(w, a):  # the products of all rotations of w with a
+        ...     return jnp.stack([jnp.roll(w, k) @ a for k in range(w.size)])
+        >>> @linalg.register_use(circulant)
+        ... class Circulant(linalg.AbstractPairUse):
+        ...     @classmethod
+        ...     def recognise(cls, equation, index):
+        ...         return linalg.Recognised(cls(), factor=equation.operands[1 - index])
+        ...
+        ...     def apply(self, weight, factor):
+        ...         return circulant(weight, factor)
+        ...
+        ...     def inner(self, delta, factor, other_delta, other_factor):
+        ...         rows = [
+        ...             jax.vjp(lambda w: circulant(w, a), a)[1](d)[0]
+        ...             for d, a in ((delta, factor), (other_delta, other_factor))
+        ...         ]
+        ...         return rows[0] @ rows[1]
+        >>> jacobian = linalg.structured_jacobian(
+        ...     circulant, jnp.zeros(3), jnp.arange(6.0).reshape(2, 3)
+        ... )
+        >>> print(jacobian.treatments, jacobian.gram().shape)
+        {'': 'Circulant, summed'} (6, 6)
     """
 
     @abc.abstractmethod

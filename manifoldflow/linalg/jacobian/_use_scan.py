@@ -52,10 +52,10 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value
 
 
 def _scan_counts(eqn: Any, body: Any) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried.
+    """The number of inputs of a scan that are constants, and of those that are carried.
 
-    Read from the ranks, since the parameters that tell are others in other versions of JAX:
-    what is scanned over, or stacked, has one axis more outside than inside.
+    Read from the ranks, since the parameters that tell are others in other versions of JAX: what is
+    scanned over, or stacked, has one axis more outside than inside.
     """
 
     def num_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:

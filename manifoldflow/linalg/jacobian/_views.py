@@ -34,7 +34,7 @@ def pull_view(view: View, shape: tuple[int, ...], value: Array) -> Array:
 
 
 def is_selection(view: View) -> bool:
-    """Whether the view moves entries to one place at most (so that it keeps inner products)."""
+    """True where the view moves entries to one place at most, so that it keeps inner products."""
     return all(name != "broadcast" for name, *_ in view)
 
 
@@ -43,14 +43,14 @@ def ints(values: Any) -> tuple[int, ...]:
 
 
 class Entries(NamedTuple):
-    """Which entry of a leaf stands where: equal digits of all axes mean equal entries."""
+    """The entry of a leaf at every place: equal digits of all axes mean equal entries."""
 
     offset: int
     axes: Any  # a tuple of Digits, or None where digits cannot tell
     seen: Digits  # covers every entry in view, in no order
 
     def is_apart_from(self, other: "Entries") -> bool:
-        """Whether it is certain that the two share no entry."""
+        """True where it is certain that the two share no entry."""
         return _are_apart((self.offset, self.seen), (other.offset, other.seen))
 
 
@@ -154,7 +154,7 @@ Progression = tuple[int, Digits]
 
 
 def _are_apart(first: Progression, other: Progression) -> bool:
-    """Whether {offset + Σ digit·stride} are certainly disjoint.
+    """True where {offset + Σ digit·stride} are certainly disjoint.
 
     Below a stride that divides all longer ones both sets are products of multiples of it and
     remainders, if these do not carry over: apart if the multiples are, or the remainders.
