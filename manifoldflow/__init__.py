@@ -25,6 +25,7 @@ from manifoldflow._clock import (
 )
 from manifoldflow._mesh import mesh as mesh
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
+from manifoldflow._run import LiveTable as LiveTable
 from manifoldflow._tree import split as split
 from manifoldflow.ensembles import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.flows import (

@@ -330,8 +330,7 @@ def _check_sizes(dims: list[str], shape: tuple[int, ...], sizes: dict[str, int])
         dims = dims[: next(i for i, d in enumerate(dims) if d.startswith(("...", "*")))]
     elif len(dims) != len(shape):
         raise _Unfit
-    # A copy, since a member of a union that does not fit in the end must leave no sizes behind.
-    found = dict(sizes)
+    found = dict(sizes)  # a copy: a member of a union that does not fit leaves no sizes behind
     for dim, length in zip(dims, shape):
         is_name = dim.isidentifier() and dim != "_"
         known = int(dim) if dim.isdigit() else found.setdefault(dim, length) if is_name else length

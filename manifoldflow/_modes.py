@@ -103,8 +103,8 @@ def backwards_only(tree: PyTree[Any], *, forwards: str, twice: str) -> PyTree[An
 
     Args:
         tree: all that is differentiated in.
-        forwards: what to say of forward mode.
-        twice: what to say of derivatives, backwards, of derivatives backwards.
+        forwards: the sentence on forward mode.
+        twice: the sentence on derivatives, backwards, of derivatives backwards.
     """
     return _marked(tree, _BACKWARDS, forwards=forwards, twice=twice)
 
@@ -114,6 +114,6 @@ def forwards_only(tree: PyTree[Any], *, backwards: str) -> PyTree[Any]:
 
     Args:
         tree: all that comes out.
-        backwards: what to say of reverse mode.
+        backwards: the sentence on reverse mode.
     """
     return _marked(tree, _FORWARDS, backwards=backwards)

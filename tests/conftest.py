@@ -26,6 +26,8 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 # Tracing makes millions of objects: looking for garbage among them is a tenth of the time.
 gc.disable()
 
+MANY_MAPS = 10_000
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -47,9 +49,22 @@ def pytest_collection_modifyitems(config, items):
     items[:] = chosen
 
 
+def num_maps():
+    """Memory maps of this process; 0 where the system does not tell."""
+    try:
+        with open(pathlib.Path("/", "proc", "self", "maps"), "rb") as maps:
+            return sum(1 for _ in maps)
+    except OSError:
+        return 0
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_dropped():
-    """Each holds memory maps, of which a process may have some 65,000: XLA crashes beyond."""
+def many_programs_are_dropped():
+    """Each holds memory maps, of which a process may have some 65,000: XLA crashes beyond.
+
+    With them goes what tracing has left behind, which nobody collects meanwhile.
+    """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if num_maps() > MANY_MAPS or not num_maps():
+        jax.clear_caches()
+        gc.collect()

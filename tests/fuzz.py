@@ -117,10 +117,11 @@ ARGUMENTS = {
     "observe": "observe",
 }
 ARGUMENTS["count"] += " num_blocks"
-ARGUMENTS["word"] += " name"
+ARGUMENTS["word"] += " name colour"
 KIND_OF = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 # Where a name means something else.
 EXCEPTIONS = {
+    ("plotting.shades", "number"): "count",
     ("ensemble", "keys"): "array",
     ("linalg.pseudo_inverse_mv", "vector"): "array",
     ("symmetry.low_rank", "values"): "sequence",

@@ -26,6 +26,8 @@ RESULT_CLASSES = {
 # Their arguments are files and pictures, or values of any kind, or they give functions; they have
 # tests of their own.
 ELSEWHERE = {
-    "load_checkpoint", "plotting.plot_walk", "noise.checked_noise", "linalg.positive_solver",
-    "walks.before_after",
+    "load_checkpoint", "plotting.plot_walk", "plotting.Colour", "plotting.draw_curve",
+    "plotting.draw_surface", "plotting.light_png", "plotting.surface_axes",
+    "noise.checked_noise", "linalg.positive_solver",
+    "walks.before_after", "LiveTable",
 }  # fmt: skip

@@ -309,6 +309,7 @@ CALLS = {
         "key": KEY, "num_examples": 2, "num_features": 3, "sparsity": 1, "design": "boolean"
     },
     "plotting.plot_check": {"check": CHECK},
+    "plotting.shades": {"colour": "#0072B2", "number": 3},
     "symmetry.ExponentialSymmetry": {"generator": {"a": 1.0, "b": -1.0}},
     "symmetry.act_together": {"symmetries": [SYMMETRY], "point": PAIR, "parameters": [0.1]},
     "symmetry.balance": {

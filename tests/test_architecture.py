@@ -21,6 +21,8 @@ from importlinter.configuration import configure
 
 import manifoldflow
 
+pytestmark = pytest.mark.quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "manifoldflow"
 TESTS = ROOT / "tests"

@@ -24,6 +24,7 @@ def least_squares(inputs=INPUTS, targets=TARGETS, predict=zoo.network, **options
 # --- data ----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "build", [mf.LeastSquares, lambda x, y: mf.PerExampleLoss(x, y, zoo.softmax)]
 )
@@ -51,6 +52,7 @@ def test_data_that_are_not_finite(wrong):
         jax.block_until_ready(inside(TARGETS.at[0, 0].set(wrong)))
 
 
+@pytest.mark.quick
 def test_scale_of_a_loss():
     with refused(ValueError, "scale must be finite and not negative", "-1.0"):
         least_squares(scale=-1.0)
@@ -72,6 +74,7 @@ def test_column_targets_are_never_broadcast():
 # --- points and tangents -------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_complex_points():
     with refused(ValueError, "Complex leaves", "c128", "real and imaginary parts"):
         mf.LevelSet(zoo.sphere).project(jnp.ones(3) + 1j)

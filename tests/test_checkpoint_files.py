@@ -127,6 +127,7 @@ def one_sentence(error):
     )
 
 
+@pytest.mark.quick
 def test_broken_files_are_refused(tmp_path, content):
     file = tmp_path / "run.npz"
     file.write_bytes(content)

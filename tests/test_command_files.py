@@ -9,6 +9,7 @@ from manifoldflow._command._arguments import parsed
 from manifoldflow._command._problem import guessed, problem_of, read
 
 
+@pytest.mark.quick
 def test_tables(tmp_path):
     rng = np.random.default_rng(0)
     inputs, classes = rng.normal(size=(30, 5)), rng.integers(0, 3, 30)
@@ -72,6 +73,7 @@ def whole(num_rows, num_values):
     return np.arange(num_rows) % num_values
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("targets", "is_classes"),
     [

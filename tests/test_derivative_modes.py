@@ -67,6 +67,7 @@ def test_what_is_marked_is_what_it_was_the_way_it_may_go():
     close("vmap", jax.vmap(jax.jacfwd(ahead))(pair), 3 * pair**2, 1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("way", forwards(once))
 def test_marked_arrays_refuse_forward_mode(way):
     with refused(ValueError, "twice!" if way == "hessian under jit" else "forwards!"):

@@ -8,6 +8,8 @@ import pytest
 import manifoldflow as mf
 from manifoldflow import diagnostics
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def problem():

@@ -21,6 +21,7 @@ def symmetric(size):
     return (matrix + matrix.T) / 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", SIZES)
 def test_ends_of_a_spectrum(size):
     matrix = symmetric(size)
@@ -67,6 +68,7 @@ def test_hessian_of_a_loss_and_gram_matrix_share_their_largest():
     assert 1 <= float(mf.linalg.effective_rank(values)) <= len(values)
 
 
+@pytest.mark.quick
 def test_effective_rank():
     close("equal", mf.linalg.effective_rank(jnp.array([2.0, 2.0, 2.0, 0.0])), 3.0, 1e-12)
     close("one", mf.linalg.effective_rank(jnp.array([5.0, 0.0, -1e-18])), 1.0, 1e-12)

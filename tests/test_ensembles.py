@@ -67,6 +67,7 @@ def test_keys_that_draw_by_the_batch(impl):
         mf.ensemble(draw, keys, chunk_size=2)
 
 
+@pytest.mark.quick
 def test_member_keys():
     """Member i has the key fold_in(key, i), whatever the size of the ensemble."""
     for key in (jr.key(5), jr.PRNGKey(5)):
@@ -77,6 +78,7 @@ def test_member_keys():
         assert bool(jnp.all(mf.member_keys(key, 9)[:4] == keys))
 
 
+@pytest.mark.quick
 def test_a_member_does_not_see_the_others():
     """Another batch, in another order, with other members: bitwise the same."""
     walk = lambda key: jnp.cumsum(jr.normal(key, (40,)))[-1]

@@ -9,6 +9,8 @@ import manifoldflow as mf
 from checks import close, equal, flat, refused
 from manifoldflow import updates
 
+pytestmark = pytest.mark.quick
+
 INPUTS = jr.normal(jr.key(0), (4, 2))
 POINT = jnp.array([[1.0, 0.5], [-0.5, 1.0], [0.3, 0.2]])
 

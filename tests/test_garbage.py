@@ -7,6 +7,8 @@ import pytest
 
 import manifoldflow as mf
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(params=[(0, 10, 10), (700, 10, 10), (100_000, 5, 5)], ids=str)
 def thresholds(request):

@@ -54,7 +54,7 @@ def test_old_outputs_stay_while_new_ones_are_learned():
 
 
 def test_one_step_leaves_a_change_of_third_order():
-    """Its tangent part is of first order, Newton's steps leave the square of the second times J."""
+    """Its tangent part is of first order, Newton's step leaves the second times the first."""
     lengths, left, straight = [0.1, 0.05, 0.025], [], []
     for length in lengths:
         optimizer = mf.walks.hold_outputs(optax.sgd(length), MANIFOLD, MODEL, max_change=1.0)
@@ -64,7 +64,7 @@ def test_one_step_leaves_a_change_of_third_order():
         close("tangent part", along, tangent_step(length), 1e-9)
         straight.append(norm(outputs(optax.apply_updates(MODEL, along)) - outputs(MODEL)))
     in_window("order of what is left", slope(lengths, left), 2.7, 3.3)
-    in_window("order without Newton's steps", slope(lengths, straight), 1.8, 2.2)
+    in_window("order without the Newton step", slope(lengths, straight), 1.8, 2.2)
 
 
 def tangent_step(length):

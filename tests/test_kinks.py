@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import pytest
 
 import manifoldflow as mf
 from checks import at_most, equal, refused
@@ -33,6 +34,7 @@ def test_what_it_says_instead_works():
     at_most("loss", loss(mf.limit_map(loss, network)), 1e-20)
 
 
+@pytest.mark.quick
 def test_kinks_that_are_crossed_hold_nothing_up():
     """Forty of them, straight across; between two the flow gets up to speed."""
     slopes = 1 + 0.5 * (jnp.arange(41) % 2)

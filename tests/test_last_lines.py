@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_the_last_line_is_the_sentence(case):
     fn, sentence = CASES[case]

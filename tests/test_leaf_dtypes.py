@@ -80,6 +80,7 @@ CASES = [(name, dtypes) for name in FUNCTIONS for dtypes in (MIXED, NARROW)]
 CASES = [(name, dtypes) for name, dtypes in CASES if dtypes == MIXED or name not in LONG]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name, dtypes", CASES)
 def test_leaves_keep_their_dtype(name, dtypes):
     found = eqx.filter_eval_shape(FUNCTIONS[name], *problem(dtypes))

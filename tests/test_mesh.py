@@ -46,6 +46,7 @@ def test_a_mesh_is_in_force_within_its_context_only():
     assert jax.sharding.get_mesh().empty
 
 
+@pytest.mark.quick
 def test_bad_input():
     loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=lambda w, x: w @ x)
     with refused(ValueError, "shard_examples", "mesh", "none"):
@@ -66,6 +67,7 @@ def test_examples_are_sharded_within_jit_as_well():
         jax.jit(trace)(x, y)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("count", [0, 1.5, "all"])
 def test_bad_counts(count):
     with refused(ValueError, "mesh: examples"):

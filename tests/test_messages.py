@@ -11,6 +11,8 @@ import pytest
 
 import manifoldflow as mf
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = pathlib.Path(mf.__file__).parent
 TREES = {
     path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
@@ -22,6 +24,7 @@ TREES = {
 WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
     ("walks/_walk.py", "_method_of"): {"max_steps": "walk"},
+    ("walks/_walk.py", "_check_stochastic"): {"max_steps": "walk"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
     ("symmetry/_equilibrium.py", "_check_in_the_limit"): {

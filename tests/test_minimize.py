@@ -186,6 +186,7 @@ def test_truncated_conjugate_gradients(radius, curvature):
 # --- when it ends --------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["trust region", "gradient descent"])
 def test_it_stops_at_the_tolerance(name):
     method = METHODS[name] if name != "trust region" else None

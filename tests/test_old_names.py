@@ -3,8 +3,12 @@
 import ast
 import pathlib
 
+import pytest
+
 import manifoldflow as mf
 from manifoldflow import geometry
+
+pytestmark = pytest.mark.quick
 
 PACKAGE = pathlib.Path(mf.__file__).parent
 

@@ -75,6 +75,7 @@ def test_a_product_without_precision_is_seen():
     assert found[0].params["precision"] is None
 
 
+@pytest.mark.quick
 def test_one_file_owns_precision():
     """Nobody else names a precision; `theory` computes in NumPy."""
     wrong = [
@@ -88,6 +89,7 @@ def test_one_file_owns_precision():
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.quick
 def test_what_rounding_is():
     equal("eps", _precision.eps_of_dtype(jnp.float32), 2.0**-23)
     equal("eps", _precision.eps_of_dtype(np.ones(2)), 2.0**-52)

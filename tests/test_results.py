@@ -9,6 +9,8 @@ import manifoldflow as mf
 from checks import equal, refused
 from manifoldflow._results import from_diffrax, Info, or_nan
 
+pytestmark = pytest.mark.quick
+
 OURS = {
     "successful": "successful",
     "event_occurred": "stopped_early",

@@ -13,6 +13,8 @@ import manifoldflow as mf
 from manifoldflow import _signatures
 from test_architecture import public_names
 
+pytestmark = pytest.mark.quick
+
 FOREIGN = "jaxtyping", "jaxlib", "manifoldflow.", "collections.abc", "typing.", "diffrax._"
 
 

@@ -38,6 +38,7 @@ from sgd_runs import (
 # --- steps ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "optimizer, num_steps",
     [(optax.sgd, 1), (optax.sgd, 20), (heavy_ball, 20), (nesterov, 20), (optax.adam, 20)],
@@ -138,6 +139,7 @@ def test_any_model_is_a_point():
 # --- the clock -----------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_limit_clock_and_its_end():
     close("kη²", short().times, jnp.array([0, 0.1]), 1e-14)
     walk = short(end_time=0.4, num_saves=4)

@@ -125,6 +125,7 @@ def test_saves_are_shown_until_the_end():
     close("times", jnp.asarray([row["time"] for row in rows]), walk.times[:shown], 1e-14)
 
 
+@pytest.mark.quick
 def test_what_cannot_end_a_run():
     with refused(ValueError, "simulate: until must be", wrong_type=True):
         ended(0.1)

@@ -65,6 +65,7 @@ def forms():
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["lineax matrix", "lineax operator", "low rank", "function"])
 def test_the_same_generator_in_many_forms(name):
     one, reference = forms()[name], SYMMETRIES["rotation"]
@@ -239,6 +240,7 @@ def test_losses_without_the_symmetry_are_refused():
         equilibrium([SYMMETRIES["rotation"], rotation_of(jnp.diag(jnp.array([1.0, 2.0, 3.0])))])
 
 
+@pytest.mark.quick
 def test_bad_generators():
     with refused(ValueError, "symmetric", "antisymmetric"):
         rotation_of(TURN)

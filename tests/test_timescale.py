@@ -35,6 +35,7 @@ def schedules():
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.875])
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_clocks_of_a_constant_rate(clock, momentum):
@@ -96,6 +97,7 @@ def test_there_and_back_with_a_constant_rate(clock, rate, as_number):
     assert again == 10**4, f"constant schedule: {again}"
 
 
+@pytest.mark.quick
 def test_steps_are_rounded_up():
     assert num_steps_for(0.1, 0.995) == 100
     assert num_steps_for(0.1, 1.001) == 101

@@ -248,6 +248,7 @@ SEEN = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SEEN)
 def test_leaves_that_are_fine(name):
     loss = mf.LeastSquares(INPUTS, TARGETS, predict=SEEN[name])

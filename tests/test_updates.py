@@ -21,6 +21,7 @@ CLOCKS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CLOCKS)
 def test_times_and_back(name):
     clock, power, gain = CLOCKS[name]
@@ -49,6 +50,7 @@ def test_a_new_clock_is_one_value():
     equal("steps", HalfClock().num_steps(0.2, 1.0), 10)
 
 
+@pytest.mark.quick
 def test_bad_clocks():
     for wrong in (-0.1, 1.0, "a"):
         with refused(ValueError, "momentum must be a number in [0, 1)"):

@@ -161,6 +161,26 @@ def test_a_spent_budget_of_a_flow_keeps_what_was_reached():
     equal("final is the last save", found.final.tolist(), found.points[-1].tolist())
 
 
+def test_a_stochastic_walk_is_sgd_on_its_gradient():
+    """On the hyperbola w₀w₁ = 1 with tr G = w₀² + w₁², along which flatness leads to (1, 1)."""
+    start, method = jnp.array([2.0, 0.5]), walks.StochasticWalk(0.05)
+    options = {"learning_rate": 0.05, "key": jr.key(0)}
+    found = mf.walk(product(), start, method=method, max_steps=4000, num_saves=2, **options)
+    assert found.observables["trace of G"].shape == (3,)
+    # In the time 0.05·0.05·4000 = 10 of Y' = −P∇tr G all is over; L + λ·tr G is least where
+    # w₀w₁ − 1 = −2λ.
+    close("final", found.final, jnp.full(2, (1 - 2 * 0.05) ** 0.5), 1e-6)
+    for wrong in (
+        {"key": jr.key(0)},
+        {**options, "objective": "weight_norm"},
+        {**options, "manifold": mf.ZeroLossManifold(product())},
+    ):
+        with refused(ValueError, "walk", "StochasticWalk"):
+            mf.walk(product(), start, method=method, **wrong)
+    with refused(ValueError, "walk", "learning_rate", "StochasticWalk"):
+        mf.walk(product(), start, learning_rate=0.1)
+
+
 def test_units_do_not_matter():
     """The same way for an objective in other units."""
     start = jnp.array([4.0, 0.25])

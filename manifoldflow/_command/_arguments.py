@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from manifoldflow._command import _grok, _report, _walk
+from manifoldflow._command import _doctor, _grok, _report, _walk
 from manifoldflow._command._builtin import BUILTIN
 
 WALK_ONLY = "--data", "--examples", "--init-scale"
@@ -22,6 +22,8 @@ python -m manifoldflow walk   the same question for data of your own: a small ne
                               zero loss and follows the limit of SGD from there
 python -m manifoldflow report what is known about a network that you have trained: flatness, noise,
                               and whether a learning rate suits it
+python -m manifoldflow doctor first aid: versions, devices, precision, threads, compiled programs
+                              and a self-test, with what is wrong and how to mend it
 """
 EXAMPLES = """\
 examples:
@@ -32,6 +34,7 @@ examples:
   python -m manifoldflow walk --data arrays.npz --noise none        weight decay alone
   python -m manifoldflow walk --help
   python -m manifoldflow report --help
+  python -m manifoldflow doctor
 """
 ABOUT_WALK = """\
 Trains an MLP with one hidden layer of tanh units on some of your examples, to zero loss, and walks
@@ -60,6 +63,16 @@ examples, with a function `build` in train.py that builds the network:
 
 train.py is imported, so what trains in it should stand below `if __name__ == "__main__":`.
 """
+ABOUT_DOCTOR = """\
+Examines this installation: versions, devices, precision, threads, the folder of compiled programs,
+factorisations that can hang, and a small walk whose result is known. Prints what a report of a bug
+should have, without names of users and home folders. The exit status is 1 if something is wrong.
+"""
+EXAMPLES_DOCTOR = """\
+examples:
+  python -m manifoldflow doctor
+  JAX_ENABLE_X64=1 python -m manifoldflow doctor                    with these settings
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +88,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options = _walk_parser().parse_args(arguments[1:])
     elif arguments and arguments[0] == "report":
         options = _report_parser().parse_args(arguments[1:])
+    elif arguments and arguments[0] == "doctor":
+        options = _doctor_parser().parse_args(arguments[1:])
     elif any(name in WALK_ONLY for name in names):
         print(
             "manifoldflow: these are options of `walk`, which is done; type "
@@ -104,18 +119,22 @@ def _check(options: argparse.Namespace) -> None:
     decay = getattr(options, "weight_decay", None)
     if decay is not None and not 0 <= decay < float("inf"):
         raise ValueError(f"--weight-decay must be finite and not negative; got {decay}.")
-    if not 0 <= options.seed < 2**32:
+    if "seed" in options and not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2^32 − 1; got {options.seed}.")
 
 
-def _parser(name: str, about: str, examples: str) -> _Parser:
-    parser = _Parser(
+def _bare_parser(name: str, about: str, examples: str) -> _Parser:
+    return _Parser(
         prog=name,
         description=about,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _parser(name: str, about: str, examples: str) -> _Parser:
+    parser = _bare_parser(name, about, examples)
     add = parser.add_argument
     add("--seed", type=int, default=0, metavar="K", help="of all that is drawn (default: 0)")
     add("--float32", action="store_true", help="single precision (default: double)")
@@ -134,8 +153,8 @@ def _grok_parser() -> _Parser:
     parser = _parser("manifoldflow", ABOUT, EXAMPLES)
     _add_saves(parser, "grokking", 20)
     parser.set_defaults(run=lambda options: _grok.run(options))
-    other = "see `python -m manifoldflow walk --help` and `python -m manifoldflow report --help`"
-    parser.add_argument("command", nargs="?", choices=["walk", "report"], help=other)
+    other = "see `python -m manifoldflow walk --help`, and so on"
+    parser.add_argument("command", nargs="?", choices=["walk", "report", "doctor"], help=other)
     add = parser.add_argument_group("addition modulo p").add_argument
     add("--modulus", type=int, default=11, metavar="P", help="p of a + b mod p (default: 11)")
     add("--width", type=int, default=96, metavar="M", help="hidden units (default: 96)")
@@ -169,6 +188,12 @@ def _report_parser() -> _Parser:
         help="inputs and regression targets to mean 0 and standard deviation 1, as `walk` does "
         "(default: as they are)")  # fmt: skip
     _add_judged(parser.add_argument_group("what is asked"))
+    return parser
+
+
+def _doctor_parser() -> _Parser:
+    parser = _bare_parser("manifoldflow doctor", ABOUT_DOCTOR, EXAMPLES_DOCTOR)
+    parser.set_defaults(run=lambda options: _doctor.run(options))
     return parser
 
 

@@ -11,7 +11,7 @@ class Examples(NamedTuple):
     Attributes:
         inputs: (N, d), finite.
         targets: (N,) of numbers or texts, or (N, k) of numbers.
-        columns: what the inputs are called, for messages.
+        columns: the names of the inputs, for messages.
         shape: of one input as it came, or () where it came as columns.
     """
 

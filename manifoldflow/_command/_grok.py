@@ -17,7 +17,7 @@ from manifoldflow._command._landed import checkpoint_of, Landed
 from manifoldflow._command._sizes import check_sizes
 from manifoldflow._command._solved import solved
 from manifoldflow._command._spectrum import concentration
-from manifoldflow._command._table import LiveTable
+from manifoldflow._command._table import WalkTable
 from manifoldflow._command._waiting import Waiting
 
 # Loose: what is shown changes by less than a pixel, and the loss is zero at every step anyway.
@@ -99,13 +99,15 @@ def _walked(
 ) -> mf.Solution:
     loss = model.loss
     with Waiting("compiling the walk, and walking") as waiting:
-        columns = [
-            ("training loss", 13, ".1e", "loss"),
-            ("½‖θ‖²", 8, ".2f", "half_square"),
-            ("tr∇²L", 8, ".3f", "sharpness"),
-            ("training accuracy", 17, ".3f", "train"),
-            ("test accuracy", 13, ".3f", "test"),
-        ]
+        columns = {
+            "time": ("limit time", ".3g"),
+            "loss": ("training loss", ".1e"),
+            "half_square": ("½‖θ‖²", ".2f"),
+            "sharpness": ("tr∇²L", ".3f"),
+            "train": ("training accuracy", ".3f"),
+            "test": ("test accuracy", ".3f"),
+        }
+        table = mf.LiveTable(columns, end_time=options.end_time)
         return solved(
             mf.WeightDecayFlow(model.manifold),
             start,
@@ -120,7 +122,7 @@ def _walked(
                 "train": model.train_accuracy,
                 "test": model.test_accuracy,
             },
-            progress=LiveTable(options.end_time, columns, waiting),
+            progress=WalkTable(table, waiting),
             checkpoint=checkpoint_of(options.out),
         )
 

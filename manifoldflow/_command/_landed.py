@@ -28,7 +28,7 @@ class Landed:
     """The landed network of one problem, in the folder of its walk.
 
     Args:
-        folder: where the walk is kept.
+        folder: of the walk.
         what: all that the landing depends on: data, initial network, how it is trained.
     """
 

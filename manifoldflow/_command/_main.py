@@ -21,19 +21,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = None
     try:
         options = parsed(sys.argv[1:] if arguments is None else arguments)
-        if not options.float32:
-            jax.config.update("jax_enable_x64", True)
-        keep_programs()
+        if "float32" in options:  # the doctor looks at JAX as it is set
+            jax.config.update("jax_enable_x64", not options.float32)
+            keep_programs()
         if "out" in options:
             options.out.mkdir(parents=True, exist_ok=True)
-        options.run(options)
+        return options.run(options) or 0
     except (*ERRORS, jax.errors.JaxRuntimeError) as error:
         print(f"manifoldflow: {_sentence(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"manifoldflow: {_how_to_go_on(options)}", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 def keep_programs() -> None:

@@ -35,8 +35,8 @@ def landed_network(loss: LeastSquares, model: eqx.nn.MLP, is_raw: bool) -> eqx.n
 
     Args:
         loss: on the training examples.
-        model: where training starts.
-        is_raw: whether the data are as they came, and not standardised.
+        model: the start of training.
+        is_raw: True if the data are as they came, and not standardised.
 
     Raises:
         ValueError: it did not get there.

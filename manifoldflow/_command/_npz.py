@@ -45,7 +45,7 @@ def arrays_of(
     """The arrays that are chosen among the names of a file, in that order.
 
     Raises:
-        ValueError: what is there is no .npz file, or holds something else than arrays.
+        ValueError: the file is no .npz file, or holds something else than arrays.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no .npz file; write it by numpy.savez.")

@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 from manifoldflow import _precision, Solution
 from manifoldflow._command._spectrum import concentration, order_of_units, power
 from manifoldflow.models import ModularAddition
-
-# Okabe and Ito's colours, told apart by all kinds of eyes; lines differ in style as well.
-TEST_COLOUR, TRAIN_COLOUR = "#d55e00", "#0072b2"
+from manifoldflow.plotting import Colour
 
 
 def plot_grokking(model: ModularAddition, walk: Solution, start: Any) -> Figure:
@@ -31,13 +29,13 @@ def plot_grokking(model: ModularAddition, walk: Solution, start: Any) -> Figure:
 
 def _draw_answers(axes: Any, model: ModularAddition, walk: Solution) -> None:
     styles = [
-        ("train", TRAIN_COLOUR, "s--", f"{len(model.train)} training pairs"),
-        ("test", TEST_COLOUR, "o-", f"{len(model.test)} pairs never trained on (test)"),
+        ("train", Colour.LIMIT, "s--", f"{len(model.train)} training pairs"),
+        ("test", Colour.TEST, "o-", f"{len(model.test)} pairs never trained on (test)"),
     ]
     for name, colour, style, label in styles:
         values = 100 * np.asarray(walk.observables[name])
         axes.plot(walk.times, values, style, color=colour, label=label, markersize=4.5, lw=2)
-    axes.axhline(100 / model.modulus, color="#555555", ls=":", lw=1.3, label="guessing")
+    axes.axhline(100 / model.modulus, color=Colour.REFERENCE, ls=":", lw=1.3, label="guessing")
     axes.set_ylim(-4, 106)
     axes.set_ylabel("right answers (%)")
     axes.legend(loc="center right", framealpha=0.95)
@@ -51,7 +49,7 @@ def _draw_loss(axes: Any, walk: Solution) -> None:
         _precision.eps_of_dtype(values) ** 2 / 500,
     )
     shown = np.maximum(values, 2 * least)
-    axes.semilogy(walk.times, shown, "s--", color=TRAIN_COLOUR, markersize=4.5, lw=2)
+    axes.semilogy(walk.times, shown, "s--", color=Colour.LIMIT, markersize=4.5, lw=2)
     axes.axhspan(least, zero, color="#999999", alpha=0.25, lw=0)
     axes.text(walk.times[-1], 10 * zero, "grey: zero, to rounding", ha="right", va="bottom")
     axes.set_ylim(least, 10)

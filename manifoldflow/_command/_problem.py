@@ -26,8 +26,8 @@ class Problem(NamedTuple):
     Attributes:
         train: inputs (N, d) and targets (N, k).
         test: the same of other examples.
-        is_classes: whether targets are one-hot.
-        measure: what the test measures, for tables and axes.
+        is_classes: True if targets are one-hot.
+        measure: the name of the test's measure, for tables and axes.
     """
 
     train: tuple[Array, Array]

@@ -23,8 +23,8 @@ def check_sizes(
         num_residuals: n, examples × outputs.
         num_coordinates: D, weights that move.
         itemsize: bytes of a number.
-        fewer: what to ask for to have so many residuals at most.
-        wider: what to ask for to have more than n coordinates.
+        fewer: the option for at most that number of residuals.
+        wider: the option for more than n coordinates.
 
     Raises:
         ValueError: says which size is too large, and what to ask for instead.

@@ -25,7 +25,7 @@ class TrainedOn(NamedTuple):
     Attributes:
         inputs: (N, …), each in the shape in which it came.
         targets: labels (N,), whole numbers, or numbers (N, k).
-        is_classes: whether they are labels.
+        is_classes: True if they are labels.
     """
 
     inputs: Array

@@ -18,7 +18,7 @@ from manifoldflow._command._network import landed_network, network, NUM_STEPS, p
 from manifoldflow._command._problem import Problem, problem_of
 from manifoldflow._command._sizes import check_sizes
 from manifoldflow._command._solved import solved
-from manifoldflow._command._table import LiveTable
+from manifoldflow._command._table import WalkTable
 from manifoldflow._command._waiting import Waiting
 
 
@@ -84,13 +84,15 @@ def _walked(
     loss, end_time = manifold.loss, end_time_of(options, manifold, start)
     is_stochastic = getattr(flow, "is_stochastic", False)
     with Waiting("compiling the walk, and walking") as waiting:
-        columns = [
-            ("loss", 9, ".1e", "loss"),
-            ("tr∇²L", 8, ".3f", "sharpness"),
-            ("‖P∇tr‖", 9, ".3f", "gradient_norm"),
-            ("walked", 8, ".3f", "walked"),
-            (problem.measure, 13, ".3f", "test"),
-        ]
+        columns = {
+            "time": ("limit time", ".3g"),
+            "loss": ("loss", ".1e"),
+            "sharpness": ("tr∇²L", ".3f"),
+            "gradient_norm": ("‖P∇tr‖", ".3f"),
+            "walked": ("walked", ".3f"),
+            "test": (problem.measure, ".3f"),
+        }
+        table = mf.LiveTable(columns, end_time=end_time)
         return solved(
             flow,
             start,
@@ -104,7 +106,7 @@ def _walked(
                 "gradient_norm": _GradientNorm(manifold),
                 "test": performance(*problem.test, problem.is_classes),
             },
-            progress=LiveTable(end_time, columns, waiting),
+            progress=WalkTable(table, waiting),
             checkpoint=checkpoint_of(options.out),
         )
 

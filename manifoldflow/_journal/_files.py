@@ -91,7 +91,7 @@ def check_space(path: str, num_bytes: int) -> None:
 
     Args:
         path: of the file.
-        num_bytes: how large it will be in the end. It is written anew beside the old one.
+        num_bytes: its size in the end. It is written anew beside the old one.
 
     Raises:
         OSError: no permission, no space.

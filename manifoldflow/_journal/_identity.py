@@ -68,8 +68,8 @@ def parts_of(name: str, value: PyTree[Any], whole: bool = False) -> dict[str, st
     Functions are left out: `program` tells what they do.
 
     Args:
-        name: what the value is called.
-        value: what is to be told apart.
+        name: of the value.
+        value: to be told apart.
         whole: all of it under the one name.
     """
     parts = dict(_parts(name, value))

@@ -29,12 +29,12 @@ class Journal:
 
     Args:
         kind: "solve", "simulate" or "minimize".
-        identity: what tells this run from others.
+        identity: tells this run from others.
         row_like: a save: coordinates, observables, and numbers that steps go on with.
-        state: what steps go on from besides the last save.
+        state: the rest that steps go on from, beside the last save.
         wanted: the steps after which to save, and the times of these saves. None where nobody
             knows them: then the first save and the last one are kept.
-        time_tolerance: how far the times of the same save may lie apart, relatively.
+        time_tolerance: the relative difference that times of the same save may have.
     """
 
     def __init__(

@@ -29,4 +29,5 @@ from manifoldflow._run._reports import (
     show as show,
     tell as tell,
 )
+from manifoldflow._run._table import LiveTable as LiveTable
 from manifoldflow._run._until import Stationary as Stationary, stops_at as stops_at, Until as Until

@@ -25,12 +25,12 @@ class Save(NamedTuple):
     """The content of a journal after some of the steps of a run.
 
     Attributes:
-        step: how many.
+        step: the number of steps.
         time: on the clock of the run.
         row: coordinates, observables, numbers to go on with.
-        state: what to go on from besides.
-        must_write: whether it is to be written, whatever that costs.
-        is_told: whether it is to be shown: not where the run has ended before.
+        state: the rest that the next leg starts from.
+        must_write: True if it is to be written, whatever that costs.
+        is_told: False where the run has ended before, so that it is not shown.
     """
 
     step: int
@@ -45,8 +45,8 @@ class Leg(NamedTuple):
     """The place that a leg has come to.
 
     Attributes:
-        state: what the next one starts from.
-        share: how much of the run is done; None if it ended on the way.
+        state: the start of the next one.
+        share: the part of the run that is done; None if it ended on the way.
         save: None where nothing is kept, so that a run that goes on comes here once more.
     """
 
@@ -89,10 +89,10 @@ def recorded(
     """The last state of a run, from wherever its journal has got to.
 
     Args:
-        run: what is run.
-        journal: where its saves are collected.
-        checkpoint: where they are written to, and read from if they are there; None: nowhere.
-        resume: where to read from instead; there must be something.
+        run: the run.
+        journal: collects its saves.
+        checkpoint: the place to write them to, and to read from if they are there; or None.
+        resume: the place to read from instead; there must be something.
     """
     shown = run.meter.init()
     with journal.opened(checkpoint) as target:

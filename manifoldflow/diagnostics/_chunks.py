@@ -13,7 +13,7 @@ from manifoldflow._types import Point
 from manifoldflow.diagnostics._passes import Outputs, outputs_at, pulled, pushed, Vector
 from manifoldflow.losses import AbstractExampleLoss
 
-# Examples of a part; up to so many are one.
+# The most and the fewest examples of a part, and the number that still makes a single part.
 _MOST, _FEWEST, _WHOLE = 64, 32, 128
 
 

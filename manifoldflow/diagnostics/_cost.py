@@ -1,4 +1,4 @@
-"""How a model's Jacobian is kept, and how much memory a drift takes, before it is spent."""
+"""The form in which a Jacobian is kept, and the memory of a drift, before it is spent."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from manifoldflow.losses import AbstractExampleLoss, AbstractResidualLoss
 
 
 class LeafCost(NamedTuple):
-    """One leaf of a point: how its columns of the Jacobian are kept, and what that takes."""
+    """One leaf of a point: the form in which its columns of the Jacobian are kept, and its cost."""
 
     leaf: str
     shape: tuple[int, ...]
@@ -23,7 +23,16 @@ class LeafCost(NamedTuple):
 
 
 class Explanation(tuple[LeafCost, ...]):
-    """A `LeafCost` for every leaf; prints as a table."""
+    """The cost of the Jacobian, one `LeafCost` for every leaf; prints as a table.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.ones((5, 2)), jnp.ones(5), predict=jnp.dot)
+        >>> table = mf.diagnostics.explain(loss, jnp.zeros(2))
+        >>> print(isinstance(table, mf.diagnostics.Explanation), len(table))
+        True 1
+    """
 
     def __str__(self) -> str:
         lines = [f"{'leaf':<36} {'shape':<16} {'kept as':<24} {'MB':>9} {'dense MB':>9}"]
@@ -37,18 +46,30 @@ class Explanation(tuple[LeafCost, ...]):
 
 @checked_but("loss")
 def explain(loss: AbstractResidualLoss | AbstractExampleLoss, point: Point) -> Explanation:
-    """How the Jacobian of a loss is kept for each leaf of a point; nothing is computed.
+    """The form in which the Jacobian of a loss is kept, for each leaf of a point.
 
-    A leaf with `dense rows` is used in a way whose structure is not known: it costs
-    n × its size. All others cost n × (their layer's width × the places where it is used); `summed`
-    says that explicit rows are smaller than that, and kept.
+    Nothing is computed. A leaf with `dense rows` is used in a way whose structure is not known: it
+    costs n × its size. All others cost n × (their layer's width × the places where it is used);
+    `summed` says that explicit rows are smaller than that, and kept.
 
     Args:
         loss: with residuals, or over examples: then it is the Jacobian of the outputs.
         point: the model.
 
     Returns:
-        A tuple of `LeafCost`, which prints as a table.
+        An `Explanation`: a tuple of `LeafCost`, which prints as a table.
+
+    Raises:
+        ValueError: a loss without residuals and examples.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda p, x: jnp.tanh(p["w"] @ x)
+        >>> loss = mf.LeastSquares(jnp.ones((6, 4)), jnp.ones((6, 3)), predict=predict)
+        >>> (leaf,) = mf.diagnostics.explain(loss, {"w": jnp.zeros((3, 4))})
+        >>> print(leaf.leaf, leaf.shape, leaf.bytes_kept < leaf.bytes_dense)
+        ['w'] (3, 4) True
     """
     if isinstance(loss, AbstractResidualLoss):
         fn, data = loss.example_residual, loss.data
@@ -79,13 +100,19 @@ def explain(loss: AbstractResidualLoss | AbstractExampleLoss, point: Point) -> E
 
 
 class Plan(NamedTuple):
-    """Bytes that one drift of a flow takes at its peak, beside its arguments.
+    """The bytes that one drift of a flow takes at its peak, beside its arguments.
 
     Attributes:
         arguments: the point and the data, which are there already.
         drift: temporary memory of the drift as the flow would compute it.
         result: the drift itself.
-        dense_jacobian: what the n×D Jacobian alone would take, for comparison.
+        dense_jacobian: bytes that the n×D Jacobian alone would take, for comparison.
+
+    Examples:
+        >>> from manifoldflow import diagnostics
+        >>> needed = diagnostics.Plan(arguments=800, drift=4000, result=400, dense_jacobian=1600)
+        >>> print(needed.drift > needed.dense_jacobian)
+        True
     """
 
     arguments: int
@@ -111,6 +138,15 @@ def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
 
     Raises:
         MemoryError: the drift needs more than `limit`; says how much, and what to use.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> predict = lambda w, x: jnp.sum(jnp.sinh(w @ x))
+        >>> loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=predict)
+        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=1.0))
+        >>> print(mf.plan(flow, jnp.ones((2, 3))).drift < 10**6)
+        True
     """
     coordinates, _ = flow.split(point)
     compiled = eqx.filter_jit(lambda flow, point: flow.drift(point)).lower(flow, point).compile()

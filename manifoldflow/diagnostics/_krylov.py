@@ -28,7 +28,7 @@ class Top(NamedTuple):
     Attributes:
         values: (num,).
         bounds: ‖Av − λv‖ and the rounding of products: so near there is an eigenvalue.
-        is_found: whether all are as good as was asked for.
+        is_found: True where all are as good as was asked for.
         num_products: that it took.
         num_bytes: of the basis.
     """

@@ -25,7 +25,7 @@ Matrix = Float[Array, "n n"]
 
 # Lanczos' method looks at its tridiagonal matrix after each _STRIDE of at most _LONGEST products.
 _STRIDE, _LONGEST = 8, 256
-# Conjugate gradients give up after so many.
+# The number of steps after which conjugate gradients give up.
 _MOST = 2000
 
 

@@ -26,7 +26,7 @@ from manifoldflow.losses import (
     ResidualForm,
 )
 
-# W is taken apart, one matrix an example, up to so many outputs of an example.
+# The number of outputs of an example up to which its matrix W is taken apart.
 _MOST_OUTPUTS = 64
 
 Vector = Float[Array, " D"]

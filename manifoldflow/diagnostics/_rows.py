@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     Attributes:
         gram: AAᵀ.
         eigenvalues: of AAᵀ, ascending: those of G, zeros aside.
-        rank: how many of them stand above rounding, that of the coarsest leaf.
+        rank: the number of them above rounding, that of the coarsest leaf.
         rounding: a bound on the error of the eigenvalues.
         distance: ‖A†u‖ for √scale times the residuals u: how far, to first order, the zero-loss
             manifold is; NaN for losses without residuals.

@@ -36,13 +36,13 @@ from manifoldflow.diagnostics._rows import bytes_of_rows, rate_of_fall, Rows, ro
 from manifoldflow.diagnostics._stability import threshold_of
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss, AbstractResidualLoss
 
-# At least so many samples.
+# The least number of samples.
 _LEAST = 16
 # Shares of the time: samples of traces, of the curvature, products for eigenvalues; and of the
 # first and the last of these for the balanced model.
 _SHARES = {"traces": 0.2, "curvature": 0.2, "eigenvalues": 0.3}
 _FOR_BALANCED = 0.6
-# Lanczos' method takes about so many products, of the cost of so many gradients.
+# The number of products of Lanczos' method, and the cost of one in gradients, roughly.
 _GRADIENTS = 60
 # A point that is nearer than this to a zero-loss manifold, relative to its length, is on it.
 _NEAR = 1e-2

@@ -24,7 +24,19 @@ from manifoldflow.linalg.jacobian._operator import AbstractJacobian, mirrored
 
 
 class AbstractGramSolve(eqx.Module):
-    """A Gram matrix made ready for many solves at one point."""
+    """A Gram matrix K = JJᵀ made ready for many solves at one point.
+
+    Attributes:
+        row_scale: factors that give the rows of J length one, see `row_scale`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> prepared = linalg.DenseGram()(jacobian)
+        >>> print(isinstance(prepared, linalg.AbstractGramSolve), prepared.eigenvalues().round(4))
+        True [25.]
+    """
 
     row_scale: eqx.AbstractVar[Float[Array, " n"]]  # that gives the rows length one, see there
 
@@ -46,7 +58,13 @@ class AbstractGramSolve(eqx.Module):
 
 
 class AbstractGram(eqx.Module):
-    """A way of solving with Gram matrices: a value that manifolds carry."""
+    """A method of solving with Gram matrices: a value that manifolds carry.
+
+    Examples:
+        >>> from manifoldflow import linalg
+        >>> print(isinstance(linalg.DenseGram(), linalg.AbstractGram))
+        True
+    """
 
     @abc.abstractmethod
     def __call__(self, jacobian: AbstractJacobian) -> AbstractGramSolve:
@@ -54,7 +72,16 @@ class AbstractGram(eqx.Module):
 
 
 class DenseGram(AbstractGram):
-    """Cholesky of the n×n Gram matrix; n² numbers of memory, n³/3 operations."""
+    """Cholesky factorisation of the n×n Gram matrix; n² numbers of memory, n³/3 operations.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        >>> prepared = linalg.DenseGram()(linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows))
+        >>> print(prepared.solve(jnp.array([9.0, 8.0])).round(4))
+        [1. 2.]
+    """
 
     def __call__(self, jacobian: AbstractJacobian) -> "DenseGramSolve":
         triangle = jacobian.gram_triangle()
@@ -64,6 +91,8 @@ class DenseGram(AbstractGram):
 
 class DenseGramSolve(AbstractGramSolve):
     # Only the upper triangle counts: half of the products of the Gram matrix.
+    """Solves by the Cholesky factor of K, with rows brought to length one."""
+
     triangle: Float[Array, "n n"]
     row_scale: Float[Array, " n"]
     damping: Scalar
@@ -102,7 +131,19 @@ class DenseGramSolve(AbstractGramSolve):
 def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
     """Factors that give the rows of J length one, whatever units they come in.
 
-    Zero for a row that is the rounding error of the longest: it constrains nothing.
+    The factor is 0 for a row that is the rounding error of the longest: it constrains nothing.
+
+    Args:
+        norms_squared: ‖∇fᵢ‖², (n,).
+
+    Returns:
+        (n,), not differentiated.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.row_scale(jnp.array([25.0, 0.0])).round(4))
+        [0.2 0. ]
     """
     frozen = jax.lax.stop_gradient(norms_squared)
     # In float32 rounding is so coarse that rows in smaller units would be taken for it.
@@ -114,14 +155,29 @@ def row_scale(norms_squared: Float[Array, " n"]) -> Float[Array, " n"]:
 @checked
 @jit_part
 def equilibrated_eigenvalues(jacobian: AbstractJacobian) -> Float[Array, " n"]:
-    """The spectrum of the Gram matrix of the rows of length one, ascending: what has a rank."""
+    """The eigenvalues of the Gram matrix of the rows of length one, ascending: they have a rank.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        (n,).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[3.0, 0.0], [0.0, 1e-4]])  # in other units
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows)
+        >>> print(linalg.equilibrated_eigenvalues(jacobian).round(4))
+        [1. 1.]
+    """
     triangle = jacobian.gram_triangle()
     scale = row_scale(_diagonal(triangle))
     return jnp.linalg.eigvalsh(mirrored(_equilibrated(triangle, scale)))
 
 
 def _diagonal(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """As a strided slice: `jax.numpy.diagonal` gathers, in 17 operations."""
+    """The diagonal, as a strided slice: `jax.numpy.diagonal` gathers, in 17 operations."""
     return matrix.reshape(-1)[:: len(matrix) + 1]
 
 
@@ -166,7 +222,20 @@ def _cholesky(
 
 @checked
 def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
-    """How many eigenvalues of a Gram matrix stand above its rounding errors."""
+    """The number of eigenvalues of a Gram matrix above its rounding errors.
+
+    Args:
+        eigenvalues: (n,), in any order.
+
+    Returns:
+        An integer array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.numerical_rank(jnp.array([1e-20, 1.0, 4.0])))
+        2
+    """
     eps = _precision.eps_of_dtype(eigenvalues)
     threshold = len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues))
     return jnp.sum(eigenvalues > threshold)
@@ -174,7 +243,20 @@ def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
 
 @checked
 def condition_number(eigenvalues: Float[Array, " n"]) -> Scalar:
-    """λ_max/λ_min of a Gram matrix over the eigenvalues above its rounding errors."""
+    """The ratio λ_max/λ_min of a Gram matrix, over the eigenvalues above its rounding errors.
+
+    Args:
+        eigenvalues: (n,), in any order.
+
+    Returns:
+        A scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> print(linalg.condition_number(jnp.array([1e-20, 1.0, 4.0])))
+        4.0
+    """
     eps = _precision.eps_of_dtype(eigenvalues)
     largest = jnp.max(eigenvalues)
     kept = eigenvalues > len(eigenvalues) * eps * largest

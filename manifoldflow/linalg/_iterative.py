@@ -21,18 +21,26 @@ from manifoldflow.linalg.jacobian import AbstractJacobian
 
 
 class IterativeGram(AbstractGram):
-    """Conjugate gradients on J Jᵀ, by products only: never an n×n matrix to factorise.
+    """Conjugate gradients on JJᵀ, by products only: never an n×n matrix to factorise.
 
     Args:
-        rtol: of each solve; projections solve twice or three times, so that errors
-            multiply. Default: eps^½.
+        rtol: of each solve; projections solve twice or three times, so that errors multiply.
+            Default: eps^½.
         max_steps: iterations of one solve.
-        preconditioner_rank: size of a randomised Nyström sketch of K that preconditions
-            the iteration (Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44(2), 2023);
-            0 for none. Costs that many products to prepare, and n × rank numbers.
-        inverse: an explicit (n, n) inverse of K at a point nearby, to precondition with
-            instead: `inverse_gram(jacobian)`. Good as long as the point has moved by
-            some per cent.
+        preconditioner_rank: size of a randomised Nyström sketch of K that preconditions the
+            iteration (Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44(2), 2023); 0 for none.
+            Costs that many products to prepare, and n × rank numbers.
+        inverse: an explicit (n, n) inverse of K at a point nearby, to precondition with instead:
+            `inverse_gram(jacobian)`. Good as long as the point has moved by some per cent.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+        >>> gram = linalg.IterativeGram(preconditioner_rank=2)
+        >>> prepared = gram(linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows))
+        >>> print(prepared.solve(jnp.array([9.0, 8.0])).round(3))
+        [1. 2.]
     """
 
     rtol: float | None = eqx.field(static=True, default=None)
@@ -113,7 +121,22 @@ def nystroem_sketch(
 @checked
 @jit_part
 def inverse_gram(jacobian: AbstractJacobian) -> Float[Array, "n n"]:
-    """K⁻¹ as a matrix, to precondition solves at points nearby with."""
+    """The inverse K⁻¹ as a matrix, to precondition solves at points nearby.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        (n, n), for `IterativeGram(inverse=…)`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> rows = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+        >>> print(linalg.inverse_gram(linalg.dense_jacobian(jnp.dot, jnp.zeros(2), rows)).round(4))
+        [[0.25 0.  ]
+         [0.   1.  ]]
+    """
     prepared = DenseGram()(jacobian)
     identity = jnp.eye(jacobian.out_structure().shape[0], dtype=jacobian.out_structure().dtype)
     return jax.vmap(prepared.solve, in_axes=1, out_axes=1)(identity)
@@ -164,21 +187,30 @@ class IterativeGramSolve(AbstractGramSolve):
         return self.sketch.precondition(vector, shift)
 
     def eigenvalues(self) -> Float[Array, " n"]:
-        """Of the n×n matrix, built for the purpose: for tests and diagnosis."""
+        """The eigenvalues of the n×n matrix, built for the purpose: for tests and diagnosis."""
         return jnp.linalg.eigvalsh(self.jacobian.gram())
 
 
 class AutoGram(AbstractGram):
-    """`DenseGram` where n² numbers fit and factorising them pays, else `IterativeGram`.
+    """The choice of `DenseGram` where n² numbers fit and factorising pays, else `IterativeGram`.
 
-    Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory`
-    and n ≤ 60·√D: the n³/3 operations of a factorisation then are no more than those of
-    300 products with J and Jᵀ at 4nD each. Iterative beyond, with a Nyström sketch.
+    Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory` and n ≤
+    60·√D: the n³/3 operations of a factorisation then are no more than those of 300 products with J
+    and Jᵀ at 4nD each. Iterative beyond, with a Nyström sketch.
 
     Args:
-        memory: bytes; by default an eighth of the device's memory, or 2 GiB where the
-            device does not tell.
+        memory: bytes; by default an eighth of the device's memory, or 2 GiB where the device does
+            not tell.
         preconditioner_rank: of the sketch.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> for memory in (2**30, 1):
+        ...     print(type(linalg.AutoGram(memory=memory)(jacobian)).__name__)
+        DenseGramSolve
+        IterativeGramSolve
     """
 
     memory: int | None = eqx.field(static=True, default=None)

@@ -71,7 +71,7 @@ def lanczos(
         product: v ↦ Av for vectors of an invariant subspace.
         project: the orthogonal projection on it.
         like: a vector of that shape and dtype.
-        num: how many.
+        num: the number of vectors.
         dimension: of the subspace, at least `num`.
         eps: the rounding error of products.
         max_steps: products, rounded up to a whole cycle between two restarts.

@@ -25,7 +25,7 @@ def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
     On CPUs several batched LAPACK calls at once can wait for each other for ever.
 
     Args:
-        fn: a function of arrays, the first of which is a matrix.
+        fn: a function of arrays; the first one is a matrix.
 
     Returns:
         A function of the same arrays, which `vmap` runs in a loop on CPUs.

@@ -21,7 +21,7 @@ from manifoldflow.linalg._lanczos import lanczos
 from manifoldflow.linalg._lapack import cho_solve, cholesky, eigh
 from manifoldflow.linalg.jacobian import AbstractJacobian
 
-# Up to so many rows the Gram matrix is as cheap as the first products.
+# The number of rows up to which the Gram matrix is as cheap as the first products.
 _DENSE = 20
 _MAX_STEPS = 10_000
 

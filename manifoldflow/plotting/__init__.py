@@ -1,5 +1,12 @@
 """Pictures of walks and manifolds. Needs matplotlib: `pip install manifoldflow[plot]`."""
 
 from manifoldflow.plotting._check import plot_check as plot_check
+from manifoldflow.plotting._light import light_png as light_png
 from manifoldflow.plotting._report import plot_report as plot_report
+from manifoldflow.plotting._style import Colour as Colour, shades as shades
+from manifoldflow.plotting._surface import (
+    draw_curve as draw_curve,
+    draw_surface as draw_surface,
+    surface_axes as surface_axes,
+)
 from manifoldflow.plotting._walk import plot_walk as plot_walk

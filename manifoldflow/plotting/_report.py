@@ -8,14 +8,15 @@ from matplotlib.figure import Figure
 
 from manifoldflow._boundary import checked
 from manifoldflow.diagnostics import Report
+from manifoldflow.plotting._style import Colour, styled
 
-COLOUR, RATE_COLOUR, BAND_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
 # The number of leaves shown, those with the largest share of the trace.
 _LEAVES = 16
 # Up to this number eigenvalues have bars, more of them a band.
 _FEW = 12
 
 
+@styled
 @checked
 def plot_report(report: Report) -> Figure:
     """Eigenvalues with their bounds, tr G by leaf, and the learning rate against its threshold.
@@ -54,13 +55,13 @@ def _draw_eigenvalues(axes: Any, report: Report) -> None:
         # On a logarithmic axis no bound goes below a tenth of the smallest value.
         low = np.maximum(values - bounds, 0.1 * np.min(values[positive]))
         if len(values) > _FEW:
-            axes.semilogy(numbers, shown, ".", color=COLOUR, label=of)
-            band = {"color": BAND_COLOUR, "alpha": 0.4, "label": "bounds on the error"}
+            axes.semilogy(numbers, shown, ".", color=Colour.SGD, label=of)
+            band = {"color": Colour.REFERENCE, "alpha": 0.4, "label": "bounds on the error"}
             axes.fill_between(numbers, low, values + bounds, **band)
         else:
             axes.set_yscale("log")
             errors = np.maximum([values - low, bounds], 0)
-            bars = {"color": COLOUR, "ecolor": RATE_COLOUR, "capsize": 3}
+            bars = {"color": Colour.SGD, "ecolor": Colour.REFERENCE, "capsize": 3}
             axes.errorbar(
                 numbers, shown, errors, fmt="o", label=f"{of}, bounds on the error", **bars
             )
@@ -85,11 +86,11 @@ def _draw_rate(axes: Any, report: Report) -> None:
     if threshold is None:
         return
     label = f"2/η*, η* = {threshold.value:.3g}"
-    axes.axhline(2 / threshold.value, color=BAND_COLOUR, ls=":", label=label)
+    axes.axhline(2 / threshold.value, color=Colour.REFERENCE, ls=":", label=label)
     if share is not None:
         rate = share.value * threshold.value
         label = f"2/η, η = {rate:.3g} = {share.value:.2g} η*"
-        axes.axhline(2 / rate, color=RATE_COLOUR, ls="--", label=label)
+        axes.axhline(2 / rate, color=Colour.SGD, ls="--", label=label)
 
 
 def _draw_leaves(axes: Any, report: Report) -> None:
@@ -100,8 +101,8 @@ def _draw_leaves(axes: Any, report: Report) -> None:
     places = np.arange(len(leaves))
     traces = np.array([leaf.trace for leaf in leaves])
     errors = 2 * np.array([leaf.standard_error for leaf in leaves])
-    axes.barh(places, traces, xerr=errors, color=COLOUR, ecolor=RATE_COLOUR, capsize=2)
-    axes.set_yticks(places, [_short(leaf.leaf) for leaf in leaves], fontsize=8)
+    axes.barh(places, traces, xerr=errors, color=Colour.SGD, ecolor=Colour.REFERENCE, capsize=2)
+    axes.set_yticks(places, [_short(leaf.leaf) for leaf in leaves], fontsize=9)
     axes.set_xlim(left=0)
     axes.set_xlabel("part of tr G, ± 2 standard errors")
     rest = len(report.leaves) - len(leaves)

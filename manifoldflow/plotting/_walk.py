@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from manifoldflow._boundary import checked
 from manifoldflow._results import Solution
+from manifoldflow.plotting._style import Colour, styled
 
-SHARPNESS_COLOUR, TEST_COLOUR, BEFORE_COLOUR = "#1b4f72", "#c0392b", "#7f8c8d"
 
-
+@styled
 @checked
 def plot_walk(
     walk: Solution,
@@ -57,7 +57,7 @@ def plot_walk(
     bottom = 0.0
     if caption:
         lines = textwrap.wrap(caption, 165 if spectra is not None else 90)
-        figure.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
+        figure.text(0.02, 0.02, "\n".join(lines), fontsize=9, va="bottom", color="#333333")
         bottom = 0.04 * len(lines) + 0.01
     figure.tight_layout(rect=(0, bottom, 1, 1))
     return figure
@@ -66,17 +66,17 @@ def plot_walk(
 def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label: str) -> None:
     times = np.asarray(walk.times)
     (first,) = axes.plot(
-        times, np.asarray(walk.observables[sharpness]), color=SHARPNESS_COLOUR, label="tr ∇²L"
+        times, np.asarray(walk.observables[sharpness]), color=Colour.LIMIT, label="tr ∇²L"
     )
     axes.set_xlabel("limit time  t = Σ η²  (steps × learning rate²)")
-    axes.set_ylabel("sharpness  tr ∇²L", color=SHARPNESS_COLOUR)
+    axes.set_ylabel("sharpness  tr ∇²L", color=Colour.LIMIT)
     # From 0, so that a fall of a few percent does not look like one to nothing.
     axes.set_ylim(bottom=0)
     right = axes.twinx()
     (second,) = right.plot(
-        times, np.asarray(walk.observables[test]), color=TEST_COLOUR, ls="--", label=test_label
+        times, np.asarray(walk.observables[test]), color=Colour.TEST, ls="--", label=test_label
     )
-    right.set_ylabel(test_label, color=TEST_COLOUR)
+    right.set_ylabel(test_label, color=Colour.TEST)
     # A wide axis: differences of a percent on a few hundred test examples are noise.
     middle = np.mean(right.get_ylim())
     reach = max(0.15 * abs(middle), np.ptp(right.get_ylim()))
@@ -87,8 +87,8 @@ def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label:
 
 def _draw_spectra(axes: Any, spectra: tuple[Any, Any], max_eigenvalues: int) -> None:
     for values, colour, style, label in (
-        (spectra[0], BEFORE_COLOUR, "o", "before the walk"),
-        (spectra[1], SHARPNESS_COLOUR, ".", "after the walk"),
+        (spectra[0], Colour.GRADIENT_FLOW, "o", "before the walk"),
+        (spectra[1], Colour.LIMIT, ".", "after the walk"),
     ):
         largest = np.sort(np.asarray(values))[::-1][:max_eigenvalues]
         positive = np.where(largest > 0, largest, np.nan)

@@ -338,7 +338,7 @@ def _vanished_side(generators: Sequence[AbstractGenerator], point: Point) -> Flo
     """±1 where one side of θ has shrunk below rounding of the other, at an equilibrium.
 
     For ∇ℓ·A₊θ = −∇ℓ·A₋θ the gradients of the larger side are then orthogonal to it up to
-    rounding: what balanced it was rounding, not noise. 0 where eigenvectors are unknown.
+    rounding, so that rounding balanced it and not noise. 0 where eigenvectors are unknown.
     """
     coordinates, _ = _tree.split(point)
     dtype = _tree.dtype_of(coordinates)

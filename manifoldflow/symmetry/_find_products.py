@@ -23,7 +23,7 @@ from manifoldflow.symmetry._paths import layer_names
 from manifoldflow.symmetry._products import ProductSymmetry
 from manifoldflow.symmetry._relations import Relation, relations
 
-# The matrices of so many examples are looked at; all are in the check.
+# The number of examples whose matrices are looked at; the check takes all.
 _LOOK = 16
 
 

@@ -198,7 +198,7 @@ class Rotation(AbstractSpectralGenerator):
         return tuple(sign * values[:, :, None] for sign in self.signs)
 
 
-# e^{λA}v in so many steps of a Taylor series: to rounding for |λ|·‖A‖ up to 36, and that
+# Steps and degree of the Taylor series for e^{λA}v: to rounding for |λ|·‖A‖ up to 36, and that
 # scales some coordinates by 4·10¹⁵ against others.
 _NUM_STEPS, _DEGREE = 24, 20
 

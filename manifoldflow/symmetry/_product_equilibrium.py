@@ -133,7 +133,7 @@ def balanced_products(
     """The point of the orbit under all of them at which γ‖θ‖² + ½σ² tr Σ is least.
 
     Products that share no leaf are balanced together and at once; those that do, and the
-    commuting symmetries, by turns, each of which lowers the same convex function.
+    commuting symmetries, take turns; each turn lowers the same convex function.
     """
     start, remainder = _tree.split(point)
     dtype = _tree.dtype_of(start)

@@ -109,7 +109,7 @@ def noise_of_steps(
         replacement: f = 1 for examples drawn with replacement, else (N − S)/(N − 1).
         weight_decay: γ.
         name: of the caller, for messages.
-        throw: whether values inside jit are looked at.
+        throw: False leaves values inside jit unchecked.
     """
     decay = checked_decay(name, weight_decay)
     noise = SGDNoise(

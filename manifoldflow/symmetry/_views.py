@@ -17,8 +17,8 @@ class View:
 
     Args:
         axes: one, or several neighbours that count as one.
-        before: how many numbers outside n there are along them.
-        after: how many inside.
+        before: the number of entries outside n along them.
+        after: the number inside.
     """
 
     axes: tuple[int, ...]

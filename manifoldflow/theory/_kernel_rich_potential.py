@@ -36,8 +36,9 @@ def kernel_rich_potential(
         ValueError: a wrong shape, or a value out of range.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> weights = [1.0, -2.0]
+        >>> weights = np.array([1.0, -2.0])
         >>> large = theory.kernel_rich_potential(weights, scale=100.0)
         >>> print(round(4 * 100.0**2 * float(large), 3))  # ‖θ‖₂²
         5.0

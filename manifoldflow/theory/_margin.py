@@ -32,8 +32,10 @@ def max_margin_direction(
             separates.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.max_margin_direction([[1.0, 3.0], [-1.0, 2.0]], [1, -1]).round(3) + 0.0)
+        >>> inputs, labels = np.array([[1.0, 3.0], [-1.0, 2.0]]), np.array([1, -1])
+        >>> print(theory.max_margin_direction(inputs, labels).round(3) + 0.0)
         [1. 0.]
 
     References:
@@ -77,8 +79,11 @@ class MarginKKT(NamedTuple):
         margin: γ = minᵢ yᵢfᵢ(u).
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> found = theory.margin_kkt([0.0, 1.0], [1.0, 2.0], [[1.0, 1.0], [0.0, 2.0]])
+        >>> found = theory.margin_kkt(
+        ...     np.array([0.0, 1.0]), np.array([1.0, 2.0]), np.array([[1.0, 1.0], [0.0, 2.0]])
+        ... )
         >>> isinstance(found, theory.MarginKKT), found.margin
         (True, 1.0)
     """
@@ -129,10 +134,11 @@ def margin_kkt(
         >>> import numpy as np
         >>> from manifoldflow import theory
         >>> rows = np.array([[1.0, 0.0], [0.0, 1.0]])  # yᵢxᵢ of a linear model
-        >>> best = theory.max_margin_direction(rows, [1, 1])
+        >>> best = theory.max_margin_direction(rows, np.array([1, 1]))
         >>> print(round(theory.margin_kkt(best, rows @ best, rows).residual, 6))
         0.0
-        >>> print(round(theory.margin_kkt([3.0, 1.0], [3.0, 1.0], rows).residual, 3))
+        >>> other = np.array([3.0, 1.0])
+        >>> print(round(theory.margin_kkt(other, rows @ other, rows).residual, 3))
         0.507
 
     References:

@@ -38,8 +38,11 @@ def two_layer_noise_matrices(
         ValueError: wrong shapes, or numbers out of range.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> g_w, g_u = theory.two_layer_noise_matrices([[1.0, 0.0]], [[2.0]], noise_scale=0.5)
+        >>> g_w, g_u = theory.two_layer_noise_matrices(
+        ...     np.array([[1.0, 0.0]]), np.array([[2.0]]), noise_scale=0.5
+        ... )
         >>> print(g_w.tolist(), g_u.tolist())
         [[4.0, 0.0], [0.0, 0.0]] [[4.0]]
 
@@ -84,9 +87,10 @@ def deep_linear_noise_sides(
         ValueError: wrong shapes, or a covariance with a negative eigenvalue.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> layers = [[[2.0]], [[0.5]]]  # W = 2, U = 1/2
-        >>> theory.deep_linear_noise_sides(layers, [[1.0]], [[1.0]])
+        >>> layers = [np.array([[2.0]]), np.array([[0.5]])]  # W = 2, U = 1/2
+        >>> theory.deep_linear_noise_sides(layers, np.array([[1.0]]), np.array([[1.0]]))
         [(array([[4.]]), array([[0.25]]))]
 
     References:
@@ -120,8 +124,10 @@ def deep_linear_sharpness(
         ValueError: wrong shapes, or a covariance with a negative eigenvalue.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> theory.deep_linear_sharpness([[[2.0]], [[0.5]]], [[1.0]])
+        >>> layers = [np.array([[2.0]]), np.array([[0.5]])]
+        >>> theory.deep_linear_sharpness(layers, np.array([[1.0]]))
         8.5
 
     References:

@@ -55,9 +55,12 @@ def deep_linear_noise_equilibrium(
 
     Examples:
         >>> import jax.random as jr
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> one, key = [[1.0]], jr.key(0)
-        >>> w, u = theory.deep_linear_noise_equilibrium([[6.0]], one, [[4.0]], widths=[2], key=key)
+        >>> one, key = np.array([[1.0]]), jr.key(0)
+        >>> w, u = theory.deep_linear_noise_equilibrium(
+        ...     np.array([[6.0]]), one, np.array([[4.0]]), widths=[2], key=key
+        ... )
         >>> print((u @ w).round(6).tolist(), (w.T @ w).round(6).tolist())
         [[6.0]] [[6.0]]
 
@@ -113,9 +116,10 @@ def two_layer_noise_equilibrium(
 
     Examples:
         >>> import jax.random as jr
+        >>> import numpy as np
         >>> from manifoldflow import theory
         >>> w, u = theory.two_layer_noise_equilibrium(
-        ...     [[6.0]], [[9.0]], [[4.0]], width=1, key=jr.key(0)
+        ...     np.array([[6.0]]), np.array([[9.0]]), np.array([[4.0]]), width=1, key=jr.key(0)
         ... )
         >>> print((u @ w).round(6).tolist(), (9 * w**2 - 4 * u**2).round(6).tolist())
         [[6.0]] [[0.0]]
@@ -173,7 +177,13 @@ def approximate_symmetry_displacement(
         >>> a, eye = np.diag([1.0, -1.0]), np.eye(2)
         >>> noise = np.diag([3.0, 1.0])
         >>> found = theory.approximate_symmetry_displacement(
-        ...     [1.0, 1.0], a, noise, eye, [1.0, 0.0], noise_scale=0.01, strength=0.1
+        ...     np.array([1.0, 1.0]),
+        ...     a,
+        ...     noise,
+        ...     eye,
+        ...     np.array([1.0, 0.0]),
+        ...     noise_scale=0.01,
+        ...     strength=0.1,
         ... )
         >>> print(round(found, 6))
         0.2

@@ -64,9 +64,12 @@ def deep_linear_sides_of_examples(
         ValueError: wrong shapes, or a batch size above N without replacement.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> layers = [[[2.0]], [[0.5]]]
-        >>> theory.deep_linear_sides_of_examples(layers, [[1.0], [1.0]], [[0.0], [2.0]])
+        >>> layers = [np.array([[2.0]]), np.array([[0.5]])]
+        >>> theory.deep_linear_sides_of_examples(
+        ...     layers, np.array([[1.0], [1.0]]), np.array([[0.0], [2.0]])
+        ... )
         [(array([[4.]]), array([[0.25]]))]
 
     References:
@@ -118,9 +121,14 @@ def deep_linear_equilibrium_of_examples(
 
     Examples:
         >>> import jax.random as jr
+        >>> import numpy as np
         >>> from manifoldflow import theory
         >>> w, u = theory.deep_linear_equilibrium_of_examples(
-        ...     [[1.0]], [[1.0], [2.0]], [[0.0], [3.0]], widths=[1], key=jr.key(0)
+        ...     np.array([[1.0]]),
+        ...     np.array([[1.0], [2.0]]),
+        ...     np.array([[0.0], [3.0]]),
+        ...     widths=[1],
+        ...     key=jr.key(0),
         ... )
         >>> print((u @ w).round(6).tolist(), (abs(u) - abs(w)).round(6).tolist())
         [[1.0]] [[0.0]]

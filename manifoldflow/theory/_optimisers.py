@@ -43,8 +43,9 @@ def scalar_factorization_sgd(
         ValueError: a number out of range.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.scalar_factorization_sgd(1.0, [0.0, 1.0, 5.0]).round(3).tolist())
+        >>> print(theory.scalar_factorization_sgd(1.0, np.array([0.0, 1.0, 5.0])).round(3).tolist())
         [1.0, 0.55, 0.012]
     """
     first, times = number("start", start, least=-np.inf), _times(time)
@@ -251,8 +252,9 @@ def scale_invariant_norm(
         ValueError: a number out of range.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.scale_invariant_norm(1.0, [0.0, 7.5, 40.0], trace=1.0).tolist())
+        >>> print(theory.scale_invariant_norm(1.0, np.array([0.0, 7.5, 40.0]), trace=1.0).tolist())
         [1.0, 2.0, 3.0]
     """
     fourth = number("start", start, least=0.0, strict=True) ** 4

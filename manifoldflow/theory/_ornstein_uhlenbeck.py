@@ -49,8 +49,9 @@ def ornstein_uhlenbeck_covariance(
             a learning rate at which SGD is unstable, ηλ ≥ 2.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> hessian = [[2.0, 0.0], [0.0, 0.0]]
+        >>> hessian = np.array([[2.0, 0.0], [0.0, 0.0]])
         >>> print(
         ...     theory.ornstein_uhlenbeck_covariance(hessian, hessian, learning_rate=0.1).tolist()
         ... )
@@ -105,9 +106,12 @@ class OrnsteinUhlenbeckLaw(NamedTuple):
         autocovariance: Cov(X(t + lag), X(t)), of the same shape.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> one = [[1.0]]
-        >>> law = theory.ornstein_uhlenbeck_law(one, one, [1.0], time=0.0, learning_rate=0.1)
+        >>> one = np.array([[1.0]])
+        >>> law = theory.ornstein_uhlenbeck_law(
+        ...     one, one, np.array([1.0]), time=0.0, learning_rate=0.1
+        ... )
         >>> isinstance(law, theory.OrnsteinUhlenbeckLaw), law.mean.tolist(), law.covariance.tolist()
         (True, [1.0], [[0.0]])
     """
@@ -161,9 +165,12 @@ def ornstein_uhlenbeck_law(
             has spread beyond the range of floats.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> options = {"time": [0.0, 10.0, 1e3], "learning_rate": 0.1}
-        >>> law = theory.ornstein_uhlenbeck_law([[1.0]], [[1.0]], [1.0], **options)
+        >>> options = {"time": np.array([0.0, 10.0, 1e3]), "learning_rate": 0.1}
+        >>> law = theory.ornstein_uhlenbeck_law(
+        ...     np.array([[1.0]]), np.array([[1.0]]), np.array([1.0]), **options
+        ... )
         >>> print(law.mean.ravel().round(3).tolist(), law.covariance.ravel().round(3).tolist())
         [1.0, 0.368, 0.0] [0.0, 0.043, 0.05]
 

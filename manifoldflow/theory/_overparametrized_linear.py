@@ -57,12 +57,13 @@ def overparametrized_linear_flow(
         RuntimeError: no w of the given signs fits the targets, or the Newton iteration stalled.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> start = [1.0, 1.0]
-        >>> options = {"time": [0.0, 5.0]}
+        >>> start = np.array([1.0, 1.0])
+        >>> options = {"time": np.array([0.0, 5.0])}
         >>> print(
         ...     theory.overparametrized_linear_flow(
-        ...         [[1.0, 2.0]], [2.0], start, start, **options
+        ...         np.array([[1.0, 2.0]]), np.array([2.0]), start, start, **options
         ...     ).round(3)
         ... )
         [[0.394 0.803]
@@ -114,9 +115,10 @@ def overparametrized_linear_charges(
         ValueError: a wrong shape, or a value out of range.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
         >>> charges = theory.overparametrized_linear_charges(
-        ...     [[1.0, 0.5]], [1.0, 2.0], [1.0, 1.0], time=1.0
+        ...     np.array([[1.0, 0.5]]), np.array([1.0, 2.0]), np.array([1.0, 1.0]), time=1.0
         ... )
         >>> print(charges.round(3).tolist())  # e⁻⁴ and 2e⁻¹
         [0.018, 0.736]
@@ -151,8 +153,9 @@ def weighted_l1_interpolant(
         RuntimeError: the targets cannot be interpolated, or the linear program failed.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.weighted_l1_interpolant([[1.0, 2.0]], [2.0]).tolist())
+        >>> print(theory.weighted_l1_interpolant(np.array([[1.0, 2.0]]), np.array([2.0])).tolist())
         [2.0, 0.0]
 
     References:
@@ -200,9 +203,14 @@ def kernel_rich_interpolant(
         RuntimeError: the targets cannot be interpolated, or the Newton iteration stalled.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
         >>> for scale in (1e-6, 1e3):
-        ...     print(theory.kernel_rich_interpolant([[1.0, 2.0]], [1.0], scale=scale).round(3))
+        ...     print(
+        ...         theory.kernel_rich_interpolant(
+        ...             np.array([[1.0, 2.0]]), np.array([1.0]), scale=scale
+        ...         ).round(3)
+        ...     )
         [0.  0.5]
         [0.2 0.4]
 
@@ -236,8 +244,13 @@ def min_norm_interpolant(
         ValueError: a wrong shape, or a value that is not finite.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.min_norm_interpolant([[1.0, 2.0]], [5.0]).round(6).tolist())
+        >>> print(
+        ...     theory.min_norm_interpolant(np.array([[1.0, 2.0]]), np.array([5.0]))
+        ...     .round(6)
+        ...     .tolist()
+        ... )
         [1.0, 2.0]
 
     References:

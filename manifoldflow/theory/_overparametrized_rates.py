@@ -46,8 +46,11 @@ def overparametrized_linear_rates(
         No coordinate of u and v is 0 at the start: one that is 0 stays 0.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> u_rates, v_rates = theory.overparametrized_linear_rates([[1.0, 2.0]], [2.0])
+        >>> u_rates, v_rates = theory.overparametrized_linear_rates(
+        ...     np.array([[1.0, 2.0]]), np.array([2.0])
+        ... )
         >>> print(u_rates.round(3).tolist(), v_rates.round(3).tolist())
         [0.0, 4.0] [4.0, 12.0]
 

@@ -185,10 +185,11 @@ def quadratically_parametrized_flow(
         ValueError: a wrong shape, or a value that is not finite.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> theory.quadratically_parametrized_flow([1.0], [0.001], time=[0.0, 20.0]).round(
-        ...     3
-        ... ).tolist()
+        >>> theory.quadratically_parametrized_flow(
+        ...     np.array([1.0]), np.array([0.001]), time=np.array([0.0, 20.0])
+        ... ).round(3).tolist()
         [[0.001], [1.0]]
 
     References:

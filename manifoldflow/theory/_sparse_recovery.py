@@ -67,8 +67,9 @@ class RecoveryCertificate(NamedTuple):
         is_unique: True where margin and injectivity are above rounding.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> found = theory.sparse_recovery_certificate([[1.0, 2.0]], [1.0, 0.0])
+        >>> found = theory.sparse_recovery_certificate(np.array([[1.0, 2.0]]), np.array([1.0, 0.0]))
         >>> isinstance(found, theory.RecoveryCertificate), found.margin
         (True, 0.5)
     """
@@ -108,11 +109,12 @@ def sparse_recovery_certificate(
         RuntimeError: the linear program failed.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> inputs = [[1.0, 2.0]]
-        >>> print(theory.sparse_recovery_certificate(inputs, [1.0, 0.0]).is_unique)
+        >>> inputs = np.array([[1.0, 2.0]])
+        >>> print(theory.sparse_recovery_certificate(inputs, np.array([1.0, 0.0])).is_unique)
         True
-        >>> print(theory.sparse_recovery_certificate(inputs, [0.0, 0.5]).is_unique)
+        >>> print(theory.sparse_recovery_certificate(inputs, np.array([0.0, 0.5])).is_unique)
         False
 
     References:

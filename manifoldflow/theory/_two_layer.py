@@ -121,8 +121,11 @@ def two_layer_minimizer(
         linearly independent inputs, so that any features can be attained.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> print(theory.two_layer_minimizer([4.0], 2, lambda z: z**3 + z).round(6).tolist())
+        >>> print(
+        ...     theory.two_layer_minimizer(np.array([4.0]), 2, lambda z: z**3 + z).round(6).tolist()
+        ... )
         [[1.0], [1.0]]
 
     References:
@@ -169,8 +172,9 @@ def coherence(inputs: Num[ArrayLike, "..."]) -> float:
         ValueError: a wrong shape, or values that are not finite.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
-        >>> round(theory.coherence([[1.0, 0.0], [0.6, 0.8]]), 6)
+        >>> round(theory.coherence(np.array([[1.0, 0.0], [0.6, 0.8]])), 6)
         0.4
 
     References:

@@ -250,9 +250,12 @@ def landed_flatness_bound(
         inputs of norm 1, and a convex φ′², as it is where φ′ and φ‴ are positive.
 
     Examples:
+        >>> import numpy as np
         >>> from manifoldflow import theory
         >>> options = {"coherence": 1.0, "slope": 1.0}
-        >>> print(theory.landed_flatness_bound([[0.0]], 0.0, lambda z: z**3 + z, **options))
+        >>> print(
+        ...     theory.landed_flatness_bound(np.array([[0.0]]), 0.0, lambda z: z**3 + z, **options)
+        ... )
         1.0
 
     References:

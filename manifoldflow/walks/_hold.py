@@ -65,12 +65,12 @@ def hold_outputs(
     With P the projector on the null space of J, the Jacobian of the old outputs f at the present
     weights θ, the optimiser gets Pg in the place of a gradient g. Its step v then becomes
 
-        u = Pv − J†(f(θ) − f(θ₀)),    and that    u − J†(f(θ + u) − f(θ₀)),
+        Pv − J†(f(θ + Pv) − f(θ₀)),
 
-    the part that leaves the old outputs as they are to first order, and two steps of Newton's
-    method to where they were. All this comes from one factorisation of JJᵀ. What is left is of
-    third order in |v| and does not add up over the steps. A step that leaves more than
-    `max_change` is halved until it does not. Of the old data only the inputs are needed.
+    the part that leaves the old outputs as they are to first order, and Newton's step to where
+    they were. Both come from one factorisation of JJᵀ. What is left is of third order in |v|,
+    and does not add up over the steps. A step that leaves more than `max_change` is halved
+    until it does not. Of the old data only the inputs are needed.
 
     Args:
         optimizer: any Optax transform, with its learning rate.
@@ -160,10 +160,9 @@ def _held_step(
     """The step, the largest change of outputs after it, and whether it was not shortened."""
     value_after = lambda step: manifold.constraint(_tree.join(_tree.add(here, step), remainder))
     along = space.tangent(wanted)
-    back = space.pseudo_inverse(value_after(_tree.zeros_like(here)))
 
     def tried(share: Scalar) -> tuple[Scalar, Tangent, Scalar]:
-        step = _tree.subtract(_tree.scale(share, along), back)
+        step = _tree.scale(share, along)
         step = _tree.subtract(step, space.pseudo_inverse(value_after(step)))
         return share, step, jnp.max(jnp.abs(value_after(step)))
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from manifoldflow import _tree
@@ -14,13 +15,15 @@ from manifoldflow._errors import checked_count, checked_positive, described, is_
 from manifoldflow._journal import Place
 from manifoldflow._results import delivered_solution, Observables, RESULTS, Solution
 from manifoldflow._run import checked_observables
-from manifoldflow._types import Point, Scalar
+from manifoldflow._types import Key, Point, Scalar
 from manifoldflow.flows import RiemannianGradientFlow, solve, Stationary
 from manifoldflow.geometry import riemannian_gradient
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
 from manifoldflow.manifolds import AbstractManifold, OutputManifold
 from manifoldflow.optimize import AbstractMethod, minimize, RiemannianGradientDescent
-from manifoldflow.walks._objectives import AbstractObjective, objective_of
+from manifoldflow.sgd import simulate
+from manifoldflow.walks._objectives import AbstractObjective, Flatness, objective_of
+from manifoldflow.walks._stochastic import StochasticWalk
 
 # A flow that would lower the objective to 0 in one unit, were its rate to stay, goes on for ten.
 _UNITS = 10
@@ -33,7 +36,9 @@ def walk(
     *,
     objective: str | AbstractObjective | Callable[[Point], Any] = "flatness",
     manifold: AbstractManifold | None = None,
-    method: AbstractMethod | str | None = None,
+    method: AbstractMethod | StochasticWalk | str | None = None,
+    learning_rate: Any = None,
+    key: Key | None = None,
     end_time: Any = None,
     max_steps: int = 100,
     num_saves: int = 1,
@@ -57,11 +62,15 @@ def walk(
         manifold: where to walk; by default the models with the outputs of `point`,
             `OutputManifold`. `ZeroLossManifold(loss)` lands on zero loss first.
         method: `RiemannianGradientDescent()` by default, `RiemannianTrustRegion()`, another method
-            of `minimize`, or "flow" for the ordinary differential equation θ' = −P∇F.
+            of `minimize`, or "flow" for the ordinary differential equation θ' = −P∇F. Where Gram
+            matrices end, `walks.StochasticWalk(strength, batch_size)`: `max_steps` steps of SGD on
+            L + strength·tr G, which keep the outputs to first order in the strength.
+        learning_rate: for `StochasticWalk`, positive; a schedule as for `simulate`.
+        key: for `StochasticWalk`.
         end_time: for "flow", the time of θ' = −P∇F. By default ten times F/‖P∇F‖² at the start, for
             a positive objective F.
         max_steps: the budget, in attempted steps. A walk that has used it up ends where it is.
-        num_saves: for "flow", saves at equal times besides the start.
+        num_saves: for "flow" and `StochasticWalk`, saves at equal times besides the start.
         stationarity: the walk ends where ‖P∇F‖ has fallen to this share of its first value.
         observe: name → function of a point, beside "objective", "loss", "weight norm" and
             "largest change of an output".
@@ -89,8 +98,21 @@ def walk(
         [1. 1.]
     """
     objective = objective_of(objective)
-    manifold = _manifold_of(manifold, loss, point)
     max_steps = checked_count("walk: max_steps", max_steps)
+    if isinstance(method, StochasticWalk):
+        _check_stochastic(loss, objective, manifold, end_time, learning_rate, key)
+        fn = _Objective(objective, loss)
+        return simulate(
+            loss, method, optax.sgd, point, learning_rate=learning_rate, num_steps=max_steps,
+            num_saves=num_saves, key=key, progress=progress, checkpoint=checkpoint, throw=throw,
+            observe=_observables(loss, point, fn, checked_observables(observe)),
+        )  # fmt: skip
+    if learning_rate is not None or key is not None:
+        raise ValueError(
+            "walk: learning_rate and key belong to method=walks.StochasticWalk(…); got "
+            f"method={described(method)}. Leave them out."
+        )
+    manifold = _manifold_of(manifold, loss, point)
     stationarity = checked_positive("walk: stationarity", stationarity)
     fn = _Objective(objective, loss)
     seen = _observables(loss, point, fn, checked_observables(observe))
@@ -187,6 +209,25 @@ def _end_time(objective: AbstractObjective, end_time: Any, first: Scalar, slope:
         )
     # A start that is stationary ends at once, whatever the time.
     return _UNITS * first / _tree.where(slope > 0, slope**2, first)
+
+
+def _check_stochastic(
+    loss: Any, objective: Any, manifold: Any, end_time: Any, learning_rate: Any, key: Any
+) -> None:
+    if not isinstance(loss, AbstractExampleLoss):
+        raise ValueError(
+            f"walk: loss must be over examples for StochasticWalk; got {described(loss)}."
+        )
+    if not isinstance(objective, Flatness) or manifold is not None or end_time is not None:
+        raise ValueError(
+            "walk: StochasticWalk lowers the flatness, without a manifold, for max_steps steps; "
+            f"got the {objective.name}, {described(manifold)} and end_time={end_time!r}."
+        )
+    if learning_rate is None or key is None:
+        raise ValueError(
+            f"walk: StochasticWalk needs learning_rate and key; got {described(learning_rate)} and "
+            f"{described(key)}. Try a tenth of largest_stable_learning_rate(loss, point)."
+        )
 
 
 def _method_of(method: Any, end_time: Any, num_saves: int) -> AbstractMethod:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import manifoldflow as mf
 import zoo
@@ -55,6 +56,7 @@ def test_gradient_flow_has_no_manifold():
     close("exponential decay", walk.points, jnp.exp(-rates * walk.times[:, None]), 1e-5)
 
 
+@pytest.mark.quick
 def test_save_times_and_their_points():
     times = [0.03, 0.2, 0.21, 0.5]
     walk = mf.solve(FLOW, START, end_time=0.5, save_times=times)
@@ -77,6 +79,7 @@ def test_save_times_inside_jit():
     equal("last time", float(jax.jit(end)(0.1)), 0.1)
 
 
+@pytest.mark.quick
 def test_the_start_is_projected():
     walk = mf.solve(FLOW, 1.1 * START, end_time=0.5)
     close("from off the sphere", walk.final, descent(START, 0.5), 1e-5)

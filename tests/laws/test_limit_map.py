@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import checks
 import manifoldflow as mf
@@ -33,6 +34,7 @@ def test_derivative_in_the_targets():
     checks.close("vjp against central differences", reverse, expected, 1e-6)
 
 
+@pytest.mark.quick
 def test_slow_directions_in_single_precision():
     """Products uᵢvᵢ over three decades of stiffness in slope: u² − v² stays, uv arrives at y.
 

@@ -210,6 +210,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.quick
 def test_values_on_the_range():
     inverse = np.linalg.pinv(H, rcond=1e-10)
     projector = inverse @ np.asarray(H)
@@ -263,6 +264,7 @@ SYMMETRIC = jnp.asarray(np.asarray(matrix_with_spectrum([3.0, 2.0, 1.0, 0.5], 4)
 SYMMETRIC = SYMMETRIC @ SYMMETRIC.T + jnp.eye(4)
 
 
+@pytest.mark.quick
 def test_eigh_is_a_decomposition():
     """A = V diag(λ) Vᵀ with orthonormal V and ascending λ, alone and for each of a batch."""
     batch = jnp.stack([SYMMETRIC, SYMMETRIC - 3 * jnp.eye(4), jnp.diag(jnp.arange(4.0))])

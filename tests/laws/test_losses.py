@@ -142,6 +142,7 @@ def test_minimisers_of_smoothed_labels():
     equal("softmax: N·(k − 1) residuals", softmax.num_residuals, 8)
 
 
+@pytest.mark.quick
 def test_scale_conventions():
     """Default 1/n with n = N × outputs; 2 and 1/N when asked for."""
     point, outputs = zoo.network_point(jr.key(5)), 2
@@ -162,6 +163,7 @@ def test_scale_conventions():
     )
 
 
+@pytest.mark.quick
 def test_frozen_leaves():
     trainable = {"weight": True, "bias": False, "out": True}
     point = zoo.network_point(jr.key(5))
@@ -180,6 +182,7 @@ def test_frozen_leaves():
     )
 
 
+@pytest.mark.quick
 def test_integer_data():
     tokens, labels = jnp.array([0, 2, 1]), jnp.array([1, 0, 3])
     table = jnp.array([[0.1, 1.0], [0.5, -1.0], [0.3, 2.0]])

@@ -175,6 +175,7 @@ def test_defect_is_the_distance_to_first_order():
         at_most(f"|defect − {distance}|", abs(defect - distance), distance**2)
 
 
+@pytest.mark.quick
 def test_frozen_leaves_do_not_move():
     loss = mf.LeastSquares(
         *zoo.data(), predict=zoo.network, trainable={"weight": True, "bias": False, "out": True}
@@ -187,6 +188,7 @@ def test_frozen_leaves_do_not_move():
     assert manifold.random_tangent(landed, jr.key(0))["bias"] is None
 
 
+@pytest.mark.quick
 def test_one_failed_member_of_a_batch_does_not_spoil_the_others():
     """{x² + c = 0} is empty for c > 0."""
 

@@ -90,6 +90,7 @@ def test_covariance_is_the_square_of_its_factor():
         )
 
 
+@pytest.mark.quick
 def test_equal_keys_give_equal_noise():
     here = place("scalar")
     noise = mf.LabelNoise(1.0, batch_size=1)

@@ -84,6 +84,7 @@ def test_closest_point_and_limit_map_differ_for_normal_displacements(point):
     assert float(jnp.linalg.norm(expected)) > 0.01, "the two do not differ here"
 
 
+@pytest.mark.quick
 def test_closest_point_is_the_closest():
     """The gap is normal, and no other of many points of the ellipsoid is nearer."""
     angles = jr.uniform(jr.key(0), (2, 4000)) * jnp.array([[jnp.pi], [2 * jnp.pi]])
@@ -145,6 +146,7 @@ class RadialRetraction(manifolds.AbstractLandingRetraction):
         return landed, mf.Info(mf.RESULTS.successful, defect, one, one)
 
 
+@pytest.mark.quick
 def test_a_landing_of_ones_own():
     sphere = mf.LevelSet(lambda x: jnp.sum(x**2) - 1)
     point = jnp.array([0.0, 0.6, 0.8])

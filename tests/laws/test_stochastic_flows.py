@@ -44,6 +44,7 @@ def test_the_number_of_saves_does_not_change_the_path():
     close("end", few.final["x"], many.final["x"], 1e-12)
 
 
+@pytest.mark.quick
 def test_same_key_same_path_and_vmap_is_a_loop():
     keys = jr.split(jr.key(3), 3)
     end = lambda key: solved(key=key, throw=False).final["x"]

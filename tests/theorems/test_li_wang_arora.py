@@ -124,6 +124,7 @@ def test_limit_map_from_a_small_start():
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
 def test_limit_map_in_closed_form(scale):
     """L = ½f², f = ½(xᵀAx − 1): gradient flow is x' = −f·A x, so Φ(x) = e^{−s*A}x."""

@@ -96,6 +96,7 @@ def test_the_smooth_margin_does_not_underflow():
     close("ℓ⁻¹(L)/|w|", model.smooth_margin(near), exact, 1e-12)
 
 
+@pytest.mark.quick
 def test_separable_data():
     at_least("margin of the plane", np.min(LABELS * (INPUTS @ NORMAL)), 0.3 - 1e-12)
     assert set(np.asarray(LABELS)) == {-1.0, 1.0}

@@ -95,6 +95,7 @@ def test_two_layer_net_finds_its_minimizer(second_layer):
     close("own activation", other.flatness(start), net.flatness(start), 1e-12)
 
 
+@pytest.mark.quick
 def test_bad_input():
     with refused(ValueError, "inputs must be (n, d)"):
         mf.models.OverparametrizedLinear(np.ones((3, 2)), np.ones(2))
@@ -108,6 +109,7 @@ def test_bad_input():
         mf.models.sparse_regression(jr.key(0), 3, 4, 5)
 
 
+@pytest.mark.quick
 def test_digits_are_those_of_scikit_learn():
     """Read from its file, without its import."""
     datasets = pytest.importorskip("sklearn.datasets")

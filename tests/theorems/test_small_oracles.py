@@ -21,6 +21,7 @@ SIGMA = np.diag([1.0, 2.0, 0.5, 0.1]) + 0.3
 ETA = 0.1
 
 
+@pytest.mark.quick
 def test_lyapunov_equations():
     continuous = theory.ornstein_uhlenbeck_covariance(HESSIAN, SIGMA, learning_rate=ETA)
     close("continuous", continuous, solve_continuous_lyapunov(HESSIAN, ETA * SIGMA), 1e-10)
@@ -205,6 +206,7 @@ def test_the_time_bound_bounds_the_time():
     assert 0 < float(arrived.times[-1]) <= bound
 
 
+@pytest.mark.quick
 def test_the_time_bound_by_hand():
     """2/(½·2²) + ln(2²/(6·0.1)²)/(6·½), and the first term alone for a coarse accuracy."""
     sharp = {"coherence": 0.5, "normality": 2.0, "slope": 1.0, "third_derivative": 6.0}

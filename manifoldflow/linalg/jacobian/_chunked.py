@@ -16,18 +16,25 @@ from manifoldflow.linalg.jacobian._structured import structured_jacobian, Struct
 
 
 class ChunkedJacobian(AbstractJacobian):
-    """J of `fn` on all examples, through the structured Jacobians of chunks of them.
+    """The Jacobian of `fn` on all examples, through the structured Jacobians of chunks of them.
 
-    Products, row norms and their derivatives cost what they cost on all examples at once
-    and one more pass through the model; a Gram matrix of m chunks costs m such passes. The
-    memory is that of two chunks and of the result.
+    Products, row norms and their derivatives cost what they cost on all examples at once, plus one
+    more pass through the model. A Gram matrix of m chunks costs m such passes. The memory is that
+    of two chunks and of the result.
 
     Args:
-        fn: maps coordinates and one example to an array of k numbers; a PyTree, so that
-            derivatives in what it holds are kept (`equinox.filter_closure_convert`).
-        coordinates: where to differentiate.
+        fn: maps coordinates and one example to an array of k numbers; a PyTree, so that derivatives
+            in what it holds are kept (`equinox.filter_closure_convert`).
+        coordinates: of the point.
         data: PyTree with a leading axis of examples.
-        chunk_size: examples at a time.
+        chunk_size: the number of examples at a time.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> found = linalg.chunked_jacobian(jnp.dot, jnp.zeros(2), jnp.ones((5, 2)), 2)
+        >>> print(isinstance(found, linalg.ChunkedJacobian), found.row_norms_squared())
+        True [2. 2. 2. 2. 2.]
     """
 
     fn: Callable[..., Any]
@@ -51,7 +58,7 @@ class ChunkedJacobian(AbstractJacobian):
 
     @property
     def _shares(self) -> tuple[int, int, int]:
-        """How many devices share the examples; of each share, how many chunks, of what size."""
+        """The number of devices that share the examples, and the chunks of a share."""
         num_shares = _mesh.num_shares(self._num_examples)
         size = max(1, self.chunk_size // num_shares)
         return num_shares, self._num_examples // num_shares // size, size
@@ -153,7 +160,26 @@ def chunked_jacobian(
     data: PyTree[Array],
     chunk_size: int,
 ) -> ChunkedJacobian:
-    """As `jacobian`, formed anew for `chunk_size` examples at a time wherever it is used."""
+    """The `jacobian`, formed anew for `chunk_size` examples at a time wherever it is used.
+
+    Args:
+        fn: maps coordinates and one example to an array of k numbers.
+        coordinates: of the point.
+        data: PyTree with a leading axis of N examples.
+        chunk_size: the number of examples at a time.
+
+    Returns:
+        A `ChunkedJacobian`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> chunked = linalg.chunked_jacobian(
+        ...     jnp.dot, jnp.zeros(2), jnp.arange(6.0).reshape(3, 2), 2
+        ... )
+        >>> print(chunked.mv(jnp.array([1.0, 1.0])))
+        [1. 5. 9.]
+    """
     num_examples = jax.tree.leaves(data)[0].shape[0]
     example = jax.tree.map(lambda leaf: leaf[0], data)
     fn = eqx.filter_closure_convert(fn, coordinates, example)

@@ -16,7 +16,18 @@ from manifoldflow.linalg.jacobian._operator import AbstractJacobian
 
 
 class DenseJacobian(AbstractJacobian):
-    """Explicit rows: for every leaf of the point an array (n, *leaf.shape)."""
+    """The Jacobian as explicit rows: for every leaf of the point an array (n, *leaf.shape).
+
+    Args:
+        leaf_rows: the PyTree of these arrays.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.DenseJacobian({"a": jnp.array([[3.0, 4.0]])})
+        >>> print(jacobian.mv({"a": jnp.ones(2)}), jacobian.gram())
+        [7.] [[25.]]
+    """
 
     leaf_rows: PyTree[Float[Array, "n ..."]]
 
@@ -73,7 +84,24 @@ def dense_jacobian(
     coordinates: Coordinates,
     data: PyTree[Array],
 ) -> DenseJacobian:
-    """As `jacobian`, by k backward passes for each example and n×D numbers of memory."""
+    """The `jacobian` by k backward passes for each example, with n×D numbers of memory.
+
+    Args:
+        fn: maps coordinates and one example to an array of k numbers.
+        coordinates: of the point.
+        data: PyTree with a leading axis of N examples.
+
+    Returns:
+        A `DenseJacobian`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> square = lambda w, x: (w @ x) ** 2
+        >>> jacobian = linalg.dense_jacobian(square, jnp.array([1.0, 2.0]), jnp.array([[3.0, 1.0]]))
+        >>> print(jacobian.as_matrix())
+        [[30. 10.]]
+    """
 
     def rows_of_one(example: Example) -> PyTree[Array]:
         return jax.jacrev(lambda x: fn(x, example).reshape(-1))(coordinates)

@@ -38,7 +38,7 @@ class Site(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a site needs beside its tap derivative: the other factor and a scalar."""
+    """The extra values of a site beside its tap derivative: the other factor and a scalar."""
 
     factor: Any
     scale: Any
@@ -100,10 +100,10 @@ class Interpreter:
         return outputs
 
     def by_rule(self, rule: Rule, eqn: Any, inputs: list[Value]) -> list[Value] | None:
-        """What a rule says; one that raises while sites are being listed gives its leaves up.
+        """The answer of a rule; one that raises while sites are being listed gives its leaves up.
 
-        The parameters of an equation are private to JAX, and change with its versions. The
-        tapped interpreter must meet the sites that were listed, so that there an error ends it.
+        The parameters of an equation are private to JAX, and change with its versions. The tapped
+        interpreter must meet the sites that were listed, so that there an error ends it.
         """
         if self.taps is not None:
             return rule(self, eqn, inputs)

@@ -29,22 +29,32 @@ def jacobian(
     *,
     memory: int | None = None,
 ) -> AbstractJacobian:
-    """Jacobian of all outputs of `fn` on all examples, in the order of the examples.
+    """The Jacobian of all outputs of `fn` on all examples, in the order of the examples.
 
-    Explicit rows where n·D is at most 65,536 and nothing is convolved, or there is a single
-    example; else `structured_jacobian`, which never builds n×D numbers for the layers it
-    knows; in chunks of examples where its factors, or the rows of leaves that it does not
-    know, would take more than `memory`.
+    Explicit rows are kept where n·D is at most 65,536 and nothing is convolved, or where there is a
+    single example. Otherwise it is a `structured_jacobian`, which never builds n×D numbers for the
+    layers that it knows. It is formed in chunks of examples where its factors, or the rows of
+    leaves that it does not know, would take more than `memory`.
 
     Args:
         fn: maps coordinates and one example to an array of k numbers.
-        coordinates: where to differentiate.
+        coordinates: of the point.
         data: PyTree with a leading axis of N examples.
-        memory: bytes that may be kept; by default an eighth of the device's memory, or
-            2 GiB where the device does not tell.
+        memory: bytes that may be kept; None for an eighth of the device's memory, or 2 GiB where
+            the device does not tell.
 
     Returns:
         An operator with n = N·k rows; row i·k + c is ∇ of output c on example i.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> square = lambda w, x: (w @ x) ** 2
+        >>> jacobian = linalg.jacobian(
+        ...     square, jnp.array([1.0, 2.0]), jnp.array([[3.0, 1.0], [0.0, 1.0]])
+        ... )
+        >>> print(jacobian.mv(jnp.array([1.0, 0.0])), jacobian.transpose_mv(jnp.array([0.0, 1.0])))
+        [30.  0.] [0. 4.]
     """
     memory = memory_budget() if memory is None else checked_count("jacobian: memory", memory)
     num_examples = jax.tree.leaves(data)[0].shape[0]

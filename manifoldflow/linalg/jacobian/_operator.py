@@ -16,7 +16,16 @@ from manifoldflow._types import Tangent
 
 
 class AbstractJacobian(lx.AbstractLinearOperator):
-    """A Jacobian J: tangents (PyTrees of D numbers) → residuals (n numbers)."""
+    """A Jacobian J: an operator from tangents (PyTrees of D numbers) to n residuals.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=jnp.dot)
+        >>> jacobian = loss.jacobian(jnp.zeros(2))
+        >>> print(isinstance(jacobian, mf.linalg.AbstractJacobian), jacobian.gram().tolist())
+        True [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     @abc.abstractmethod
     def transpose_mv(self, vector: Float[Array, " n"]) -> Tangent:
@@ -84,13 +93,42 @@ class TransposedJacobian(lx.AbstractLinearOperator):
 
 @checked
 def gram(jacobian: AbstractJacobian) -> lx.MatrixLinearOperator:
-    """The Gram matrix K = J Jᵀ as a positive semidefinite lineax operator."""
+    """The Gram matrix K = JJᵀ as a positive semidefinite lineax operator.
+
+    Args:
+        jacobian: J, (n, D).
+
+    Returns:
+        An operator from (n,) to (n,).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> print(linalg.gram(jacobian).mv(jnp.ones(1)))
+        [25.]
+    """
     return lx.MatrixLinearOperator(jacobian.gram(), lx.positive_semidefinite_tag)
 
 
 @checked
 def gauss_newton(jacobian: AbstractJacobian, scale: Any = 1.0) -> lx.AbstractLinearOperator:
-    """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix."""
+    """The Gauss-Newton operator scale·JᵀJ on tangents, never built as a matrix.
+
+    Args:
+        jacobian: J, (n, D).
+        scale: a number.
+
+    Returns:
+        A positive semidefinite operator on tangents.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> jacobian = linalg.dense_jacobian(jnp.dot, jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+        >>> print(linalg.gauss_newton(jacobian, 0.5).mv(jnp.array([1.0, 0.0])))
+        [4.5 6. ]
+    """
     scale = checked_number("gauss_newton: scale", scale)
 
     def mv(vector: Tangent) -> Tangent:

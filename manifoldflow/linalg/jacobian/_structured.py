@@ -30,7 +30,16 @@ from manifoldflow.linalg.jacobian._use_rows import DENSE_ROWS, RowBlock
 
 
 class StructuredJacobian(AbstractJacobian):
-    """J: PyTrees like the parameters → (n·k,), the rows of one example together."""
+    """The Jacobian as factors of its rows, leaf by leaf: PyTrees like the parameters → (n·k,).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> layer = lambda p, x: jnp.tanh(p["w"] @ x)
+        >>> found = linalg.structured_jacobian(layer, {"w": jnp.zeros((3, 4))}, jnp.ones((2, 4)))
+        >>> print(isinstance(found, linalg.StructuredJacobian), found.as_matrix().shape)
+        True (6, 12)
+    """
 
     # For every leaf the blocks that add up to its columns; they share no entry of the leaf,
     # so that their rows are orthogonal.
@@ -43,7 +52,7 @@ class StructuredJacobian(AbstractJacobian):
 
     @property
     def treatments(self) -> dict[str, str]:
-        """For every leaf (by its path) how its columns are kept."""
+        """The treatment of every leaf, by its path: the form in which its columns are kept."""
         return dict(self.labels)
 
     @property
@@ -183,9 +192,9 @@ def structured_jacobian(
 
     Row i·k + c is the derivative of output c at example i. Every use of every leaf of the
     parameters is found in the jaxpr of one example: matrix products keep their two factors,
-    additions and elementwise products keep rows of the leaf's size, and a leaf with any use
-    that is none of these keeps explicit rows from k backward passes. The derivatives that
-    JAX sees, custom rules included, are the ones that are used.
+    additions and elementwise products keep rows of the leaf's size, and a leaf with any use that is
+    none of these keeps explicit rows from k backward passes. The derivatives that JAX sees, custom
+    rules included, are the ones that are used.
 
     Args:
         fn: maps the parameters and one example to one real array of any shape (k numbers).
@@ -196,11 +205,19 @@ def structured_jacobian(
         A linear operator with the products, Gram matrices and row norms of J.
 
     Raises:
-        ValueError: if a leaf is not a real floating-point array, the inputs disagree on n,
-            or `fn` does not return one real array.
+        ValueError: if a leaf is not a real floating-point array, the inputs disagree on n, or `fn`
+            does not return one real array.
 
     Assumes:
         that `fn` treats each example by itself; it is never shown a batch.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from manifoldflow import linalg
+        >>> layer = lambda p, x: jnp.tanh(p["w"] @ x)
+        >>> jacobian = linalg.structured_jacobian(layer, {"w": jnp.zeros((3, 4))}, jnp.ones((2, 4)))
+        >>> print(jacobian.row_norms_squared())
+        [4. 4. 4. 4. 4. 4.]
     """
     leaves, treedef = _checked_leaves(params)
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
@@ -246,7 +263,7 @@ def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
 
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:
-    """Where to cut the examples of a Gram matrix; more cuts save products, cost compile time."""
+    """The cuts of the examples of a Gram matrix; more cuts save products, but cost compile time."""
     num_strips = 1 if num_rows < 1024 else 4 if num_rows < 4096 else 8
     num_strips = min(num_strips, num_examples)
     stops = [num_examples * index // num_strips for index in range(num_strips + 1)]

@@ -37,6 +37,7 @@ def _read(site: Site, delta: Array, record: Record, leaf: Array) -> AbstractBloc
     """The content of a site's block, from its tap derivatives (n, k, …)."""
 
     def one(delta: Array, record: Record) -> AbstractBlock:
+        # Layers may compute in bfloat16: rows are kept in the precision of the leaf.
         delta = delta.astype(leaf.dtype)
         if record.scale is not None:
             delta = jax.vmap(jnp.multiply)(delta, jnp.asarray(record.scale, leaf.dtype))

@@ -59,6 +59,7 @@ def group_sites(sites: Sequence[Site], leaf: int, shape: tuple[int, ...]) -> lis
         return [Group((index,), (False,)) for index in mine]
     seen = {index: entries_of(sites[index].view, shape) for index in mine}
     sums = tuple(i for i in mine if isinstance(sites[i].use, AbstractElementwise))
+    # Elementwise uses are rows of the leaf's size, and rows of one leaf add up whatever made them.
     groups = [Group(sums, (False,) * len(sums))] if sums else []
     for index in mine:
         if index in sums:
@@ -146,6 +147,8 @@ class Model(NamedTuple):
             reasons |= interpreter.reasons
             if not refused:
                 return Uses(tuple(interpreter.sites), groups, opaque, tuple(reasons.items()))
+            # Explicit rows for one leaf change how others are met: the list is made anew until it
+            # is stable.
             opaque = opaque | refused
 
 
@@ -180,6 +183,7 @@ def read_taps(
     model: Model, uses: Uses, leaves: Sequence[Array], example: Sequence[Array]
 ) -> tuple[tuple[Inexact[Array, "k ..."], ...], dict[int, Array], list[Record]]:
     """One example: tap derivatives and explicit rows, each with leading axis k, and records."""
+    # At τ = 0 the model is what it was; only the derivative by τ is read.
     zeros = tuple(jnp.zeros(site.tap.shape, site.tap.dtype) for site in uses.sites)
     dense = {i: leaves[i] for i in sorted(uses.opaque)}
 

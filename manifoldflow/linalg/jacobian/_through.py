@@ -89,6 +89,8 @@ def _constant(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[V
 @rule("jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat2")
 def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value] | None:
     """Look inside, unless the function itself is a registered use."""
+    # θ − θ₀ has the derivative of θ: no use of its own, else `linearized` would keep rows of size
+    # D.
     if len(inputs) == 2 and inputs[1].alias is None and is_call_of(displaced, eqn):
         (output,), (leaf, _) = interpreter.plain(eqn, inputs), inputs
         if output.array.shape == leaf.array.shape:

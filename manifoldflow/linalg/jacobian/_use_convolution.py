@@ -67,6 +67,8 @@ def slabs(image: Array, window: list[int], params: Any) -> Float[Array, "batch X
     image = lax.transpose(image, (batch, *space, feature))
     interior = [dilation - 1 for dilation in params["lhs_dilation"]]
     margins = [(low, high, gap) for (low, high), gap in zip(params["padding"], interior)]
+    # Negative padding crops, and interior padding is the dilation of the image: `lax.pad` does all
+    # three.
     image = lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
     # The last axis first: the next one's slices then stand before it, as in the kernel.
     for axis in range(len(window), 1, -1):

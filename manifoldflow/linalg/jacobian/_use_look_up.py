@@ -70,6 +70,7 @@ class LookUpBlock(AbstractPositionBlock):
     def transpose_mv(self, weights: Float[Array, "n k"]) -> Array:
         delta = einsum("nk,nktd->ntd", weights, self.delta)
         table = jnp.zeros((self._num_entries, delta.shape[-1]), delta.dtype)
+        # `add`, since the same row may be taken at several positions.
         return self.leaf.pull(table.at[self.index].add(delta)[None])
 
     def rows(self) -> Float[Array, "n k ..."]:
@@ -79,6 +80,8 @@ class LookUpBlock(AbstractPositionBlock):
         if not isinstance(other, LookUpBlock) or other.leaf != self.leaf:
             return RowBlock(self.rows()).cross_gram(other)
         counts = self.index.shape[1], other.index.shape[1], 1
+        # Long texts over short tables: products with unit vectors are cheaper than all pairs of
+        # positions.
         if counts[0] * counts[1] > self._num_entries:
             flip = (("transpose", (0, 2, 1)),)
             pair = [block.as_outer().swapped(self.leaf.then(flip)) for block in (self, other)]

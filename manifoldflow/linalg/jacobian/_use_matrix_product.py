@@ -105,6 +105,7 @@ class OuterBlock(AbstractPositionBlock):
         if self.is_rank_one:
             axes = (2, 3, 4)
             return times(jnp.sum(self.delta**2, axis=axes), jnp.sum(self.factor**2, axis=axes))
+        # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (δ_t·δ_s)(a_t·a_s): T² numbers, where a row has F·C.
         pair = lambda x: einsum("nktbf,nksbf->nkbts", x, x)
         return jnp.sum(pair(self.delta) * pair(self.factor), axis=(2, 3, 4))
 
@@ -117,6 +118,7 @@ class OuterBlock(AbstractPositionBlock):
 
 def _concatenate_positions(arrays: list[Array]) -> Array:
     size = max(array.shape[1] for array in arrays)
+    # A factor that is the same for all outputs has a k axis of one; beside others it is repeated.
     full = [jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:])) for x in arrays]
     return jnp.concatenate(full, axis=2)
 
@@ -150,6 +152,7 @@ def _over_pieces(fn: Callable[..., Array], *blocks: OuterBlock) -> Array:
     """Σ fn(rows, ...) over pieces of the F axis, so that all rows never exist at once."""
     free = blocks[0].delta.shape[-1]
     numbers = [math.prod(_outer_shape(block)) // free for block in blocks]
+    # Equal pieces, so that one program serves for all of them.
     divisors = [size for size in range(1, free + 1) if free % size == 0]
     size = max([d for d in divisors if d * max(numbers) <= PIECE], default=1)
 

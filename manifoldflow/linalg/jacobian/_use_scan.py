@@ -39,6 +39,7 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Value
     interpreter.opaque |= listing.opaque
     interpreter.reasons |= listing.reasons
     taps = interpreter.register([_stacked(site, length) for site in listing.sites])
+    # Listing only: the plain scan gives the shapes, and no derivative is taken yet.
     if interpreter.taps is None:
         interpreter.records += [None] * len(taps)
         return interpreter.plain(eqn, inputs)

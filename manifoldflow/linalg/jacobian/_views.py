@@ -30,6 +30,7 @@ def apply_view(view: View, leaf: Array) -> Array:
 def pull_view(view: View, shape: tuple[int, ...], value: Array) -> Array:
     """The transpose of `apply_view`: from the rearranged value back to the leaf."""
     leaf = jax.ShapeDtypeStruct(shape, value.dtype)
+    # By JAX's own transpose: entries that a broadcast repeats are summed.
     return jax.linear_transpose(lambda x: apply_view(view, x), leaf)(value)[0]
 
 
@@ -104,6 +105,7 @@ def _reshaped(entries: Entries, shape: tuple[int, ...]) -> Entries:
                 return entries._replace(axes=None)
             size, stride = rest.pop()
             part = math.gcd(size, needed)
+            # A digit that neither fits into the axis nor is filled by it has no digits on its own.
             if part < size and part < needed:
                 return entries._replace(axes=None)
             if part < size:
@@ -162,6 +164,7 @@ def _are_apart(first: Progression, other: Progression) -> bool:
     if _is_empty(first) or _is_empty(other) or _lie_apart(first, other):
         return True
     strides = sorted({stride for _, digits in (first, other) for _, stride in digits})
+    # The least stride has nothing below it that could be told apart.
     for modulus in strides[1:]:
         parts = [_split(progression, modulus) for progression in (first, other)]
         if None not in parts and any(_are_apart(*pair) for pair in zip(*parts)):
