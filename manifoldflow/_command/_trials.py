@@ -1,4 +1,4 @@
-"""The trials of the doctor: factorisations that may wait for each other, and a walk that is known."""
+"""The trials of the doctor: factorisations that may wait for each other, and a known walk."""
 
 import os
 import subprocess
