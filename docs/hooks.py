@@ -231,6 +231,9 @@ def markdown_files() -> list[pathlib.Path]:
 
 
 def on_config(config: Any) -> Any:
+    (how_to,) = (part["How to"] for part in config.nav if "How to" in part)
+    pages = sorted(path.name for path in (ROOT / "docs" / "how-to").glob("*.md"))
+    how_to += [page for name in pages if (page := f"how-to/{name}") not in how_to]
     config.nav += [
         {"Notebooks": [f"notebooks/{path.stem}.md" for path in notebooks()]},
         {"Packages": [{name: f"api/{name}.md"} for name in packages()]},

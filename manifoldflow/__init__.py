@@ -23,7 +23,7 @@ from manifoldflow._clock import (
     LimitClock as LimitClock,
     SAMClock as SAMClock,
 )
-from manifoldflow._mesh import mesh as mesh
+from manifoldflow._mesh import mesh as mesh, shard_parameters as shard_parameters
 from manifoldflow._results import Info as Info, RESULTS as RESULTS, Solution as Solution
 from manifoldflow._run import LiveTable as LiveTable
 from manifoldflow._tree import split as split

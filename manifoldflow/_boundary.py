@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
-from manifoldflow._errors import checked_point, described, is_traced, numbers, shapes_of
+from manifoldflow._errors import checked_point, described, is_traced, numbers, of_jax, shapes_of
 from manifoldflow._garbage import rare_collections
 from manifoldflow._signatures import readable
 from manifoldflow._tracebacks import shortened, with_few_frames
@@ -106,7 +106,7 @@ def _checked_function(
             with jax.numpy_dtype_promotion("standard"), rare_collections():
                 return fn(*bound.args, **bound.kwargs)
         except Exception as error:
-            sentence = _of_jax(error)
+            sentence = of_jax(error)
             if sentence is not None:
                 raise ValueError(sentence) from with_few_frames(error)
             short = shortened(error)
@@ -118,24 +118,6 @@ def _checked_function(
     return typing.cast(Function, call)
 
 
-# What JAX says of functions that cannot be differentiated as is needed, and what helps.
-_NO_LOOPS = (
-    "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced number "
-    "of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed number of steps, "
-    "or equinox.internal.while_loop(…, kind='checkpointed')."
-)
-_NO_FORWARD = (
-    "Second derivatives along given directions are taken forwards, and a function with a "
-    "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
-    "the model and for mf.solve itself, adjoint=diffrax.DirectAdjoint()."
-)
-_REFUSALS = {
-    "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
-    "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
-    "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
-}
-
-
 def _refuse_tracing(name: str, arguments: Any) -> None:
     # Inside jit JAX traces operations on constants as well: an addition tells.
     if is_traced(arguments) or is_traced(jnp.add(0, 0)):
@@ -143,13 +125,6 @@ def _refuse_tracing(name: str, arguments: Any) -> None:
             f"{name} needs concrete numbers; got a call within jit, vmap or grad. Call it outside, "
             "with arrays that are not traced."
         )
-
-
-def _of_jax(error: Exception) -> str | None:
-    if not isinstance(error, TypeError | ValueError | NotImplementedError):
-        return None
-    message = str(error)
-    return next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
 
 
 def checked_fields(module: Any) -> None:

@@ -1,7 +1,8 @@
 """Checks of arguments, and the sentences that say what is wrong with them."""
 
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -83,10 +84,21 @@ def _finite(name: str, array: Array) -> Array:
     message = f"{name} contains NaN or infinite entries. Remove or impute those examples first."
     if isinstance(array, jax.core.Tracer):
         return eqx.error_if(array, ~jnp.all(jnp.isfinite(array)), message)
-    bad = np.argwhere(~np.isfinite(np.asarray(array)))
-    if len(bad):
-        raise ValueError(f"{message} First one at index {tuple(bad[0].tolist())}.")
+    for start, values in _here(array):
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            index = tuple((bad[0] + start).tolist())
+            raise ValueError(f"{message} First one at index {index}.")
     return array
+
+
+def _here(array: Array) -> Iterator[tuple[Any, np.ndarray]]:
+    """The parts of an array that this process has, all of it as a rule, and where they begin."""
+    if getattr(array, "is_fully_addressable", True):
+        yield 0, np.asarray(array)
+        return
+    for shard in array.addressable_shards:
+        yield np.array([part.start or 0 for part in shard.index], int), np.asarray(shard.data)
 
 
 def checked_point(point: PyTree[Any]) -> PyTree[Any]:
@@ -182,3 +194,42 @@ def _checked_scalar(
     if not (is_fine(known) and np.isfinite(known)):
         raise ValueError(f"{message} Got {value!r}.")
     return converted
+
+
+# What JAX says of functions that cannot be differentiated as is needed, and what helps.
+_NO_LOOPS = (
+    "Gradients are taken backwards, which no lax.while_loop (nor lax.fori_loop of a traced number "
+    "of steps) in a model lets through. Use lax.scan, lax.fori_loop with a fixed number of steps, "
+    "or equinox.internal.while_loop(…, kind='checkpointed')."
+)
+_NO_FORWARD = (
+    "Second derivatives along given directions are taken forwards, and a function with a "
+    "jax.custom_vjp has no forward mode. Give it a jax.custom_jvp, or, for a Diffrax solve in "
+    "the model and for mf.solve itself, adjoint=diffrax.DirectAdjoint()."
+)
+_REFUSALS = {
+    "Reverse-mode differentiation does not work for lax.while_loop": _NO_LOOPS,
+    "(jvp) to a custom_vjp": _NO_FORWARD,  # whatever word it has for derivatives
+    "Differentiation rule for 'custom_lin' not implemented": _NO_FORWARD,
+}
+
+
+def of_jax(error: Exception) -> str | None:
+    """The words in place of an error of JAX, where that is known."""
+    if not isinstance(error, TypeError | ValueError | NotImplementedError):
+        return None
+    message = str(error)
+    ours = next((ours for theirs, ours in _REFUSALS.items() if theirs in message), None)
+    return _on_other_devices(message) if ours is None else ours
+
+
+def _on_other_devices(message: str) -> str | None:
+    """The words for JAX's error about arrays on other devices than the rest, or the mesh."""
+    if "Received incompatible devices for jitted computation" not in message:
+        return None
+    ids = " and ".join(dict.fromkeys(re.findall(r"device ids (\[[\d, ]*\])", message)))
+    return (
+        f"All arrays must lie on the devices of one mesh; got devices {ids}. Call "
+        "manifoldflow.shard_examples(loss) and manifoldflow.shard_parameters(point) within the "
+        "`with manifoldflow.mesh(…)` in which they are used."
+    )

@@ -35,6 +35,12 @@ def full_precision() -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest")
 
 
+def asked_for() -> str:
+    """The precision of products that nobody here has set: as JAX is told, or its default."""
+    setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return setting or "default"
+
+
 def eps_of_dtype(of: Any) -> float:
     """The distance from 1 to the next number in a dtype, or in that of an array."""
     return float(jnp.finfo(getattr(of, "dtype", of)).eps)

@@ -93,7 +93,8 @@ ARGUMENTS = {
     "count": "batch_size num_samples num_saves num_steps max_steps num_members num_examples"
     " num_groups num_terms num_draws chunk_size width size dimension num_rows num_columns"
     " num_phases num_features num_starts count max_products memory limit num sparsity rank"
-    " modulus num_workers num_eigenvalues max_rows memory num_directions num_times num_nodes bits",
+    " modulus num_workers num_bytes num_eigenvalues max_rows memory num_directions"
+    " num_times num_nodes bits",
     "integer": "layer neuron head seed axis index preconditioner_rank",
     "positive": "length end_time step_size rtol atol learning_rate order scale initial_radius kappa"
     " rate major minor radius accuracy slope gradient_tolerance margin coherence normality"
@@ -146,6 +147,7 @@ EXCEPTIONS = {
 POTENTIALS = "diagnostics.is_gradient_flow"
 EXCEPTIONS |= {(POTENTIALS, "metric"): "function", (POTENTIALS, "loop"): "function"}
 EXCEPTIONS |= {(POTENTIALS, "num_tangents"): "count", ("mesh", "examples"): "count"}
+EXCEPTIONS |= {("mesh", "parameters"): "count"}
 CURVES = ["adam", "local_sgd", "sgd", "slow_adam"]
 CURVES = [f"theory.scalar_factorization_{name}" for name in CURVES] + [
     "theory.scale_invariant_norm"
@@ -209,6 +211,7 @@ FITS = {
     ("linalg.displacement", "origin"): "integers|booleans",
     ("theory.kernel_regime_error_bound", "truth"): "longer",
     ("SAMGradient", "radius"): "zero",
+    ("shard_parameters", "point"): "complex",  # frozen leaves may be
     ("SGDDiffusion", "learning_rate"): "zero",
     ("simulate", "learning_rate"): "zero",
 }

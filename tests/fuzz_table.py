@@ -164,6 +164,10 @@ CALLS = {
         "loss": LOSS,
         "mesh": jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
     },
+    "shard_parameters": {
+        "point": X,
+        "mesh": jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
+    },
     "simulate": {
         "loss": LOSS, "noise": LABEL, "optimizer": optax.sgd, "point": X, **SGD, "num_saves": 1,
         "momentum": 0.0, "observe": {"h": height}, "until": mf.Stationary(0.1), "throw": False,
@@ -208,6 +212,7 @@ CALLS = {
     },
     "linalg.AutoGram": {"memory": 10**6, "preconditioner_rank": 2},
     "linalg.DenseGram": {},
+    "linalg.device_memory": {"num_bytes": 10**9},
     "linalg.IterativeGram": {"rtol": 1e-3, "max_steps": 5, "preconditioner_rank": 1},
     "linalg.eigh": {"matrix": MATRIX},
     "linalg.as_sigma": {"coordinates": X, "given": OPERATOR, "is_factor": False},

@@ -17,7 +17,7 @@ def squares(f, y):
 
 
 EXAMPLES = {
-    "mesh": {"examples": 1},
+    "mesh": {"examples": 1, "parameters": 1},
     "diagnostics.is_gradient_flow": {
         "flow": mf.WeightDecayFlow(mf.LevelSet(lambda x: x[0] ** 2 + 2 * x[1] ** 2 - 1)),
         "point": jnp.array([1.0, 0.0]),

@@ -56,6 +56,9 @@ USES = {
     "linalg.eigh": {"matrix": np.diag([0.0, 1.0, 2.0])},
     "linalg.Recognised": {"use": Halved()},
     "linalg.register_use": {"operation": halved},
+    "linalg.tangent_projector": {
+        **LEAST, "batch_size": 1, "gram": linalg.DenseGram(), "tolerance": 1e-3, "max_steps": 5,
+    },
     "linalg.tangent_solve": {"mv": doubled, "right": jnp.ones(3), "rtol": 1e-6, "max_steps": 5},
     "symmetry.attention_products": {"point": HEADS, "where": lambda p: p, "name": "heads"},
     "symmetry.find_products": TO_FIND,

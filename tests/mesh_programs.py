@@ -1,7 +1,9 @@
 """What test_mesh runs in processes of their own, as the number of devices is set at start.
 
 devices: the hot functions of one problem on meshes of 1, 2, 4 and 8 devices.
-process i port: one of two processes that share the examples.
+elsewhere: a loss of one mesh under another.
+parameters: the same where parameters are spread as well, of a problem that is wide enough.
+process i port: one of two processes that share the examples, and then the parameters too.
 """
 
 import collections
@@ -21,13 +23,16 @@ import numpy as np
 
 import manifoldflow as mf
 from manifoldflow import linalg
+from manifoldflow._mesh import _cuts
 
 NUM_EXAMPLES = 64
+WIDE = 160  # for leaves and factors of more than 64 kB
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
-def problem():
-    model = eqx.nn.MLP(4, "scalar", 32, 4, activation=jnp.tanh, key=jr.key(0))
+def problem(width=32):
+    depth = 4 if width == 32 else 2
+    model = eqx.nn.MLP(4, "scalar", width, depth, activation=jnp.tanh, key=jr.key(0))
     inputs = jr.normal(jr.key(1), (NUM_EXAMPLES, 4))
     return mf.LeastSquares(inputs, jnp.sin(inputs[:, 0])), model
 
@@ -42,6 +47,14 @@ def chunked(loss, point):
 def drift(loss, point):
     noise = mf.LabelNoise(std=1.0, batch_size=1)
     return mf.LimitDiffusion(mf.ZeroLossManifold(loss), noise).drift(point)
+
+
+def in_rows(loss, _):
+    """A model so small that its rows are explicit."""
+    model = eqx.nn.MLP(4, "scalar", 8, 2, activation=jnp.tanh, key=jr.key(0))
+    jacobian = loss.jacobian(model)
+    assert isinstance(jacobian, linalg.DenseJacobian)
+    return jacobian.distributed_gram(), jacobian.mv(loss.split(model)[0]), drift(loss, model)
 
 
 FUNCTIONS = {
@@ -68,6 +81,13 @@ def relative_gap(found, expected):
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
+def relative_gap_here(found, expected):
+    """Of the parts that this process holds."""
+    expected = np.asarray(expected)
+    parts = [(np.asarray(part.data), expected[part.index]) for part in found.addressable_shards]
+    return float(max(np.max(np.abs(a - b)) for a, b in parts) / np.max(np.abs(expected)))
+
+
 def run(fn, loss, point):
     program = eqx.filter_jit(lambda *of: eqx.filter(fn(*of), eqx.is_array)).lower(loss, point)
     program = program.compile()
@@ -89,6 +109,64 @@ def devices():
     print(json.dumps(report))
 
 
+PARTS = {
+    "drift": [(2, 1), (4, 2), (1, 4)],
+    "limit_map": [(2, 2)],
+    "in chunks": [(4, 2)],
+    "in rows": [(4, 2)],
+    "gram": [(4, 2)],
+}
+
+
+def parameters():
+    """With the largest part of any leaf that one device has, of what a leaf has in all."""
+    loss, model = problem(WIDE)
+    every = FUNCTIONS | {
+        "in rows": in_rows,
+        "in chunks": lambda loss, p: (
+            *FUNCTIONS["in chunks"](loss, p),
+            chunked(loss, p).distributed_gram(),
+        ),
+        "gram": lambda loss, p: loss.jacobian(p).distributed_gram(),
+    }
+    report = {}
+    for name, meshes in PARTS.items():
+        expected, _ = run(every[name], loss, model)
+        for shape in meshes:
+            with mf.mesh(examples=shape[0], parameters=shape[1]):
+                spread = mf.shard_examples(loss), mf.shard_parameters(model)
+                found, sent = run(every[name], *spread)
+            report[f"{name} on {shape}"] = relative_gap(found, expected), sent, largest_part(found)
+    _cuts._ONE_MESSAGE = 0  # as if the factors were large
+    with mf.mesh(examples=4, parameters=2):
+        found, sent = run(every["gram"], mf.shard_examples(loss), mf.shard_parameters(model))
+    expected, _ = run(every["gram"], loss, model)
+    report["gram, layer by layer"] = relative_gap(found, expected), sent, largest_part(found)
+    print(json.dumps(report))
+
+
+def elsewhere():
+    """What is said of a loss that was spread on one mesh and is used under another."""
+    loss, point = mf.LeastSquares(jnp.eye(4), jnp.ones(4), predict=jnp.dot), jnp.ones(4)
+    with mf.mesh(examples=2):
+        loss = mf.shard_examples(loss)
+    report = {}
+    with mf.mesh(examples=4):
+        for name in ("drift", "project", "limit_map"):
+            try:
+                report[name] = f"nothing: {FUNCTIONS[name](loss, point)}"
+            except ValueError as error:
+                report[name] = str(error)
+    print(json.dumps(report))
+
+
+def largest_part(tree):
+    """The largest share of a leaf that one device holds; small leaves do not count."""
+    large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size >= NUM_EXAMPLES**2]
+    parts = [leaf.addressable_shards[0].data.size / leaf.size for leaf in large]
+    return max(parts)
+
+
 def process(index, port):
     """Each process brings all examples; every device keeps its share of them."""
     jax.distributed.initialize(
@@ -101,12 +179,20 @@ def process(index, port):
         found, _ = run(FUNCTIONS["drift"], spread, model)
         num_devices = len(spread.targets.sharding.device_set)
     report = {"devices": num_devices, "gap": relative_gap(found, expected)}
+    loss, model = problem(WIDE)
+    expected, _ = run(FUNCTIONS["drift"], loss, model)
+    with mf.mesh(examples=2, parameters=2):
+        spread = mf.shard_examples(loss), mf.shard_parameters(model)
+        found, _ = run(FUNCTIONS["drift"], *spread)
+    report["part"] = largest_part(found)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    report["gap with parameters"] = max(relative_gap_here(*pair) for pair in pairs)
     jax.distributed.shutdown()
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "devices":
-        devices()
+    if sys.argv[1] in ("devices", "parameters", "elsewhere"):
+        globals()[sys.argv[1]]()
     else:
         process(int(sys.argv[2]), int(sys.argv[3]))

@@ -1,8 +1,11 @@
 """Examples over several devices: the same numbers, in messages that are few and chosen."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
@@ -10,6 +13,9 @@ from processes import finished, start, two_reports
 
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose.
 MOST = 40
+# Of programs with several Jacobians, where each weight and factor is sent as well.
+MOST_OF = {"gram": 15, "limit_map": 110, "in chunks": 115}
+KINDS = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
 
 
 def test_meshes_change_nothing_but_the_messages():
@@ -24,10 +30,33 @@ def test_meshes_change_nothing_but_the_messages():
     equal("messages on 2 and 8", report["drift, 2 devices"][1], report["drift, 8 devices"][1])
 
 
+def test_parameters_are_spread():
+    report, _ = finished(start("mesh_programs.py", "parameters", num_devices=8))
+    for name, (gap, sent, _) in report.items():
+        at_most(f"{name}: relative difference from one device", gap, 1e-10)
+        assert set(sent) <= KINDS, f"{name}: messages {sent}"
+        most = MOST_OF.get(name.split(" on ")[0], MOST)
+        at_most(f"{name}: messages {sent}", sum(sent.values()), most)
+    cut = ("drift", (2, 1)), ("drift", (4, 2)), ("limit_map", (2, 2)), ("gram", (4, 2))
+    for name, shape in cut:
+        part = report[f"{name} on {shape}"][2]
+        equal(f"{name} on {shape}: the share of one device", part, 1 / math.prod(shape))
+    equal("layer by layer", report["gram, layer by layer"][2], 1 / 8)
+
+
 def test_two_processes():
     for report in two_reports("mesh_programs.py"):
         equal("devices", report["devices"], 4)
         at_most("relative difference from one device", report["gap"], 1e-10)
+        at_most("with parameters spread as well", report["gap with parameters"], 1e-10)
+        equal("the share of one device", report["part"], 1 / 4)
+
+
+def test_a_loss_on_other_devices():
+    report, _ = finished(start("mesh_programs.py", "elsewhere", num_devices=4))
+    for name, message in report.items():
+        for word in ("All arrays", "[0, 1] and [0, 1, 2, 3]", "shard_examples"):
+            assert word in message, f"{name}: {message}"
 
 
 def test_a_mesh_without_the_axis_changes_nothing():
@@ -65,6 +94,25 @@ def test_examples_are_sharded_within_jit_as_well():
         close("tr", jax.jit(trace)(x, y), 1.0, 1e-14)
     with refused(ValueError, "shard_examples", "mesh in force", "examples"):
         jax.jit(trace)(x, y)
+
+
+def test_parameters_are_placed():
+    point = {"w": jnp.ones((256, 256)), "b": jnp.ones(3), "name": "net", "index": jnp.arange(3)}
+    shapes = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    with mf.mesh(examples=1, parameters=1):
+        placed = mf.shard_parameters(point)
+        equal("the name", placed["name"], "net")
+        equal("w is cut", placed["w"].sharding.spec, P(("parameters", "examples"), None))
+        equal("b is whole", placed["b"].sharding.spec, P(None))
+        inside = jax.jit(lambda w: mf.shard_parameters({"w": w}))(point["w"])["w"]
+        close("within jit", inside, placed["w"], 0)
+        equal("shapes", mf.shard_parameters(shapes)["w"].sharding, placed["w"].sharding)
+    with mf.mesh(examples=1):
+        equal("without the axis", mf.shard_parameters(point)["w"].sharding.spec, P(None, None))
+    with refused(ValueError, "shard_parameters", "mesh", "none"):
+        mf.shard_parameters(point)
+    with refused(ValueError, "mesh: examples × parameters", "1000"):
+        mf.mesh(examples=1, parameters=1000)
 
 
 @pytest.mark.quick

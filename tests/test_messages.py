@@ -23,8 +23,10 @@ TREES = {
 # whose they are.
 WHOSE = {
     ("_clock/_sums.py", "num_steps_for"): {"num_steps": "simulate"},
+    ("plotting/_before_after.py", "plot_before_after"): {"observe": "walk solve simulate"},
+    ("plotting/_walk.py", "_observables"): {"observe": "walk solve simulate"},
     ("walks/_walk.py", "_method_of"): {"max_steps": "walk"},
-    ("walks/_walk.py", "_check_stochastic"): {"max_steps": "walk"},
+    ("walks/_walk.py", "_checked_key"): {"max_steps": "walk"},
     ("flows/_base.py", "terms"): {"end_time": "solve"},
     ("ensembles/_weak.py", "_points"): {"end_time": "solve"},
     ("symmetry/_equilibrium.py", "_check_in_the_limit"): {
@@ -32,7 +34,6 @@ WHOSE = {
     },
     ("symmetry/_balance.py", "balance_with_info"): {"example_loss": "symmetry.find_rescalings"},
     ("diagnostics/_certify.py", "certify"): {"throw": "solve"},
-    ("diagnostics/_cost.py", "plan"): {"gram": "ZeroLossManifold"},
     ("ensembles/_ensemble.py", "_num_members"): {"num_members": "member_keys"},
     ("losses/_residual_form.py", "__init__"): {"weight_decay": "PerExampleLoss"},
     ("losses/_residual_form.py", "_roots_of_constant_rank"): {"minimizer_fn": "PerExampleLoss"},

@@ -76,3 +76,21 @@ def test_axes_that_a_leaf_lacks_are_refused(axes):
         symmetry.double_rotation(point, pick("U"), pick("W"), jnp.eye(3), axes=axes)
     backwards = symmetry.product_symmetry(point, pick("U"), pick("W"), axes=(-1, -2))
     assert backwards.size(point) == 3
+
+
+def test_noise_and_decay_meet_at_large_weights_in_single_precision():
+    """The potential is taken in units of the loss: noise over u², decay over u² as well."""
+    loss = lambda p, x: (p["w"] * (p["u"] @ x) - 1) ** 2
+    pair = symmetry.ExponentialSymmetry({"u": 1.0, "w": -1.0})
+
+    def where(dtype, decay):
+        point = {"u": jnp.asarray([0, 4e5], dtype), "w": jnp.asarray(1e5, dtype)}
+        data = jnp.array([[30.0, 1.0], [30.0, 2.0]], dtype)
+        options = {"noise_scale": 0.5, "weight_decay": decay}
+        return symmetry.noise_equilibrium(pair, loss, point, data, **options)
+
+    # Between noise alone and decay alone, ln(1/4)/2 for equal norms.
+    exact = [where(jnp.float64, decay) for decay in (0.0, 1e22, 1e23)]
+    assert exact[0] > exact[1] + 0.3 > exact[2] + 0.6 > -jnp.log(2) + 0.6, exact
+    for decay, wanted in zip((0.0, 1e22, 1e23), exact):
+        close(f"decay {decay:g}", where(jnp.float32, decay), wanted, 1e-4)

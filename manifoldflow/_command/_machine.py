@@ -46,14 +46,14 @@ def precision() -> list[Finding]:
     else:
         remedy = 'For more: `jax.config.update("jax_enable_x64", True)`, or `JAX_ENABLE_X64=1`'
         wide = Finding("float64 is off: `solve` has rtol 1e-4, `limit_map` rtol 1e-3", remedy)
-    asked = setting("jax_default_matmul_precision") or "default"
     error = _error_of_products()
+    asked = _precision.asked_for()
     text = f"products of float32 matrices (precision `{asked}`) are off by {error:.0e}"
     if error < 30 * _precision.eps_of_dtype(jnp.float32):
         return [wide, Finding(text)]
     remedy = (
         "The library computes its own at the highest precision; for those of your model: "
-        '`jax.config.update("jax_default_matmul_precision", "highest")`'
+        "`JAX_DEFAULT_MATMUL_PRECISION=highest`"
     )
     return [wide, Finding(text, remedy)]
 

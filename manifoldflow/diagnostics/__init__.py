@@ -20,8 +20,6 @@ from manifoldflow.diagnostics._convexity import (
 from manifoldflow.diagnostics._cost import (
     explain as explain,
     Explanation as Explanation,
-    Plan as Plan,
-    plan as plan,
 )
 from manifoldflow.diagnostics._dimension import (
     check_dimension as check_dimension,
@@ -36,10 +34,12 @@ from manifoldflow.diagnostics._kernel import (
     kernel_change as kernel_change,
     KernelChange as KernelChange,
 )
+from manifoldflow.diagnostics._plan import Plan as Plan, plan as plan
 from manifoldflow.diagnostics._potential import (
     GradientFlowCheck as GradientFlowCheck,
     is_gradient_flow as is_gradient_flow,
 )
+from manifoldflow.diagnostics._program import Message as Message
 from manifoldflow.diagnostics._report import Report as Report, report as report
 from manifoldflow.diagnostics._stability import (
     largest_stable_learning_rate as largest_stable_learning_rate,

@@ -1,4 +1,4 @@
-"""The form in which a Jacobian is kept, and the memory of a drift, before it is spent."""
+"""The form in which a Jacobian is kept, leaf by leaf."""
 
 from typing import Any, NamedTuple
 
@@ -6,9 +6,8 @@ import equinox as eqx
 import jax
 
 from manifoldflow import _tree, linalg
-from manifoldflow._boundary import checked, checked_but
+from manifoldflow._boundary import checked_but
 from manifoldflow._types import Point
-from manifoldflow.flows import AbstractFlow
 from manifoldflow.losses import AbstractExampleLoss, AbstractResidualLoss
 
 
@@ -97,79 +96,6 @@ def explain(loss: AbstractResidualLoss | AbstractExampleLoss, point: Point) -> E
         dense = jacobian.out_structure().shape[0] * _bytes(leaf)
         rows.append(LeafCost(path, leaf.shape, treatment, kept, dense))
     return Explanation(rows)
-
-
-class Plan(NamedTuple):
-    """The bytes that one drift of a flow takes at its peak, beside its arguments.
-
-    Attributes:
-        arguments: the point and the data, which are there already.
-        drift: temporary memory of the drift as the flow would compute it.
-        result: the drift itself.
-        dense_jacobian: bytes that the n×D Jacobian alone would take, for comparison.
-
-    Examples:
-        >>> from manifoldflow import diagnostics
-        >>> needed = diagnostics.Plan(arguments=800, drift=4000, result=400, dense_jacobian=1600)
-        >>> print(needed.drift > needed.dense_jacobian)
-        True
-    """
-
-    arguments: int
-    drift: int
-    result: int
-    dense_jacobian: int
-
-    def __str__(self) -> str:
-        named = zip(self._fields, self)
-        return "\n".join(f"{name:<16}{number / 2**20:>12.4g} MB" for name, number in named)
-
-
-@checked
-def plan(flow: AbstractFlow, point: Point, *, limit: int | None = None) -> Plan:
-    """The memory that one evaluation of a flow's drift will take, before it is spent.
-
-    Compiles the drift for these shapes and asks the compiler; nothing is evaluated.
-
-    Args:
-        flow: a flow on the zero-loss manifold of a residual loss.
-        point: the model.
-        limit: bytes that may be used in all.
-
-    Raises:
-        MemoryError: the drift needs more than `limit`; says how much, and what to use.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> import manifoldflow as mf
-        >>> predict = lambda w, x: jnp.sum(jnp.sinh(w @ x))
-        >>> loss = mf.LeastSquares(jnp.eye(3), jnp.ones(3), predict=predict)
-        >>> flow = mf.LimitDiffusion(mf.ZeroLossManifold(loss), mf.LabelNoise(std=1.0))
-        >>> print(mf.plan(flow, jnp.ones((2, 3))).drift < 10**6)
-        True
-    """
-    coordinates, _ = flow.split(point)
-    compiled = eqx.filter_jit(lambda flow, point: flow.drift(point)).lower(flow, point).compile()
-    memory = compiled.compiled.memory_analysis()
-    loss = None if flow.manifold is None else flow.manifold.loss
-    num_rows = 0
-    if isinstance(loss, AbstractResidualLoss):
-        num_rows = eqx.filter_eval_shape(loss.residual, point).size
-    needed = Plan(
-        arguments=memory.argument_size_in_bytes,
-        drift=memory.temp_size_in_bytes,
-        result=memory.output_size_in_bytes,
-        dense_jacobian=num_rows * sum(_bytes(leaf) for leaf in jax.tree.leaves(coordinates)),
-    )
-    total = needed.arguments + needed.drift + needed.result
-    if limit is not None and total > limit:
-        raise MemoryError(
-            f"One drift takes {total / 2**20:.4g} MB ({needed.drift / 2**20:.4g} MB of them "
-            f"temporary), more than the limit of {limit / 2**20:.4g} MB. Use fewer examples, "
-            "ZeroLossManifold(loss, gram=linalg.IterativeGram()) against the n×n matrix, or "
-            "look at `explain(loss, point)` for leaves with dense rows."
-        )
-    return needed
 
 
 def _bytes(array: Any) -> int:

@@ -129,8 +129,8 @@ def ensemble(
     # Arrays in `fn` and `args` are traced, so that new data do not compile anew.
     shared, static = eqx.partition((fn, args), _is_data)
     if mesh is not None:
-        data = placed(data, mesh, is_split=True)
-        shared = placed(shared, mesh, is_split=False)
+        data = placed(data, mesh, mesh.axis_names[0])
+        shared = placed(shared, mesh, None)
     results = _compiled(run, data, shared, static)
     if len(data) == num_members:
         return results

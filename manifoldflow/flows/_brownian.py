@@ -4,7 +4,7 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked_fields
+from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractDiffusion
 from manifoldflow.manifolds import AbstractManifold
@@ -44,6 +44,7 @@ class BrownianMotion(AbstractDiffusion):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """The vector ½ tr II, half of the (not averaged) mean curvature vector."""

@@ -48,6 +48,7 @@ class GradientFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.loss.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         return _tree.scale(-1, self.loss.gradient(point))
@@ -80,6 +81,7 @@ class RiemannianGradientFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         return _tree.scale(-1, gradient_along(self.manifold, self.fn, point))

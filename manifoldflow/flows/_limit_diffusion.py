@@ -6,7 +6,7 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree, linalg
-from manifoldflow._boundary import checked_but
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._clock import AbstractClock
 from manifoldflow._errors import is_traced
 from manifoldflow._types import Coordinates, Flag, Point, Tangent
@@ -151,6 +151,7 @@ class LimitDiffusion(AbstractDiffusion):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @checked
     def drift(self, point: Point) -> Tangent:
         """The drift ½ ∂²Φ[Σ] + PG in the sense of Itô: three parts and the update's own."""
         drift, is_fine = self._drift(point)
@@ -185,6 +186,7 @@ class LimitDiffusion(AbstractDiffusion):
         projection = lx.FunctionLinearOperator(project, tangents, lx.symmetric_tag)
         return projection @ self.noise.factor(self.manifold.loss, point)
 
+    @checked
     @eqx.filter_jit
     def tangent_noise_compensation(self, point: Point) -> Tangent:
         """The part −½ H†∂²(∇L)[PΣP] of the drift, which keeps tangent noise on a curved manifold.
@@ -196,6 +198,7 @@ class LimitDiffusion(AbstractDiffusion):
             return _tree.zeros_like(self.split(point)[0])
         return self._bent(self.manifold.local(point), point)
 
+    @checked
     @eqx.filter_jit
     def mixed_regularisation(self, point: Point) -> Tangent:
         """The part −P∂²(∇L)[H†P⊥ΣP] of the drift, from correlated normal and tangent noise."""
@@ -204,6 +207,7 @@ class LimitDiffusion(AbstractDiffusion):
         local = self.manifold.local(point)
         return _tree.scale(0.5, local.mixed_part(self._sigma(point)))
 
+    @checked
     @eqx.filter_jit
     def normal_regularisation(self, point: Point) -> Tangent:
         """The part −½P∂²(∇L)[𝓛_H⁻¹(P⊥ΣP⊥)] of the drift, due to normal noise.
@@ -218,6 +222,7 @@ class LimitDiffusion(AbstractDiffusion):
         local = self.manifold.local(point)
         return _tree.scale(0.5, local.normal_part(self._sigma(point)))
 
+    @checked
     @eqx.filter_jit
     def slow_drift(self, point: Point) -> Tangent:
         """The part PG of the drift that the update adds, as a weight decay does.

@@ -7,7 +7,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked_but
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._clock import GradientClock
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
@@ -95,6 +95,7 @@ class NoetherFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return _tree.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         return orbit_velocity(self.symmetries, self.noise, point)

@@ -6,7 +6,7 @@ import equinox as eqx
 import lineax as lx
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked_but
+from manifoldflow._boundary import checked, checked_but
 from manifoldflow._clock import LimitClock
 from manifoldflow._errors import checked_nonnegative
 from manifoldflow._types import Coordinates, Point, Scalar, Tangent
@@ -70,6 +70,7 @@ class SGDDiffusion(AbstractDiffusion):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.loss.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """The drift −η⁻¹∇L."""

@@ -3,7 +3,7 @@
 import equinox as eqx
 
 from manifoldflow import _tree
-from manifoldflow._boundary import checked_fields
+from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._clock import DecayClock
 from manifoldflow._types import Coordinates, Point, Tangent
 from manifoldflow.flows._base import AbstractFlow
@@ -52,6 +52,7 @@ class WeightDecayFlow(AbstractFlow):
     def split(self, point: Point) -> tuple[Coordinates, Point]:
         return self.manifold.split(point)
 
+    @checked
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """The drift −PY."""

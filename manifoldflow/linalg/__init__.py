@@ -42,6 +42,7 @@ from manifoldflow.linalg._lapack import (
     one_by_one as one_by_one,
     positive_solver as positive_solver,
 )
+from manifoldflow.linalg._memory import device_memory as device_memory
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,
@@ -69,6 +70,10 @@ from manifoldflow.linalg._spectrum import (
     gram_largest_eigenvalue_with_info as gram_largest_eigenvalue_with_info,
     gram_log_determinant as gram_log_determinant,
     gram_top_eigenvector as gram_top_eigenvector,
+)
+from manifoldflow.linalg._tangent_projector import (
+    tangent_projector as tangent_projector,
+    TangentProjector as TangentProjector,
 )
 from manifoldflow.linalg._tangent_solve import tangent_solve as tangent_solve
 from manifoldflow.linalg.jacobian import (

@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from manifoldflow import _precision, _tree
+from manifoldflow import _mesh, _precision, _tree
 from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._jit import jit_part
-from manifoldflow._types import Scalar
+from manifoldflow._types import Flag, Key, Scalar
+from manifoldflow.linalg._distributed import distributes, num_devices
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
-from manifoldflow.linalg._memory import memory_budget
+from manifoldflow.linalg._memory import dense_fits, memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
+
+Module = TypeVar("Module", bound=eqx.Module)
 
 
 class IterativeGram(AbstractGram):
@@ -32,6 +35,7 @@ class IterativeGram(AbstractGram):
             Costs that many products to prepare, and n × rank numbers.
         inverse: an explicit (n, n) inverse of K at a point nearby, to precondition with instead:
             `inverse_gram(jacobian)`. Good as long as the point has moved by some per cent.
+        key: of the sketch; by default the same for all.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -47,6 +51,7 @@ class IterativeGram(AbstractGram):
     max_steps: int = eqx.field(static=True, default=500)
     preconditioner_rank: int = eqx.field(static=True, default=0)
     inverse: Float[Array, "n n"] | None = None
+    key: Key | None = None
 
     def __check_init__(self):
         checked_fields(self)
@@ -57,12 +62,13 @@ class IterativeGram(AbstractGram):
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
-        frozen = jax.lax.stop_gradient(jacobian)
+        still = frozen(jacobian)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
         scale = row_scale(norms_squared)
-        product = partial(_equilibrated_mv, frozen, scale)
+        product = partial(_equilibrated_mv, still, scale)
         structure, rank = jacobian.out_structure(), self.preconditioner_rank
-        sketch = nystroem_sketch(product, structure, rank) if wants_sketch else None
+        key = jr.key(0) if self.key is None else self.key
+        sketch = nystroem_sketch(product, structure, rank, key) if wants_sketch else None
         damping = jnp.zeros((), norms_squared.dtype)
         return IterativeGramSolve(
             jacobian=jacobian,
@@ -74,6 +80,12 @@ class IterativeGram(AbstractGram):
             rtol=self.rtol,
             max_steps=self.max_steps,
         )
+
+
+def frozen(module: Module) -> Module:
+    """The same without derivatives; of arrays only, as a function may have a jaxpr for a leaf."""
+    arrays, static = eqx.partition(module, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), static)
 
 
 def _equilibrated_mv(
@@ -102,11 +114,11 @@ class Sketch(eqx.Module):
 
 
 def nystroem_sketch(
-    product: Callable[[Array], Array], structure: jax.ShapeDtypeStruct, rank: int
+    product: Callable[[Array], Array], structure: jax.ShapeDtypeStruct, rank: int, key: Key
 ) -> Sketch:
     """The randomised Nyström approximation of a matrix from `rank` products with it."""
     rank = min(rank, structure.shape[0])
-    probes = jr.normal(jr.key(0), (structure.shape[0], rank), structure.dtype)
+    probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
     probes, _ = jnp.linalg.qr(probes)
     images = jax.lax.map(product, probes.T).T
     shift = _precision.eps_of_dtype(structure) * jnp.linalg.norm(images)
@@ -116,6 +128,56 @@ def nystroem_sketch(
     root = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
     vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
     return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
+
+
+def conjugate_gradients(
+    mv: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    right: Float[Array, " n"],
+    rtol: float,
+    max_steps: int,
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """The x with A x = b until ‖b − A x‖ ≤ rtol·‖b‖, and the number of steps.
+
+    Where nothing is left to do, it ends: an exact solution has no next direction.
+    """
+    target = rtol * _tree.norm(right)
+
+    def is_going(state: _State) -> Flag:
+        has_more = (_tree.norm(state.left) > target) & (state.size > 0)
+        return has_more & (state.num_steps < max_steps)
+
+    def step(state: _State) -> _State:
+        change = mv(state.direction)
+        curvature = _precision.vdot(state.direction, change)
+        # Of a positive matrix: else rounding has the word, and the iteration ends.
+        is_seen = curvature > 0
+        length = _tree.where(is_seen, state.size / _tree.where(is_seen, curvature, 1), 0)
+        solution = state.solution + length * state.direction
+        # Now and then from the solution itself, before rounding piles up.
+        left = jax.lax.cond(
+            state.num_steps % 10 == 9,
+            lambda: right - mv(solution),
+            lambda: state.left - length * change,
+        )
+        preconditioned = precondition(left)
+        size = _tree.where(is_seen, _precision.vdot(left, preconditioned), 0)
+        direction = preconditioned + size / state.size * state.direction
+        return _State(solution, left, direction, size, state.num_steps + 1)
+
+    first = precondition(right)
+    size = _precision.vdot(right, first)
+    start = _State(jnp.zeros_like(right), right, first, size, jnp.asarray(0))
+    found = jax.lax.while_loop(is_going, step, start)
+    return found.solution, found.num_steps
+
+
+class _State(eqx.Module):
+    solution: Float[Array, " n"]
+    left: Float[Array, " n"]
+    direction: Float[Array, " n"]
+    size: Scalar
+    num_steps: Int[Array, ""]
 
 
 @checked
@@ -159,32 +221,47 @@ class IterativeGramSolve(AbstractGramSolve):
         return eqx.tree_at(lambda s: s.damping, self, damping.astype(self.damping.dtype))
 
     def solve(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        eps, scale = _precision.eps_of_dtype(vector), self.row_scale
-        shift = self.damping + 5 * eps * len(vector)
+        # Derivatives are solves again: nothing differentiates through the iteration.
+        def mv(vector: Array) -> Array:
+            product = self.jacobian.mv(self.jacobian.transpose_mv(vector))
+            return product + self.damping * self.norms_squared * vector
+
+        still = frozen(self)
+        solve = lambda _, right: still.solve_with_info(right)[0]
+        return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
+
+    def solve_with_info(
+        self, vector: Float[Array, " n"]
+    ) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+        """The solution and the number of iterations."""
+        scale = self.row_scale
 
         def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
-            return _equilibrated_mv(self.jacobian, scale, w) + shift * w
+            return _equilibrated_mv(self.jacobian, scale, w) + self._shift * w
 
-        structure = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
-        operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
-        rtol = eps**0.5 if self.rtol is None else self.rtol
-        solver = lx.CG(rtol=rtol, atol=0.0, max_steps=self.max_steps)
-        options = {}
-        if self.sketch is not None or self.inverse is not None:
-            options["preconditioner"] = lx.FunctionLinearOperator(
-                lambda w: self._precondition(w, scale, shift),
-                structure,
-                lx.positive_semidefinite_tag,
-            )
-        found = lx.linear_solve(operator, scale * vector, solver, options=options, throw=False)
-        return scale * found.value
+        rtol = _precision.eps_of_dtype(vector) ** 0.5 if self.rtol is None else self.rtol
+        # In units of the right side: in float32 the squares of small ones are zero.
+        size = _tree.size_of(scale * vector)
+        right = scale * vector / size
+        right = _mesh.whole(right) if num_devices() > 1 else right
+        found, num_steps = conjugate_gradients(
+            mv, self._equilibrated_precondition, right, rtol, self.max_steps
+        )
+        return scale * found * size, num_steps
 
-    def _precondition(self, vector: Array, scale: Array, shift: Scalar) -> Array:
+    @property
+    def _shift(self) -> Scalar:
+        return self.damping + 5 * _precision.eps_of_dtype(self.row_scale) * len(self.row_scale)
+
+    def precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The iteration's approximation of K⁻¹w, up to a factor: by the sketch or the inverse."""
+        return self.row_scale * self._equilibrated_precondition(self.row_scale * vector)
+
+    def _equilibrated_precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         if self.inverse is not None:
-            norms = 1 / jnp.where(scale > 0, scale, 1)
+            norms = 1 / jnp.where(self.row_scale > 0, self.row_scale, 1)
             return norms * _precision.matmul(self.inverse, norms * vector)
-        assert self.sketch is not None
-        return self.sketch.precondition(vector, shift)
+        return vector if self.sketch is None else self.sketch.precondition(vector, self._shift)
 
     def eigenvalues(self) -> Float[Array, " n"]:
         """The eigenvalues of the n×n matrix, built for the purpose: for tests and diagnosis."""
@@ -196,10 +273,11 @@ class AutoGram(AbstractGram):
 
     Dense if the matrix, its factor and one temporary, 3n² numbers, take at most `memory` and n ≤
     60·√D: the n³/3 operations of a factorisation then are no more than those of 300 products with J
-    and Jᵀ at 4nD each. Iterative beyond, with a Nyström sketch.
+    and Jᵀ at 4nD each. Within `with manifoldflow.mesh(…)` the memory of all its devices counts:
+    what does not fit on one is cut over all. Iterative beyond, with a Nyström sketch.
 
     Args:
-        memory: bytes; by default an eighth of the device's memory, or 2 GiB where the device does
+        memory: bytes on each device; by default an eighth of its memory, or 2 GiB where it does
             not tell.
         preconditioner_rank: of the sketch.
 
@@ -226,7 +304,10 @@ class AutoGram(AbstractGram):
         rows = jacobian.out_structure()
         num_rows, num_coordinates = rows.size, _tree.size(jacobian.in_structure())
         memory = memory_budget() if self.memory is None else self.memory
-        fits = 3 * num_rows**2 * rows.dtype.itemsize <= memory
-        if fits and num_rows**2 <= 3600 * num_coordinates:
-            return DenseGram()(jacobian)
+        if num_rows**2 <= 3600 * num_coordinates:
+            if dense_fits(num_rows, rows.dtype.itemsize, memory):
+                return DenseGram(is_distributed=False)(jacobian)
+            share = memory * num_devices()
+            if dense_fits(num_rows, rows.dtype.itemsize, share) and distributes(num_rows):
+                return DenseGram(is_distributed=True)(jacobian)
         return IterativeGram(preconditioner_rank=self.preconditioner_rank)(jacobian)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _tree, linalg
+from manifoldflow import _mesh, _tree, linalg
 from manifoldflow._boundary import checked
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Coordinates, Example, Point, Scalar, Tangent
@@ -121,14 +121,18 @@ class AbstractResidualLoss(AbstractLoss):
         # Data in float64 would promote a float32 point, and all that follows from it.
         data = _tree.cast_floats(self.data, _tree.dtype_of(coordinates))
         check_reach(self.example_residual, coordinates, remainder, data)
-        point = _tree.join(coordinates, remainder)
+        point = _tree.join(_mesh.at_work(coordinates), remainder)
         return jax.vmap(lambda example: self.example_residual(point, example))(data).reshape(-1)
 
     @checked
     @jit_part
-    def jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """The Jacobian J = ∂r, a lineax operator from tangents to the n residuals."""
-        return _jacobian_of(self, self.example_residual, point, self.data)
+    def jacobian(self, point: Point, *, batch_size: int | None = None) -> linalg.AbstractJacobian:
+        """The Jacobian J = ∂r, a lineax operator from tangents to the n residuals.
+
+        With a `batch_size`, rows are formed anew for that many examples at a time wherever it is
+        used; else where all of them would take too much memory.
+        """
+        return _jacobian_of(self, self.example_residual, point, self.data, batch_size)
 
     @checked
     def gauss_newton(self, point: Point) -> lx.AbstractLinearOperator:
@@ -214,21 +218,32 @@ class AbstractExampleLoss(AbstractLoss):
         """The outputs of all examples, in the point's dtype."""
         coordinates, remainder = self.split(point)
         dtype = _tree.dtype_of(coordinates)
-        point = _tree.join(coordinates, remainder)
+        point = _tree.join(_mesh.at_work(coordinates), remainder)
         inputs = _tree.cast_floats(self.inputs, dtype)
         check_reach(self.example_output, coordinates, remainder, inputs)
         return jax.vmap(lambda x: self.example_output(point, x).astype(dtype))(inputs)
 
-    def output_jacobian(self, point: Point) -> linalg.AbstractJacobian:
-        """The Jacobian ∂f, from tangents to all outputs in the order of the examples."""
-        return _jacobian_of(self, self.example_output, point, self.inputs)
+    def output_jacobian(
+        self, point: Point, *, batch_size: int | None = None
+    ) -> linalg.AbstractJacobian:
+        """The Jacobian ∂f, from tangents to all outputs in the order of the examples.
+
+        With a `batch_size`, formed anew for that many examples at a time, as `jacobian`.
+        """
+        return _jacobian_of(self, self.example_output, point, self.inputs, batch_size)
 
 
 def _jacobian_of(
-    loss: AbstractLoss, fn: Callable[[Point, Example], Array], point: Point, data: PyTree[Array]
+    loss: AbstractLoss,
+    fn: Callable[[Point, Example], Array],
+    point: Point,
+    data: PyTree[Array],
+    batch_size: int | None,
 ) -> linalg.AbstractJacobian:
     coordinates, remainder = loss.split(point)
     of_coordinates = lambda x, example: fn(_tree.join(x, remainder), example)
     data = _tree.cast_floats(data, _tree.dtype_of(coordinates))
     check_reach(fn, coordinates, remainder, data)
+    if batch_size is not None:
+        return linalg.chunked_jacobian(of_coordinates, coordinates, data, batch_size)
     return linalg.jacobian(of_coordinates, coordinates, data)

@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from manifoldflow import _mesh
@@ -21,18 +21,18 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
     Within `with manifoldflow.mesh(…)`, everything that is computed from it is spread as well, in
     few large messages. Outside of it XLA finds for itself how to spread things: the numbers are
     the same, and the messages many. A dense factorisation gathers n² numbers on every device;
-    `linalg.IterativeGram` never does. The point may be replicated or sharded by `jax.device_put`,
-    as for any JAX program.
+    `linalg.IterativeGram` never does. `manifoldflow.shard_parameters` places the point.
 
     Args:
         loss: with N examples.
-        mesh: with one axis of devices whose number divides N; by default the one that is in force.
+        mesh: with one axis of devices, or those of `manifoldflow.mesh`; the number of devices that
+            share the examples divides N. By default the one that is in force.
 
     Returns:
         A loss of the same kind, whose data lie on the devices of the mesh.
 
     Raises:
-        ValueError: no mesh at all; several axes, or N is not divisible.
+        ValueError: no mesh at all; other axes, or N is not divisible.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -46,28 +46,25 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
     leaves = jax.tree.leaves(loss.data)
     if mesh is None and is_traced(leaves):
         _mesh.check_axis("shard_examples", len(leaves[0]))
-        return _with_data(loss, _mesh.cut(leaves))
+        return _with_data(loss, _mesh.rows_cut(leaves))
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     if mesh.empty:
-        raise ValueError(
-            "shard_examples needs a mesh; got none. Call it within `with manifoldflow.mesh():`, or "
-            "hand over a jax.sharding.Mesh with one axis."
-        )
+        raise ValueError(_mesh.no_mesh("shard_examples"))
     num_examples, shape = len(leaves[0]), dict(mesh.shape)
-    if len(shape) != 1:
+    if len(shape) != 1 and set(shape) != {_mesh.EXAMPLES, _mesh.PARAMETERS}:
         raise ValueError(
-            f"shard_examples needs a mesh with one axis, for {num_examples} examples; got "
-            f"{shape}. Make one by `with manifoldflow.mesh():`."
+            f"shard_examples needs a mesh with one axis, or with 'examples' and 'parameters', for "
+            f"{num_examples} examples; got {shape}. Make one by `with manifoldflow.mesh():`."
         )
-    if num_examples % mesh.size:
+    axis = mesh.axis_names[0] if len(shape) == 1 else _mesh.EXAMPLES
+    if num_examples % shape[axis]:
         raise ValueError(
-            "shard_examples needs a mesh with one axis whose size divides the number of "
+            f"shard_examples needs a mesh whose axis {axis!r} divides the number of "
             f"examples; got {shape} and {num_examples} examples. Drop "
-            f"{num_examples % mesh.size} of them, or use fewer devices."
+            f"{num_examples % shape[axis]} of them, or use fewer devices."
         )
-    # With Explicit axes JAX asks for the sharding of every intermediate array.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
-    return _with_data(loss, [_mesh.placed(leaf, mesh, is_split=True) for leaf in leaves])
+    mesh = _mesh.as_auto(mesh)
+    return _with_data(loss, [_mesh.placed(leaf, mesh, axis) for leaf in leaves])
 
 
 def _with_data(loss: Loss, leaves: list[Array]) -> Loss:

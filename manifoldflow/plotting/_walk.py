@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from manifoldflow._boundary import checked
 from manifoldflow._results import Solution
+from manifoldflow.plotting._spectrum import plot_spectrum
 from manifoldflow.plotting._style import Colour, styled
 
 
@@ -17,37 +18,43 @@ from manifoldflow.plotting._style import Colour, styled
 def plot_walk(
     walk: Solution,
     *,
-    sharpness: str = "sharpness",
-    test: str = "test_accuracy",
-    test_label: str = "test accuracy",
+    sharpness: str | None = None,
+    test: str | None = None,
+    test_label: str | None = None,
     spectra: tuple[Any, Any] | None = None,
     max_eigenvalues: int = 60,
     caption: str = "",
 ) -> Figure:
-    """Sharpness and test performance against limit time, and Gram spectra before and after.
+    """The figure of one or two observables against time; Gram spectra before and after.
 
     Args:
-        walk: a solution with the two observables named next.
-        sharpness: name of the observable with tr∇²L.
-        test: name of the observable with the test performance.
-        test_label: the words for that performance on the axis.
+        walk: a solution of `walk`, `solve` or `simulate` with an observable that is one number.
+        sharpness: name of the observable on the left axis; by default "sharpness" if it was
+            observed, else the first.
+        test: name of one for the right axis; by default "test_accuracy" if it was observed.
+        test_label: the words for it on the axis; by default its name.
         spectra: eigenvalues of the Gram matrix at the start and at the end, any order.
-        max_eigenvalues: the number of the largest to show.
+        max_eigenvalues: how many of the largest to show.
         caption: sentences to print below.
 
     Returns:
         The figure, to be saved or shown.
 
+    Raises:
+        ValueError: an observable that the walk does not have, or that is no single number.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle = mf.models.Sphere(1).manifold
-        >>> flow = mf.RiemannianGradientFlow(circle, lambda x: x[0])
-        >>> seen = {"sharpness": lambda x: x[0] + 2, "test_accuracy": lambda x: 0.9 + 0 * x[0]}
-        >>> walk = mf.solve(flow, jnp.array([0.6, 0.8]), end_time=1.0, observe=seen)
-        >>> figure = mf.plotting.plot_walk(walk)
-        >>> figure.axes[0].get_ylabel()
-        'sharpness  tr ∇²L'
+        >>> from manifoldflow.plotting import plot_walk
+        >>> circle = mf.LevelSet(lambda p: jnp.sum(p**2) - 1)
+        >>> flow, observe = (
+        ...     mf.RiemannianGradientFlow(circle, lambda p: p[1]),
+        ...     {"height": lambda p: p[1]},
+        ... )
+        >>> walk = mf.solve(flow, jnp.array([0.6, 0.8]), end_time=1.0, observe=observe)
+        >>> print(plot_walk(walk).axes[0].get_ylabel())
+        height
     """
     columns, width = (1, 6) if spectra is None else (2, 11)
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.6), squeeze=False)
@@ -63,37 +70,55 @@ def plot_walk(
     return figure
 
 
-def _draw_path(axes: Any, walk: Solution, sharpness: str, test: str, test_label: str) -> None:
+def _draw_path(
+    axes: Any, walk: Solution, left: str | None, right: str | None, right_label: str | None
+) -> None:
+    seen = _observables(walk)
+    left = _known(seen, left, "sharpness" if "sharpness" in seen else next(iter(seen)))
+    assert left is not None
+    right = _known(seen, right, "test_accuracy" if "test_accuracy" in seen else None)
     times = np.asarray(walk.times)
-    (first,) = axes.plot(
-        times, np.asarray(walk.observables[sharpness]), color=Colour.LIMIT, label="tr ∇²L"
-    )
-    axes.set_xlabel("limit time  t = Σ η²  (steps × learning rate²)")
-    axes.set_ylabel("sharpness  tr ∇²L", color=Colour.LIMIT)
-    # From 0, so that a fall of a few percent does not look like one to nothing.
-    axes.set_ylim(bottom=0)
-    right = axes.twinx()
-    (second,) = right.plot(
-        times, np.asarray(walk.observables[test]), color=Colour.TEST, ls="--", label=test_label
-    )
-    right.set_ylabel(test_label, color=Colour.TEST)
+    is_sharpness = left == "sharpness"
+    label = "tr ∇²L" if is_sharpness else left
+    handles = axes.plot(times, seen[left], color=Colour.LIMIT, label=label)
+    axes.set_xlabel("time of the run" if walk.clock is None else f"time  t = {walk.clock}")
+    axes.set_ylabel("sharpness  tr ∇²L" if is_sharpness else left, color=Colour.LIMIT)
+    if np.nanmin(seen[left]) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set_title("Along the manifold of perfect fits" if is_sharpness else "Along the walk")
+    if right is not None:
+        handles += _draw_right(axes.twinx(), times, seen[right], right_label or right)
+    axes.legend(handles=handles, loc="upper right", frameon=False)
+
+
+def _draw_right(axes: Any, times: Any, values: Any, label: str) -> list[Any]:
+    handles = axes.plot(times, values, color=Colour.TEST, ls="--", label=label)
+    axes.set_ylabel(label, color=Colour.TEST)
     # A wide axis: differences of a percent on a few hundred test examples are noise.
-    middle = np.mean(right.get_ylim())
-    reach = max(0.15 * abs(middle), np.ptp(right.get_ylim()))
-    right.set_ylim(middle - reach, middle + reach)
-    axes.legend(handles=[first, second], loc="upper right", frameon=False)
-    axes.set_title("Along the manifold of perfect fits")
+    middle = np.mean(axes.get_ylim())
+    reach = max(0.15 * abs(middle), np.ptp(axes.get_ylim()))
+    axes.set_ylim(middle - reach, middle + reach)
+    return handles
+
+
+def _observables(walk: Solution) -> dict[str, Any]:
+    found = {name: np.asarray(values) for name, values in walk.observables.items()}
+    found = {name: values for name, values in found.items() if values.ndim == 1}
+    if not found:
+        raise ValueError(
+            "plot_walk needs an observable that is one number at every save; got "
+            f"{sorted(walk.observables)}. Solve with observe={{'trace': loss.trace_gauss_newton}}."
+        )
+    return found
+
+
+def _known(seen: dict[str, Any], name: str | None, default: str | None) -> str | None:
+    if name is not None and name not in seen:
+        raise ValueError(f"plot_walk: observables are {sorted(seen)}; got {name!r}.")
+    return default if name is None else name
 
 
 def _draw_spectra(axes: Any, spectra: tuple[Any, Any], max_eigenvalues: int) -> None:
-    for values, colour, style, label in (
-        (spectra[0], Colour.GRADIENT_FLOW, "o", "before the walk"),
-        (spectra[1], Colour.LIMIT, ".", "after the walk"),
-    ):
-        largest = np.sort(np.asarray(values))[::-1][:max_eigenvalues]
-        positive = np.where(largest > 0, largest, np.nan)
-        axes.semilogy(np.arange(1, len(largest) + 1), positive, style, color=colour, label=label)
-    axes.set_xlabel("eigenvalue number, largest first")
+    plot_spectrum(*spectra, max_eigenvalues=max_eigenvalues, axes=axes)
     axes.set_ylabel("eigenvalue of scale·J Jᵀ")
-    axes.legend(frameon=False)
     axes.set_title("Largest eigenvalues of the Gram matrix (NTK)")

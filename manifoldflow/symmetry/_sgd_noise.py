@@ -156,7 +156,9 @@ def in_own_units(noise: SGDNoise, point: Point) -> SGDNoise:
     has_noise = noise.noise_scale > 0
     if noise.mean_scale is not None:
         has_noise |= noise.mean_scale > 0
-    decay = jnp.where(has_noise, noise.weight_decay / unit / unit, noise.weight_decay)
+    # XLA makes γ/u/u a quotient by u², which overflows; products it leaves as they are.
+    inverse = jnp.where(has_noise, 1 / unit, 1)
+    decay = noise.weight_decay * inverse * inverse
     scaled = _Scaled(noise.example_loss, unit), decay.astype(noise.weight_decay.dtype)
     return eqx.tree_at(lambda noise: (noise.example_loss, noise.weight_decay), noise, scaled)
 

@@ -118,7 +118,7 @@ def hold_outputs(
         return HeldOutputs(inner.init(params), change, change, zero, zero)
 
     def update(
-        gradient: Tangent, state: HeldOutputs, params: Coordinates | None = None, **extra: Any
+        updates: Tangent, state: Any, params: Coordinates | None = None, **extra: Any
     ) -> tuple[Tangent, HeldOutputs]:
         if params is None:
             raise ValueError(
@@ -127,7 +127,7 @@ def hold_outputs(
             )
         coordinates, _ = manifold.split(_tree.join(params, remainder))
         space = _normal_space(manifold, _tree.join(coordinates, remainder))
-        gradient = _tree.as_tangent(coordinates, gradient, "The gradient")
+        gradient = _tree.as_tangent(coordinates, updates, "The gradient")
         wanted, inner_state = inner.update(space.tangent(gradient), state.inner, params, **extra)
         wanted = _tree.as_tangent(coordinates, wanted, "The step of the optimizer")
         step, change, is_whole = _held_step(manifold, space, coordinates, remainder, wanted, bound)

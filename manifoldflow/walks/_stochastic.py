@@ -177,7 +177,7 @@ def _rounding(fn: Any, coordinates: Coordinates) -> float:
     """The rounding of the coarsest floating-point numbers that come up in a function."""
     program = jax.make_jaxpr(fn)(coordinates)
     coarsest = max(_precision.eps_of_dtype(dtype) for dtype in _dtypes(program))
-    if coarsest < 1e-10 or jax.config.jax_default_matmul_precision == "highest":
+    if coarsest < 1e-10 or _precision.asked_for() == "highest":
         return coarsest
     return max(coarsest, _PRODUCT_ROUNDING.get(jax.default_backend(), 2.0**-10))
 

@@ -100,7 +100,7 @@ def walk(
     objective = objective_of(objective)
     max_steps = checked_count("walk: max_steps", max_steps)
     if isinstance(method, StochasticWalk):
-        _check_stochastic(loss, objective, manifold, end_time, learning_rate, key)
+        key = _checked_key(loss, objective, manifold, end_time, learning_rate, key)
         fn = _Objective(objective, loss)
         return simulate(
             loss, method, optax.sgd, point, learning_rate=learning_rate, num_steps=max_steps,
@@ -211,9 +211,10 @@ def _end_time(objective: AbstractObjective, end_time: Any, first: Scalar, slope:
     return _UNITS * first / _tree.where(slope > 0, slope**2, first)
 
 
-def _check_stochastic(
+def _checked_key(
     loss: Any, objective: Any, manifold: Any, end_time: Any, learning_rate: Any, key: Any
-) -> None:
+) -> Key:
+    """The key of a stochastic walk whose other options are sound too."""
     if not isinstance(loss, AbstractExampleLoss):
         raise ValueError(
             f"walk: loss must be over examples for StochasticWalk; got {described(loss)}."
@@ -228,6 +229,7 @@ def _check_stochastic(
             f"walk: StochasticWalk needs learning_rate and key; got {described(learning_rate)} and "
             f"{described(key)}. Try a tenth of largest_stable_learning_rate(loss, point)."
         )
+    return key
 
 
 def _method_of(method: Any, end_time: Any, num_saves: int) -> AbstractMethod:

@@ -128,6 +128,9 @@ class ChunkedJacobian(AbstractJacobian):
     def gram_triangle(self) -> Float[Array, "n n"]:
         return self.cross_gram(self)
 
+    def distributed_gram(self) -> Float[Array, "n n"]:
+        return _mesh.over_all(self.cross_gram(self))
+
     def row_norms_squared(self) -> Float[Array, " n"]:
         return self._over_rows(lambda chunk: self._jacobian(chunk).row_norms_squared())
 

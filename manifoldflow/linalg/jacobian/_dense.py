@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from manifoldflow import _precision, _tree
+from manifoldflow import _mesh, _precision, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._types import Coordinates, Example, Tangent
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
@@ -44,20 +44,27 @@ class DenseJacobian(AbstractJacobian):
             _precision.matmul(rows, part)
             for rows, part in zip(self._matrices(), parts, strict=True)
         ]
-        return sum(products[1:], products[0])
+        return _mesh.whole(sum(products[1:], products[0]))
 
     def transpose_mv(self, vector: Float[Array, " n"]) -> Tangent:
-        return jax.tree.map(lambda rows: _precision.tensordot(vector, rows, axes=1), self.leaf_rows)
+        weights = _mesh.rows_cut(_mesh.whole(vector))
+        product = lambda rows: _precision.tensordot(weights, rows, axes=1)
+        return _mesh.spread(jax.tree.map(product, self.leaf_rows))
 
     def cross_gram(self, other: "DenseJacobian") -> Float[Array, "n m"]:
-        products = [
-            _precision.matmul(a, b.T)
-            for a, b in zip(self._matrices(), other._matrices(), strict=True)
-        ]
-        return sum(products[1:], products[0])
+        return _mesh.whole(self._in_blocks(other))
+
+    def _in_blocks(self, other: "DenseJacobian") -> Float[Array, "n m"]:
+        mine = _mesh.rows_cut(_mesh.in_one(_mesh.rows_cut, self._matrices()))
+        theirs = _mesh.columns_cut(_mesh.in_one(_mesh.columns_cut, other._matrices()))
+        products = [_precision.matmul(a, b.T) for a, b in zip(mine, theirs, strict=True)]
+        return _mesh.in_blocks(sum(products[1:], products[0]))
 
     def gram_triangle(self) -> Float[Array, "n n"]:
         return self.cross_gram(self)
+
+    def distributed_gram(self) -> Float[Array, "n n"]:
+        return _mesh.over_all(self._in_blocks(self))
 
     def row_norms_squared(self) -> Float[Array, " n"]:
         norms = [jnp.sum(rows**2, axis=1) for rows in self._matrices()]
@@ -108,6 +115,5 @@ def dense_jacobian(
 
     rows = jax.vmap(rows_of_one)(data)
     # The number of rows in full: of a leaf without numbers, -1 could be anything.
-    return DenseJacobian(
-        jax.tree.map(lambda r: r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]), rows)
-    )
+    rows = jax.tree.map(lambda r: r.reshape(r.shape[0] * r.shape[1], *r.shape[2:]), rows)
+    return DenseJacobian(_mesh.rows_and_widths_cut(rows))

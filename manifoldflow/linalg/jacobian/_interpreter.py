@@ -8,6 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from manifoldflow import _mesh
 from manifoldflow.linalg.jacobian._views import View
 
 
@@ -118,12 +119,13 @@ class Interpreter:
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate an equation as JAX would, whatever functions its parameters hold."""
         pairs = zip(eqn.invars, inputs, strict=True)
-        named = {var: value.array for var, value in pairs if not isinstance(var, jex.Literal)}
+        named = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
         jaxpr = self.template.replace(
             constvars=[], invars=list(named), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
         )
-        outputs = jex.jaxpr_as_fun(closed(jaxpr))(*named.values())
-        return [Value(output) for output in outputs]
+        orders = [_order(value.alias, var) for var, value in named.items()]
+        fn = _mesh.layer(jex.jaxpr_as_fun(closed(jaxpr)), orders)
+        return [Value(output) for output in fn(*(value.array for value in named.values()))]
 
     def give_up(self, values: Sequence[Value], reason: str | None = None) -> None:
         """These leaves are used in a way no rule knows: explicit rows for them."""
@@ -146,6 +148,16 @@ class Interpreter:
         if self.taps is None:
             return [None] * len(sites)
         return list(self.taps[start : start + len(sites)])
+
+
+def _order(alias: Alias | None, variable: Any) -> tuple[int, ...] | None:
+    """The axes of a leaf as they stand here, if they were transposed at most."""
+    if alias is None or any(step[0] != "transpose" for step in alias.view):
+        return None
+    order = tuple(range(len(variable.aval.shape)))
+    for _, permutation in alias.view:
+        order = tuple(order[axis] for axis in permutation)
+    return order
 
 
 def body_of(jaxpr: Any) -> Any:

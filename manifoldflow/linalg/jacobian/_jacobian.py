@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, PyTree
 
-from manifoldflow import _tree
+from manifoldflow import _mesh, _tree
 from manifoldflow._boundary import checked
 from manifoldflow._errors import checked_count
 from manifoldflow._types import Coordinates, Example
@@ -69,7 +69,8 @@ def jacobian(
     if num_rows * _tree.size(coordinates) * itemsize <= memory:
         return structured_jacobian(fn, coordinates, data)
     kept = jax.eval_shape(lambda *at: structured_jacobian(fn, *at).blocks, coordinates, data)
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    num_bytes = max(1, _mesh.share_of(kept))
     if num_bytes <= memory:
         return structured_jacobian(fn, coordinates, data)
     # Two chunks at a time, with what reverse mode keeps of each.

@@ -55,6 +55,10 @@ class AbstractJacobian(lx.AbstractLinearOperator):
         """K = J Jᵀ, the empirical neural tangent kernel."""
         return mirrored(self.gram_triangle())
 
+    @abc.abstractmethod
+    def distributed_gram(self) -> Float[Array, "n n"]:
+        """K with its rows over all devices of the mesh in force; none holds n² numbers."""
+
     def as_matrix(self) -> Float[Array, "n D"]:
         """The n×D matrix, for tests and small problems."""
         num_rows = self.out_structure().shape[0]

@@ -10,6 +10,8 @@ than the loss. Leaves without such structure keep explicit rows, alone.
 """
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,54 +78,77 @@ class StructuredJacobian(AbstractJacobian):
     def _num_rows(self) -> int:
         return self.num_examples * self.num_outputs
 
-    def _each_leaf(self, fn: Callable[[AbstractBlock], Array], shape_fn: Any) -> PyTree[Array]:
+    def _each_leaf(
+        self,
+        fn: Callable[[AbstractBlock], Array],
+        shape_fn: Any,
+        place: Callable[[Array], Array] = lambda total: total,
+    ) -> PyTree[Array]:
         """Σ fn(block) for every leaf, in the leaf's dtype; zeros for a leaf without use."""
         results = []
         for leaf, blocks in zip(self.leaves, self.blocks, strict=True):
             shape = shape_fn(leaf)
+            blocks = _mesh.in_turn(results[-1:], blocks)
             parts = [fn(block).reshape(shape).astype(leaf.dtype) for block in blocks]
-            results.append(sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype))
+            total = sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype)
+            results.append(place(total))
         return self._unflatten(results)
 
     def mv(self, vector: PyTree[Float[Array, "..."]]) -> Float[Array, " rows"]:
         """J v."""
         total = jnp.zeros((self.num_examples, self.num_outputs), self._dtype)
         for blocks, leaf in zip(self.blocks, self._leaves_of(vector), strict=True):
-            total = sum((block.mv(leaf) for block in blocks), total)
-        return _mesh.whole(total.reshape(-1)) if self._is_spread else total.reshape(-1)
+            blocks, leaf = _mesh.in_turn(total, (blocks, leaf))
+            total = sum((block.mv(_mesh.at_work(leaf)) for block in blocks), total)
+        return _mesh.whole(total.reshape(-1))
 
     def transpose_mv(self, vector: Float[Array, " rows"]) -> PyTree[Float[Array, "..."]]:
         """Jᵀ w, a PyTree like the parameters."""
         # Whole first: else factorisations that the vector comes from are cut up as well.
-        vector = _mesh.whole(vector) if self._is_spread else vector
-        weights = vector.reshape(self.num_examples, self.num_outputs)
-        weights = _mesh.cut(weights) if self._is_spread else weights
-        sums = self._each_leaf(lambda block: block.transpose_mv(weights), lambda leaf: leaf.shape)
-        return _mesh.whole(sums) if self._is_spread else sums
+        weights = _mesh.whole(vector).reshape(self.num_examples, self.num_outputs)
+        weights = _mesh.rows_cut(weights)
+        product = lambda block: block.transpose_mv(weights)
+        return self._each_leaf(product, lambda leaf: leaf.shape, _mesh.spread)
 
     def cross_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         """J J'ᵀ with the Jacobian of the same model at another point or on other data."""
         self._check_comparable(other)
-        if self._is_spread:
-            return self._spread_gram(other)
-        return self._products(other)
+        return _mesh.whole(self._in_blocks(other))
+
+    def distributed_gram(self) -> Float[Array, "rows rows"]:
+        return _mesh.over_all(self._in_blocks(self))
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
-        for blocks, partners in zip(self.blocks, other.blocks, strict=True):
-            for block, partner in zip(blocks, partners, strict=True):
-                total = total + block.cross_gram(partner).reshape(total.shape)
+        for layer in self._layers():
+            # At once, since a weight and its bias share a factor.
+            pairs = [(self.blocks[leaf], other.blocks[leaf]) for leaf in layer]
+            for blocks, partners in _mesh.in_turn(total, pairs):
+                for block, partner in zip(_mesh.rows_cut(blocks), _mesh.columns_cut(partners)):
+                    total = total + block.cross_gram(partner).reshape(total.shape)
+            total = _mesh.in_blocks(total)
         return total
+
+    def _layers(self) -> list[list[int]]:
+        """The numbers of the leaves that have one place in the point, as a weight and its bias."""
+        places = [re.sub(r"(\.\w+|\[[^\]]*\])$", "", path) for path, _ in self.labels]
+        return [
+            list(layer)
+            for _, layer in itertools.groupby(range(len(places)), key=places.__getitem__)
+        ]
 
     @property
     def _is_spread(self) -> bool:
-        return _mesh.num_shares(self.num_examples) > 1
+        return _mesh.is_spread(self.num_examples)
 
-    def _spread_gram(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
-        """Each device has its own rows, and gets the factors of all others."""
-        mine = dataclasses.replace(self, blocks=_mesh.cut(self.blocks))
-        theirs = dataclasses.replace(other, blocks=_mesh.gathered(other.blocks))
-        return _mesh.whole(_mesh.cut(mine._products(theirs)))
+    def _in_blocks(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
+        """Each device has its own rows, and gets the factors of its columns."""
+        if not self._is_spread:
+            return self._products(other)
+        rows = _mesh.in_one(_mesh.rows_cut, self.blocks)
+        columns = _mesh.in_one(_mesh.columns_cut, other.blocks)
+        mine = dataclasses.replace(self, blocks=rows)
+        return mine._products(dataclasses.replace(other, blocks=columns))
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
@@ -222,6 +247,7 @@ def structured_jacobian(
     leaves, treedef = _checked_leaves(params)
     num_examples, columns = _num_examples(inputs), jax.tree.leaves(inputs)
     structures = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    leaves = _mesh.spread(leaves)
     with _precision.full_precision():  # the model's own products as well
         model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
         try:
@@ -229,6 +255,7 @@ def structured_jacobian(
         except Exception:
             # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
             blocks, labels = _row_blocks(model, leaves, columns)
+    blocks = _mesh.rows_and_widths_cut(blocks)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = tuple(zip(paths, labels, strict=True))
     return StructuredJacobian(
