@@ -89,7 +89,7 @@ class _Layout:
         return jax.lax.psum(array, self.axes) if self.axes else array
 
     def from_owner(self, array: Array, owner: Array) -> Array:
-        """What one device has of it, on all."""
+        """The part that one device has, on all devices."""
         return self.sum(jnp.where(self.here() == owner, array, 0)) if self.axes else array
 
     def blocks(self, array: Array) -> Float[Array, "... own device row"]:
@@ -119,7 +119,7 @@ class DistributedFactor(eqx.Module):
 
     @classmethod
     def nothing(cls, matrix: Float[Array, "n n"], block: int = _BLOCK) -> "DistributedFactor":
-        """What a factorisation of the matrix gives that failed."""
+        """The result of a factorisation of the matrix that failed."""
         layout = _Layout.of(len(matrix), all_axes(), block)
         size = layout.num_steps * layout.block
         rows = over_all(jnp.full((size, size), jnp.nan, matrix.dtype))
