@@ -215,7 +215,7 @@ _REFUSALS = {
 
 
 def of_jax(error: Exception) -> str | None:
-    """What to say instead of an error of JAX, where that is known."""
+    """The words in place of an error of JAX, where that is known."""
     if not isinstance(error, TypeError | ValueError | NotImplementedError):
         return None
     message = str(error)
@@ -224,7 +224,7 @@ def of_jax(error: Exception) -> str | None:
 
 
 def _on_other_devices(message: str) -> str | None:
-    """What to say for JAX's error about arrays on other devices than the rest, or the mesh."""
+    """The words for JAX's error about arrays on other devices than the rest, or the mesh."""
     if "Received incompatible devices for jitted computation" not in message:
         return None
     ids = " and ".join(dict.fromkeys(re.findall(r"device ids (\[[\d, ]*\])", message)))

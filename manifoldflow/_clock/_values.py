@@ -100,6 +100,7 @@ class LimitClock(AbstractClock):
 
     @property
     def gain(self) -> Any:
+        # Momentum moves each gradient by η/(1−β) in all: the limit clock has its square.
         return (1 - self.momentum) ** -2
 
     @property

@@ -1,4 +1,4 @@
-"""What the doctor has found: a line of a report that can be pasted where others read it."""
+"""The findings of the doctor: lines of a report that can be pasted where others read it."""
 
 import getpass
 import pathlib
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """What was found, what is to be done about it if anything, and whether it has to be."""
+    """A finding, its remedy if there is one, and a mark if it has to be mended."""
 
     text: str
     remedy: str = ""

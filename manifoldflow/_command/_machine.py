@@ -24,7 +24,7 @@ def setting(name: str) -> Any:
 
 
 def devices() -> list[Finding]:
-    """What JAX computes on, and an accelerator that it does not see."""
+    """The devices that JAX computes on, and an accelerator that it does not see."""
     try:
         found = jax.devices()
     except RuntimeError as error:
@@ -120,7 +120,7 @@ def programs() -> list[Finding]:
 
 
 def can_be_written(folder: pathlib.Path) -> bool:
-    """Whether a file can be made in a folder, or in the nearest one above it that exists."""
+    """True if a file can be made in a folder, or in the nearest one above it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:

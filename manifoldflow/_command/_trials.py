@@ -1,4 +1,4 @@
-"""What the doctor tries: factorisations that may wait for each other, and a walk that is known."""
+"""The trials of the doctor: factorisations that may wait for each other, and a known walk."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def factorisations(program: str = FACTORISATIONS, limit: float = LIMIT) -> list[
 
 
 def judged(done: list[str], status: int, errors: str, limit: float) -> list[Finding]:
-    """What it means that so much was done when the process ended."""
+    """The meaning of a process that ended when this much was done."""
     if status not in (0, 3):
         last = (errors.strip().splitlines() or [f"exit status {status}"])[-1]
         text = f"batched factorisations failed: {last}"

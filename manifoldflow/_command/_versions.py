@@ -53,7 +53,7 @@ def of_version(name: str, version: str | None, bounds: str) -> Finding:
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether the release numbers of a version keep comma-separated bounds."""
+    """True if the release numbers of a version keep comma-separated bounds."""
     for bound in filter(None, bounds.replace(" ", "").split(",")):
         sign, other = re.match(r"([<>=!~]*)(.*)", bound).groups()  # pyright: ignore[reportOptionalMemberAccess]
         pairs = zip_longest(_release(version), _release(other), fillvalue=0)

@@ -98,12 +98,12 @@ def num_shares(num_examples: int) -> int:
 
 
 def is_spread(num_examples: int) -> bool:
-    """Whether arrays of so many examples are cut here, along these or along widths."""
+    """True where arrays of this many examples are cut here, along them or along widths."""
     return num_examples % axes_in_force().get(EXAMPLES, 1) == 0 and num_devices() > 1
 
 
 def share_of(num_bytes: int) -> int:
-    """How many bytes of the factors of a Jacobian one device keeps.
+    """The bytes of the factors of a Jacobian that one device keeps.
 
     Without an axis of parameters it gets those of all examples for a Gram matrix.
     """

@@ -30,7 +30,7 @@ _SMALL = 2**16
 
 
 def _names(array: Any, sizes: dict[str, int], *, first: int = 0) -> list[tuple[str, ...]]:
-    """How parameters are cut: an axis of the mesh goes to the longest part that it divides.
+    """The cuts of parameters: an axis of the mesh goes to the longest part that it divides.
 
     Arrays of examples are cut along these, axis 0, in any case: `first` is the first other one.
     """

@@ -171,7 +171,7 @@ def _rows(flow: AbstractFlow, point: Point) -> tuple[int, int, int | None]:
 
 
 def _advice(flow: AbstractFlow, point: Point, limit: int, num_examples: int) -> str:
-    """What would make it fit: chunks of examples if the compiler says so, else what else there is.
+    """The remedy that makes it fit: chunks of examples if the compiler says so, else another.
 
     The compiler is asked for smaller and smaller ones.
     """

@@ -1,4 +1,4 @@
-"""Any function of a key over many keys and devices, and the statistics of what it gives."""
+"""One function of a key over many keys and devices, and statistics of its values."""
 
 from manifoldflow.ensembles._ensemble import ensemble as ensemble, member_keys as member_keys
 from manifoldflow.ensembles._statistics import Statistics as Statistics, statistics as statistics

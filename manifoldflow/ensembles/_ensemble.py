@@ -26,7 +26,7 @@ Progress = bool | dfx.AbstractProgressMeter | Callable[[dict[str, int]], None]
 
 @checked
 def member_keys(key: Key, num_members: int) -> Array:
-    """Keys for the members of an ensemble: `fold_in(key, 0)`, `fold_in(key, 1)`, ….
+    """The keys of the members of an ensemble: `fold_in(key, 0)`, `fold_in(key, 1)`, ….
 
     Member i gets the same key in every ensemble that has it: a larger ensemble begins with
     the smaller one.
@@ -35,8 +35,19 @@ def member_keys(key: Key, num_members: int) -> Array:
         key: one key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`).
         num_members: a positive integer.
 
+    Returns:
+        (num_members,) keys of the kind of `key`.
+
     Raises:
         ValueError: a number of members that is not positive.
+
+    Examples:
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> keys = mf.member_keys(jr.key(0), 3)
+        >>> more = mf.member_keys(jr.key(0), 5)
+        >>> print(keys.shape, bool((keys == more[:3]).all()))
+        (3,) True
     """
     num_members = checked_count("num_members", num_members)
     return jax.vmap(lambda index: jr.fold_in(key, index))(jnp.arange(num_members))
@@ -51,16 +62,16 @@ def ensemble(
     mesh: Mesh | None = None,
     progress: Progress = False,
 ) -> PyTree[Any]:
-    """fn(key, *args) for every key: one compiled program, on all devices.
+    """The values fn(key, *args) for every key, from one compiled program on all devices.
 
-    What a member gives depends on its key and on `args` alone, up to rounding: not on the
+    The value of a member depends on its key and on `args` alone, up to rounding: not on the
     other members, the chunk or the devices. The devices never wait for one another.
     A repeated call with the same `fn` does not retrace: hand data over in `args`, or in the
     fields of an Equinox module that is called, and not in a closure made anew.
 
     Args:
-        fn: (key, *args) → any PyTree with arrays, a `Solution` for example. What must not
-            stop when one member fails takes `throw=False`.
+        fn: (key, *args) → any PyTree with arrays, a `Solution` for example. Functions that must
+            not stop when one member fails take `throw=False`.
         keys: one key per member, typed or legacy, as from `member_keys` or
             `jax.random.split`.
         *args: shared by all members. Arrays are traced; everything else, Python numbers
@@ -84,6 +95,14 @@ def ensemble(
         ValueError: keys without an axis of members; keys of the implementation "rbg", whose
             draws depend on the batch, in chunks of more than one; a chunk size that is not
             positive; a mesh with several axes; an `fn` that returns no array.
+
+    Examples:
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> sign = lambda key, size: size * jr.rademacher(key, (), float)
+        >>> values = mf.ensemble(sign, mf.member_keys(jr.key(0), 100), 3.0)
+        >>> print(values.shape, bool((abs(values) == 3).all()))
+        (100,) True
     """
     num_members = _num_members(keys)
     if not callable(fn):
@@ -107,6 +126,7 @@ def ensemble(
     )
     data = jr.key_data(keys) if _is_typed(keys) else keys
     data = _padded(data, run.num_local * num_devices)
+    # Arrays in `fn` and `args` are traced, so that new data do not compile anew.
     shared, static = eqx.partition((fn, args), _is_data)
     if mesh is not None:
         data = placed(data, mesh, mesh.axis_names[0])
@@ -118,7 +138,7 @@ def ensemble(
 
 
 class _Run(eqx.Module):
-    """How to go through the members, without what they compute."""
+    """The way through the members, without what they compute."""
 
     meter: dfx.AbstractProgressMeter
     report: Callable[[dict[str, int]], None] | None
@@ -157,6 +177,7 @@ def _compiled(run: _Run, data: Array, shared: PyTree[Any], static: PyTree[Any]) 
             out_specs=split,
             check_vma=False,
         )
+    # `returned` is filled while `member` is traced: its static parts are no outputs of the program.
     return eqx.combine(device(data, shared), returned[-1])
 
 
@@ -185,10 +206,11 @@ def _in_chunks(run: _Run, batch_fn: Callable[[Array], PyTree[Array]], data: Arra
 
 
 def _reported(run: _Run, meter_state: Any, number: Array, results: PyTree[Array]) -> Any:
-    """Shows that `number` chunks are done, once their results are there."""
+    """The meter's state after showing that `number` chunks are done, with their results."""
     report, meter = run.report, run.meter
     if report is None and isinstance(meter, dfx.NoProgressMeter):
         return meter_state
+    # Without it XLA may report a chunk as done before it is begun.
     number, _ = jax.lax.optimization_barrier((number, results))
     if report is not None:
         call = functools.partial(_call, report, run.num_members, run.num_members / run.num_chunks)
@@ -202,7 +224,7 @@ def _call(report: Callable[[Any], None], total: int, per_chunk: float, number: A
 
 
 def _on_first_device(run: _Run, fn: Callable[[], Any], otherwise: Any = None) -> Any:
-    """fn() on the first device of the mesh: one bar for all, as all have as many chunks."""
+    """The value of fn() on the first device of the mesh: one bar for all devices."""
     if run.mesh is None:
         return fn()
     if otherwise is None:

@@ -1,4 +1,4 @@
-"""Where the members of an ensemble run: a mesh of devices, one process or several."""
+"""The devices of an ensemble's members: a mesh, in one process or several."""
 
 import jax
 import numpy as np

@@ -15,7 +15,7 @@ from manifoldflow._errors import numbers, real_numbers, shapes_of
 
 
 class Statistics(eqx.Module):
-    """What the members of an ensemble have in common.
+    """Mean, deviation, standard error and quantiles over the members of an ensemble.
 
     Attributes:
         mean: over the members that did not fail; NaN if all failed.
@@ -23,10 +23,17 @@ class Statistics(eqx.Module):
         standard_error: standard_deviation/√n, of the mean.
         quantiles: with a leading axis of `levels`.
         levels: the levels of the quantiles, in [0, 1].
-        count: n, the members that went into all this.
+        count: n, the number of members that went into these numbers.
         num_failed: the members left out, for NaN or infinity anywhere in their values. Those
             that are left are no fair sample if the members that failed had something in
             common, as SGD that diverged has.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.statistics(jnp.array([1.0, 3.0, jnp.nan]))
+        >>> print(found.mean, found.standard_error, found.count, found.num_failed)
+        2.0 1.0 2 1
     """
 
     mean: PyTree[Array]
@@ -52,9 +59,19 @@ def statistics(
         axis: of the members.
         levels: of the quantiles, in [0, 1]; between members they are interpolated linearly.
 
+    Returns:
+        The `Statistics`, each number of the structure of `values` without the axis of members.
+
     Raises:
         ValueError: arrays without a common axis of members, complex numbers, levels out of
             range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.statistics(jnp.arange(5.0), levels=(0.5, 1.0))
+        >>> print(found.mean, found.standard_deviation.round(3), found.quantiles)
+        2.0 1.581 [2. 4.]
     """
     arrays = jax.tree.map(lambda leaf: jnp.asarray(numbers("values", leaf)), values)
     asked = np.asarray(real_numbers("levels", levels))
@@ -126,6 +143,7 @@ def _deviation(leaf: Array, mean: Array, is_fine: Array) -> Array:
 
 
 def _quantiles(leaf: Array, is_fine: Array, levels: Any) -> Array:
+    # Failed members sort behind all others, and `last` never reaches them.
     ordered = jnp.sort(_kept(leaf, is_fine, math.inf), axis=0)
     last = jnp.maximum(jnp.sum(is_fine) - 1, 0)
     places = jnp.asarray(levels, leaf.dtype) * last

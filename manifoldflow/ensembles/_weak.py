@@ -1,4 +1,4 @@
-"""How far an ensemble's mean is from another's, at which order it falls, where it ends."""
+"""Weak errors of an ensemble's mean, their order, and extrapolation to step zero."""
 
 import math
 from typing import Any
@@ -18,13 +18,20 @@ from manifoldflow.ensembles._statistics import statistics
 
 
 class WeakError(eqx.Module):
-    """E φ(X) − E φ(Y), as far as finitely many members tell.
+    """The weak error E φ(X) − E φ(Y), estimated from finitely many members.
 
     Attributes:
         error: mean − reference, with its sign.
         standard_error: of that difference; the reference's own uncertainty is in it.
         count: members that went into the mean.
         num_failed: members left out.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.weak_error(jnp.array([0.9, 1.1]), 1.2)
+        >>> print(found.error.round(3), found.standard_error.round(3), found.agrees())
+        -0.2 0.1 True
     """
 
     error: PyTree[Array]
@@ -33,9 +40,9 @@ class WeakError(eqx.Module):
     num_failed: Int[Array, ""]
 
     def agrees(self, num_standard_errors: float = 4.0, bias: Any = 0.0) -> Flag:
-        """|error| ≤ num_standard_errors·standard_error + bias, everywhere.
+        """True where |error| ≤ num_standard_errors·standard_error + bias, everywhere.
 
-        Never true when a standard error is unknown (fewer than two members).
+        It is never true when a standard error is unknown (fewer than two members).
         """
 
         def within(error: Array, standard_error: Array) -> Array:
@@ -53,20 +60,30 @@ _ERROR = "reference_standard_error"
 def weak_error(
     values: PyTree[Any], reference: PyTree[Any], reference_standard_error: Any = 0.0, axis: int = 0
 ) -> WeakError:
-    """mean(values) − reference, and the standard error of that difference.
+    """The weak error mean(values) − reference, and the standard error of that difference.
 
     Args:
         values: a PyTree of real arrays with an axis of members: φ(Xᵢ) of every member.
             Or a `Solution` with such an axis, whose points count.
-        reference: what the mean should be; of the structure of the values, without the
-            axis of members. A `Solution` on the same clock, with saves at the same times, for a
-            `Solution`.
+        reference: the expected mean; of the structure of the values, without the
+            axis of members. For a `Solution`, another one on the same clock, with saves at the
+            same times.
         reference_standard_error: of the reference, of the same structure or one number,
             independent of the values.
         axis: of the members.
 
+    Returns:
+        The `WeakError`.
+
     Raises:
         ValueError: a reference of another structure or shape; solutions on different clocks.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.weak_error(jnp.array([0.9, 1.1]), 1.0)
+        >>> print(bool(abs(found.error) < 1e-6), found.count)
+        True 2
     """
     values, reference = _points(values, reference, axis)
     found = statistics(values, axis, levels=())
@@ -126,6 +143,12 @@ class Estimate(eqx.Module):
             `num_excess`, the fit's formula does not hold for these measurements. NaN
             without standard errors.
         num_excess: measurements beyond those that the fit needs.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.extrapolate([0.1, 0.2], [1.1, 1.2], [0.01, 0.01])
+        >>> print(found.value.round(3), found.standard_error.round(4), found.num_excess)
+        1.0 0.0224 0
     """
 
     value: Scalar
@@ -138,8 +161,8 @@ class Estimate(eqx.Module):
 def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Estimate:
     """The order p of errors that fall like hᵖ: the slope of log|error| against log h.
 
-    A weighted straight line; the standard error of log|e| is s/|e| to first order, so that
-    errors below two of their standard errors are noise, and refused when concrete.
+    It is fitted by a weighted straight line; the standard error of log|e| is s/|e| to first order,
+    so that errors below two of their standard errors are noise, and refused when concrete.
 
     Args:
         step_sizes: (levels,) positive, at least two different ones.
@@ -147,9 +170,18 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
         standard_errors: (levels,) positive and independent of each other; None for errors
             without noise.
 
+    Returns:
+        The `Estimate` of p.
+
     Raises:
         ValueError: shapes that differ; steps, errors or standard errors out of range; errors
             that drown in their noise.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> found = mf.ensembles.weak_order([0.1, 0.2, 0.4], [0.01, 0.04, 0.16])
+        >>> print(found.value.round(3))
+        2.0
     """
     steps, errors, sigmas = _levels(step_sizes, errors, standard_errors, 2)
     if not is_traced((errors, sigmas)):
@@ -164,6 +196,7 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
                 "steps."
             )
     magnitudes = jnp.abs(errors)
+    # In units of the largest step, so that both columns are of one size.
     design = jnp.stack([jnp.log(steps / jnp.max(steps)), jnp.ones_like(steps)], axis=1)
     return _fitted(design, jnp.log(magnitudes), None if sigmas is None else sigmas / magnitudes)
 
@@ -172,7 +205,7 @@ def weak_order(step_sizes: Any, errors: Any, standard_errors: Any = None) -> Est
 def extrapolate(
     step_sizes: Any, values: Any, standard_errors: Any = None, *, order: Any = 1, num_terms: int = 1
 ) -> Estimate:
-    """Richardson extrapolation to step zero: value(h) = m + Σⱼ cⱼ h^{order+j} for m.
+    """Richardson extrapolation to step zero: the m of value(h) = m + Σⱼ cⱼ h^{order+j}.
 
     j runs from 0 to num_terms − 1; weighted least squares. With num_terms + 1 step sizes it
     is the classical formula: m = 2 value(h/2) − value(h) for order 1.
@@ -183,10 +216,18 @@ def extrapolate(
         standard_errors: (levels,) positive and independent of each other; None for values
             without noise.
         order: of the leading error, positive.
-        num_terms: how many powers of the step to remove.
+        num_terms: the number of powers of the step to remove.
+
+    Returns:
+        The `Estimate` of m.
 
     Raises:
         ValueError: shapes that differ, too few levels, values out of range.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> print(mf.ensembles.extrapolate([0.1, 0.2], [1.1, 1.2]).value.round(3))
+        1.0
     """
     num_terms = checked_count("num_terms", num_terms)
     order = checked_positive("order", order)
@@ -240,6 +281,7 @@ def _fitted(
     """The first coefficient by weighted least squares."""
     num_excess = design.shape[0] - design.shape[1]
     weights = jnp.ones_like(values) if sigmas is None else 1 / sigmas
+    # By an SVD: the normal equations would square the condition of nearly equal step sizes.
     inverse = jnp.linalg.pinv(weights[:, None] * design)
     coefficients = inverse @ (weights * values)
     squares = jnp.sum((weights * (values - design @ coefficients)) ** 2)

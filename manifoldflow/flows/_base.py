@@ -117,6 +117,7 @@ class AbstractDiffusion(AbstractFlow):
 
             return jax.jvp(column, (coordinates,), (column(coordinates),))[1]
 
+        # Some 2¹⁶ numbers at a time: all columns at once would be D×r.
         chunk_size = max(1, 2**16 // _tree.size(coordinates))
         correction = linalg.sum_terms(term, _tree.size(noise), chunk_size)
         return _tree.subtract(self.drift(point), _tree.scale(0.5, correction))

@@ -23,7 +23,7 @@ class BrownianMotion(AbstractDiffusion):
         >>> import jax.numpy as jnp
         >>> import jax.random as jr
         >>> import manifoldflow as mf
-        >>> circle, start = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
         >>> flow = mf.BrownianMotion(circle)
         >>> print(flow.drift(start) + 0.0)
         [-0.5  0. ]

@@ -57,6 +57,7 @@ def solve_to_file(
     identity = _identity(flow, point, times, end_time, options)
     journal = Journal("solve", identity, row_like, (), dict(enumerate(times.tolist())))
     # What is shown is shown between the legs.
+    # A leg that shows nothing is one program, whoever looks on.
     quiet = dataclasses.replace(options, meter=dfx.NoProgressMeter(), reports=())
     task = task_of(flow, remainder, times, end_time, quiet)
     run = _Solve(options.meter, options.reports, task, point, times)

@@ -23,7 +23,7 @@ def equation_of(
     noise: AbstractNoise,
     update: AbstractUpdate,
 ) -> str:
-    """Y' = −rate·P∇potential with its rate, c and batch size, and the clock."""
+    """The equation Y' = −rate·P∇potential with its rate, c and batch size, and the clock."""
     name = type(update).__name__
     if limit is None:
         words = f"the general limit of {name} under {type(noise).__name__}"

@@ -64,7 +64,7 @@ class RiemannianGradientFlow(AbstractFlow):
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> circle = mf.models.Sphere(1).manifold
         >>> flow = mf.RiemannianGradientFlow(circle, lambda x: x[1])
         >>> print(flow.drift(jnp.array([0.6, 0.8])).round(2))
         [ 0.48 -0.36]

@@ -40,7 +40,7 @@ class Here(eqx.Module):
 
 
 def begun(coordinates: Coordinates, time: Scalar, result: RESULTS, step: Scalar) -> Here:
-    """A solve of which nothing is done yet in this call."""
+    """The state of a solve that has done nothing yet in this call."""
     stats = {name: jnp.zeros((), int) for name in COUNTS}
     stats["max_defect"] = jnp.zeros((), _tree.dtype_of(coordinates))
     return Here(coordinates, time, result, step, stats)
@@ -74,7 +74,7 @@ Row = tuple[Coordinates, dict[str, PyTree[Array]]]
 
 
 def row_of(here: Here, task: Task) -> Row:
-    """NaN where the solve has failed before; where it was ended early, the end of it."""
+    """The row of a save: NaN where the solve has failed before; where it ended early, its end."""
     is_there = ~here.is_lost
     coordinates = or_nan(here.coordinates, is_there)
     point = _tree.join(here.coordinates, task.remainder)
@@ -87,6 +87,7 @@ def report(here: Here, row: Row, options: Options) -> None:
 
     if options.reports:
         told = lambda: show(options.reports, here.time, *row)
+        # A callback is no value that a `where` could leave out.
         jax.lax.cond(here.is_going, told, lambda: None)
 
 

@@ -209,7 +209,9 @@ def _here(flow: IterationLimit, point: Point) -> _Here:
     if isinstance(rank, int) and rank > flat.size:
         raise ValueError(f"IterationLimit: rank {rank} exceeds the {flat.size} coordinates.")
     if rank is None:
+        # A point off Γ by δ blurs zero eigenvalues by the order of δ: far more than eps is needed.
         rank = _precision.eps_of_dtype(flat) ** (1 / 3)
+    # TF32 and bfloat16 products on accelerators leave no gap between zero eigenvalues and others.
     with _precision.full_precision():
         jacobian = jax.jacfwd(field)(flat)
     return _Here(flat, field, field(flat), jacobian, splitting(jacobian, rank))
@@ -239,6 +241,7 @@ def _drift(flow: IterationLimit, point: Point) -> tuple[Tangent, Flag]:
 def _root(flow: IterationLimit, point: Point) -> Matrix:
     tangent = _here(flow, point).spaces.tangent
     along = product(tangent, _covariance(flow, point), tangent.T)
+    # Symmetric up to rounding; a root by eigenvectors needs it to be so exactly.
     return semidefinite_root((along + along.T) / 2)
 
 

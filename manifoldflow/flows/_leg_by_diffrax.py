@@ -23,7 +23,7 @@ from manifoldflow.manifolds import Projected
 
 
 def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
-    """On to `end`, unless the solve has ended before."""
+    """The state at `end` by Diffrax, unless the solve has ended before."""
     del number
     flow, options = task.flow, task.options
     assert options.solver is not None
@@ -59,6 +59,8 @@ def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     if is_ours:
         step = next_step(solution)
     else:
+        # A controller that is not ours does not tell its last step: the mean one will do for the
+        # next leg.
         mean = (end - here.time) / jnp.maximum(solution.stats["num_accepted_steps"], 1)
         step = jax.lax.stop_gradient(_tree.where(mean > 0, mean, here.step))
     return Here(
@@ -129,6 +131,7 @@ def _controller_of(
     controller = dfx.PIDController(
         options.rtol,
         options.atol,
+        # Diffrax's advice for stochastic equations: a gentle controller rejects fewer steps.
         pcoeff=0.1,
         icoeff=0.3,
         dtmin=smallest,
@@ -140,6 +143,7 @@ def _controller_of(
 def _max_steps_of(options: Options) -> int:
     if options.noise is None or options.noise.is_adaptive:
         return options.max_steps
+    # One more than there are: rounding in the sum of equal steps can leave a last tiny one.
     return options.noise.num_steps + 1
 
 

@@ -18,7 +18,7 @@ from manifoldflow.flows._task import Task
 
 
 def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
-    """On to `end` by projected Euler-Maruyama in equal steps.
+    """The state at `end`, by projected Euler-Maruyama in equal steps.
 
     The full Itô drift and a projection after every step: the projection alone would supply
     the normal part of the drift only up to an error of first order in the step. Step k of
@@ -34,6 +34,8 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def landed_step(coordinates: Coordinates, index: Array) -> tuple[Coordinates, Scalar, Flag]:
         point = _tree.join(coordinates, remainder)
+        # By the number of the step, not by splitting along the way: a run that is resumed, or saved
+        # more often, sees the same noise.
         drawn = _tree.random_normal_like(jr.fold_in(key, index), noise_structure)
         moved = _tree.add(coordinates, _tree.scale(size, flow.drift(point)))
         kick = flow.diffusion(point).mv(drawn)
@@ -43,6 +45,7 @@ def leg_by_scan(task: Task, here: Here, number: Any, end: Scalar) -> Here:
 
     def step(state: Here, index: Array) -> tuple[Here, None]:
         landed, defect, is_finite = landed_step(state.coordinates, index)
+        # The defect is infinite where the way back to the manifold failed.
         result = _tree.where(jnp.isfinite(defect), RESULTS.successful, RESULTS.not_on_manifold)
         result = _tree.where(is_finite, result, RESULTS.nonfinite)
         is_fine = result == RESULTS.successful

@@ -1,4 +1,4 @@
-"""The two ways from one save to the next."""
+"""The two methods from one save to the next."""
 
 from collections.abc import Callable
 

@@ -133,6 +133,8 @@ class LimitDiffusion(AbstractDiffusion):
     @property
     def is_stochastic(self) -> bool:
         """True where the limit is a stochastic differential equation: by types, never by values."""
+        # Asked before any value is known: `solve` needs a key or none, and compiles one of two
+        # programs.
         if isinstance(self.update, AbstractLimitedUpdate):
             return False
         limit = self.short_limit
@@ -167,6 +169,7 @@ class LimitDiffusion(AbstractDiffusion):
             along, local = self._short(limit, point)
             total = along if limit.is_ode else _tree.add(along, self._bent(local, point))
         else:
+            # ½∂²Φ[Σ] in three parts, from one factorisation of the Gram matrix.
             local, sigma = self.manifold.local(point).prepared(), self._sigma(point)
             along = _tree.add(local.mixed_part(sigma), local.normal_part(sigma))
             total = _tree.scale(0.5, _tree.add(local.tangent_part(sigma), along))
@@ -252,6 +255,7 @@ class LimitDiffusion(AbstractDiffusion):
     def _sigma(self, point: Point) -> linalg.AbstractSigma:
         """The covariance of the noise, through the residuals where it acts through them."""
         factor = self.noise.factor(self.manifold.loss, point)
+        # F = JᵀG is normal to the manifold: tangent and mixed part vanish, and n×n matrices do.
         if isinstance(factor, linalg.ResidualFactor) and self.manifold.residual_loss is not None:
             return linalg.NormalFactor(factor.small)
         return linalg.as_sigma(self.split(point)[0], factor, is_factor=True)

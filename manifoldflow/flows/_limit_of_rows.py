@@ -33,6 +33,7 @@ def rows_limit(
     assert isinstance(loss, AbstractResidualLoss)
     jacobian = loss.jacobian(point)
     lengths = jnp.sqrt(jacobian.row_norms_squared())
+    # One of N examples at a time: each acts in 1/N of the steps.
     gains, squares = (value / len(lengths) for value in update.response(lengths, setting))
     if update.keeps_gradients:
         coefficients, is_fine = _coefficients(jacobian.gram(), gains, squares)
@@ -62,6 +63,7 @@ def rows_limit(
             lifted = product(back, jacobian.mv(vector))
             return _tree.subtract(vector, dense.transpose_mv(lifted))
 
+    # As a factor, so that derivatives are NaN too where the hypotheses fail.
     sign = _tree.where(is_fine, -jnp.ones((), lengths.dtype), jnp.nan)
     return OwnLimit(_tree.scale(sign, project(turned)), project, is_fine)
 
@@ -69,7 +71,7 @@ def rows_limit(
 def _coefficients(
     gram: Float[Array, "n n"], gains: Float[Array, " n"], squares: Float[Array, " n"]
 ) -> tuple[Float[Array, "n n"], Array]:
-    """TGᵀR with R G T + T GᵀR = C, and whether all eigenvalues of RG have positive real parts."""
+    """The matrix TGᵀR with R G T + T GᵀR = C, and True if RG has Re λ > 0 for all its λ."""
     driven = gains[:, None] * gram
     spread, is_stable = stable_lyapunov_solve(driven, jnp.diag(squares))
     return product(spread, driven.T), is_stable

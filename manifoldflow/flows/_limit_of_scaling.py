@@ -53,6 +53,7 @@ def scaling_limit(
     lift = lambda w: _times(scaling, jacobian.transpose_mv(w))  # SJᵀ
     lifted = lx.FunctionLinearOperator(lift, rows.out_structure())
     gram = linalg.columns(jacobian @ lifted)
+    # JSJᵀ is symmetric up to rounding; eigenvectors need it to be so exactly.
     back = linalg.pseudo_inverse((gram + gram.T) / 2)
 
     def project(vector: Tangent) -> Tangent:
@@ -79,7 +80,7 @@ def scaling_limit(
 
 
 def second_moments(factor: lx.AbstractLinearOperator) -> Tangent:
-    """diag F Fᵀ, from the columns of F, a few at a time."""
+    """The second moments diag F Fᵀ, from the columns of F, a few at a time."""
 
     def term(index: Int[Array, ""]) -> Tangent:
         return jax.tree.map(jnp.square, linalg.column(factor, index))
@@ -89,6 +90,7 @@ def second_moments(factor: lx.AbstractLinearOperator) -> Tangent:
 
 
 def _together(tree: Tangent) -> int:
+    # Some 2¹⁹ numbers at a time, 4 MB in double precision: all columns at once would be n×D.
     return max(1, 2**19 // _tree.size(tree))
 
 
@@ -97,7 +99,7 @@ def _times(a: Tangent, b: Tangent) -> Tangent:
 
 
 def _slope(fn: Callable[[Array], Array], values: Array) -> Array:
-    """s'(v); 0 where v = 0, as nothing depends on that coordinate to first order."""
+    """The slope s'(v); 0 where v = 0, as nothing depends on that coordinate to first order."""
     is_seen = values > 0
     at = _tree.where(is_seen, values, 1)
     return _tree.where(is_seen, jax.jvp(fn, (at,), (jnp.ones_like(at),))[1], 0)

@@ -51,8 +51,9 @@ class NoetherFlow(AbstractFlow):
         >>> example_loss = lambda w, example: (w[0] * w[1] * example[0] - example[1]) ** 2
         >>> data = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
         >>> flow = mf.NoetherFlow(scale, example_loss, data, noise_scale=0.1)
-        >>> print(flow.drift(jnp.array([1.0, 1.0])) + 0.0)  # balanced: nothing moves
-        [0. 0.]
+        >>> x = jnp.array([2.0, 0.5])  # the drift is along (w₀, −w₁), which keeps w₀w₁
+        >>> print(f"{flow.drift(x) @ x[::-1]:.4f}", flow.drift(x)[0] < 0)
+        0.0000 True
     """
 
     symmetries: tuple[ExponentialSymmetry, ...]
@@ -70,6 +71,7 @@ class NoetherFlow(AbstractFlow):
         weight_decay: Any = 0.0,
         manifold: AbstractManifold | None = None,
     ):
+        # A tuple, so that k symmetries are part of the structure and not of the data.
         self.symmetries = symmetries_of(symmetry)
         self.noise = SGDNoise(
             example_loss,

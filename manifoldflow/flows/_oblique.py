@@ -30,7 +30,7 @@ class Splitting(eqx.Module):
     cosine: Scalar  # of the largest angle between ker A and ker Aᵀ: 0 where A is not semisimple
 
     def lyapunov_solve(self, rhs: Matrix) -> tuple[Matrix, Flag]:
-        """The M with A M + M Aᵀ = Π̄ rhs Π̄ᵀ on the range, and whether A is stable there."""
+        """The M with A M + M Aᵀ = Π̄ rhs Π̄ᵀ on the range, and True if A is stable there."""
         normal = jnp.eye(len(rhs), dtype=rhs.dtype) - self.tangent
         solution, is_stable = stable_lyapunov_solve(self.matrix, product(normal, rhs, normal.T))
         return solution / self.size, is_stable
@@ -38,6 +38,8 @@ class Splitting(eqx.Module):
 
 def splitting(matrix: Matrix, rank: int | float) -> Splitting:
     """The splitting of A by its rank: a count, or the share of the largest singular value."""
+    # Singular vectors of one null space are arbitrary, and have no derivative: only the solves with
+    # the bordered matrix below are differentiated.
     left, values, right = _svd(jax.lax.stop_gradient(matrix))
     if isinstance(rank, int):
         inside = jnp.arange(len(values)) < rank
@@ -49,6 +51,7 @@ def splitting(matrix: Matrix, rank: int | float) -> Splitting:
     # Bases of both kernels that stay so, to first order, where A changes at constant rank.
     bordered = inverse(matrix / size + product(left, right.T))
     kernel, cokernel = product(bordered, left), product(bordered.T, right)
+    # `one` fills the places of the range, so that the matrix is invertible whatever the rank is.
     crossing = product(cokernel.T, kernel) + one
     tangent = product(kernel, inverse(crossing), cokernel.T)
     whole = matrix / size + tangent
@@ -59,7 +62,7 @@ def splitting(matrix: Matrix, rank: int | float) -> Splitting:
 
 
 def stable_lyapunov_solve(matrix: Matrix, rhs: Matrix) -> tuple[Matrix, Flag]:
-    """The M with B M + M Bᵀ = rhs, and whether all eigenvalues of B have positive real parts.
+    """The M with B M + M Bᵀ = rhs, and True if all eigenvalues of B have positive real parts.
 
     By Newton's iteration for the sign of [[B, rhs], [0, −Bᵀ]], which is [[1, 2M], [0, −1]] for
     those B only [Roberts1980]: D³ operations, where a linear system of D² unknowns takes D⁶.
@@ -74,6 +77,7 @@ def stable_lyapunov_solve(matrix: Matrix, rhs: Matrix) -> tuple[Matrix, Flag]:
     def transpose_solve(_, right: Matrix) -> tuple[Matrix, Flag]:
         return _by_sign(matrix.T, right)
 
+    # By the implicit function: the loop of Newton's iteration has no derivative in reverse mode.
     solution, is_stable = jax.lax.custom_linear_solve(
         operator, rhs, solve, transpose_solve, has_aux=True
     )
@@ -148,6 +152,7 @@ def semidefinite_root(matrix: Matrix) -> Matrix:
 
 
 def _root_parts(matrix: Matrix) -> tuple[Matrix, Matrix, Array]:
+    # Rounding makes some of the zero eigenvalues negative: their roots would be NaN.
     values, vectors, inside = linalg.range_spectrum(matrix)
     inside = inside & (values > 0)
     roots = _tree.where(inside, jnp.sqrt(_tree.where(inside, values, 1)), 0)
@@ -160,6 +165,7 @@ def _semidefinite_root_jvp(
 ) -> tuple[Matrix, Matrix]:
     _, vectors, roots = _root_parts(*primals)
     sums = roots[:, None] + roots
+    # dS solves S·dS + dS·S = dA; where both roots are 0, dA has no part at constant rank.
     quotients = _tree.where(sums > 0, 1 / _tree.where(sums > 0, sums, 1), 0)
     change = quotients * product(vectors.T, tangents[0], vectors)
     return semidefinite_root(*primals), product(vectors, change, vectors.T)

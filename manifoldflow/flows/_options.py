@@ -90,6 +90,7 @@ def has_tail(save_times: Any, end_time: Any) -> bool:
     if is_traced((save_times, end_time)):
         return True
     # Not compared in the point's precision, in which the end may be rounded.
+    # A tail of rounding size would cost a whole leg.
     return float(np.max(np.asarray(save_times))) < float(end_time) * (1 - 1e-6)
 
 
@@ -111,7 +112,7 @@ def noise_options(
     save_times: Any,
     end_time: Any,
 ) -> NoiseOptions | None:
-    """None for ordinary differential equations."""
+    """The options of a stochastic flow; None for ordinary differential equations."""
     if not is_stochastic(flow):
         return None
     name = type(flow).__name__
@@ -134,6 +135,7 @@ def noise_options(
             "step_size out for 1000 steps."
         )
     if save_times is None and step_size is None:
+        # −(−a // b) rounds up: no step is longer than end_time/1000.
         return NoiseOptions(key, -(-1000 // num_saves), is_adaptive)
     end_time = float(end_time)
     longest = end_time / num_saves

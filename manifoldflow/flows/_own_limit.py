@@ -7,12 +7,12 @@ from manifoldflow._types import Flag, Tangent
 
 
 class OwnLimit(NamedTuple):
-    """A drift at a point.
+    """The drift of an update with a limit of its own, at a point.
 
     Attributes:
-        drift: of the noise, without what is slow.
-        project: Π, for what is slow.
-        is_fine: whether the hypotheses hold; else the drift is NaN.
+        drift: of the noise, without slow drifts.
+        project: Π, for slow drifts.
+        is_fine: True where the hypotheses hold; else the drift is NaN.
     """
 
     drift: Tangent

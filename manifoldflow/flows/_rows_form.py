@@ -24,7 +24,7 @@ Square = Float[Array, "n n"]
 
 
 class RowsDrift(NamedTuple):
-    """A drift, and whether all eigenvalues of RG have positive real parts: else it is none."""
+    """A drift, and a mark if all eigenvalues of RG have positive real parts: else there is none."""
 
     drift: Tangent
     is_stable: Flag
@@ -37,7 +37,7 @@ def rows_form_drift(
     gains: Square,
     noise: Square,
 ) -> RowsDrift:
-    """−Π Σᵢ ∂bᵢ[(BᵀTGᵀRᵀ)_{·i}]: n derivatives of a row, each along one tangent.
+    """The drift −Π Σᵢ ∂bᵢ[(BᵀTGᵀRᵀ)_{·i}]: n derivatives of a row, each along one tangent.
 
     Args:
         rows_fn: coordinates → B there, of the shape of J.
@@ -60,7 +60,7 @@ def row_derivative_sum(
     coordinates: Coordinates,
     coefficients: Square,
 ) -> Tangent:
-    """Σᵢ ∂bᵢ[(BᵀC)_{·i}] for rows that need not be gradients.
+    """The sum Σᵢ ∂bᵢ[(BᵀC)_{·i}] for rows that need not be gradients.
 
     Those of a Jacobian are; `linalg.contract_hessians` then takes one backward pass.
     """
@@ -73,6 +73,7 @@ def row_derivative_sum(
         row = lambda x: rows_fn(x).transpose_mv(unit)
         return jax.jvp(row, (coordinates,), (along,))[1]
 
+    # Some 2¹⁹ numbers at a time: all rows at once would be n×D.
     chunk_size = max(1, 2**19 // _tree.size(coordinates))
     return linalg.sum_terms(term, count, chunk_size)
 
@@ -83,6 +84,6 @@ def oblique_component(
     gram: Square,
     vector: Tangent,
 ) -> Tangent:
-    """Πv = v − Bᵀ(JBᵀ)⁻¹Jv, along range Bᵀ on ker J; gram is JBᵀ."""
+    """The oblique component Πv = v − Bᵀ(JBᵀ)⁻¹Jv, along range Bᵀ on ker J; gram is JBᵀ."""
     lifted = product(inverse(gram), jacobian.mv(vector))
     return _tree.subtract(vector, rows.transpose_mv(lifted))

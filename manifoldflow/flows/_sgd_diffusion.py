@@ -74,6 +74,7 @@ class SGDDiffusion(AbstractDiffusion):
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """The drift −η⁻¹∇L."""
+        # A step of η² on the limit clock is one of η on that of gradient flow: η⁻¹ in the drift.
         return _tree.scale(-1 / self.learning_rate, self.loss.gradient(point))
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:

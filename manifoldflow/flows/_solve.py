@@ -135,6 +135,7 @@ def solve(
     noise = noise_options(
         flow, key, solver, step_size, (rtol, atol), num_saves, save_times, end_time
     )
+    # Tolerances are no function of the start: a derivative through them would be spurious.
     size = _tree.size_of(jax.lax.stop_gradient(coordinates))
     options = Options(
         solver=None if noise is not None and solver is None else solver_of(flow, solver, step_size),

@@ -20,14 +20,14 @@ def newton_corrected(
 
 
 class Start(eqx.Module):
-    """The point of the flow's manifold to start from, and how it was found."""
+    """The point of the flow's manifold to start from, and the result of the search for it."""
 
     point: Point
     result: RESULTS
 
 
 def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
-    """By a program of its own, which other flows and options need not compile again."""
+    """The start of a flow, by a program of its own that other flows need not compile again."""
     if flow.manifold is None:
         return Start(point, successful())
     landed, info = flow.manifold.project_with_info(point, max_steps=max(100, max_steps))
@@ -35,12 +35,12 @@ def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
 
 
 def successful() -> RESULTS:
-    """As an array, like the result of a search: then both run the same program."""
+    """The result `successful` as an array, as a search gives it: then both run the same program."""
     return _tree.where(jnp.asarray(True), RESULTS.successful, RESULTS.nonfinite)
 
 
 def check_can_move(flow: AbstractFlow, point: Point) -> None:
-    """Noise needs a dimension to move in; how many there are only a concrete point can tell."""
+    """Refuse noise without a dimension to move in, as far as a concrete point can tell."""
     if is_traced((flow, point)):
         return
     if flow.manifold is not None and flow.manifold.dimension(point) == 0:

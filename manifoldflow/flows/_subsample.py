@@ -110,6 +110,7 @@ def subsampled_drift(
     zeros = jax.tree.map(jnp.zeros_like, loss.split(point)[0])
     start = (zeros, jnp.zeros((), _tree.dtype_of(zeros)))
     (gradient, squares), _ = jax.lax.scan(step, start, chosen.reshape(num_groups, -1))
+    # Var of a mean of m groups is Σ‖gᵢ − ḡ‖²/(m(m − 1)), with Σ‖gᵢ − ḡ‖² = Σ‖gᵢ‖² − m‖ḡ‖².
     mean = _tree.scale(1 / num_groups, gradient)
     spread = squares - num_groups * _tree.inner(mean, mean)
     # Drawn without replacement, all of the examples leave no error.

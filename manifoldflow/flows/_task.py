@@ -27,6 +27,8 @@ def task_of(
 ) -> Task:
     legs, noise, smallest = options.legs(times, end_time), options.noise, None
     if noise is not None and noise.is_adaptive:
+        # A quarter of `dtmin` of the adaptive controller: the Brownian tree must be finer than any
+        # step.
         smallest = end_time / 2**14
     elif noise is not None:
         smallest = jnp.min(jnp.diff(legs)) / noise.num_steps

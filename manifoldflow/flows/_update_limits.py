@@ -43,6 +43,7 @@ def setting_of(manifold: AbstractManifold, noise: AbstractNoise) -> Setting:
     loss, zero = manifold.loss, manifold.residual_loss
     limit, multiple = short_limit(noise, loss), None
     if limit is not None and limit.is_ode and limit.potential is hessian_trace:
+        # 4·rate: a short form has the rate c/4.
         multiple = None if limit.at_zero_loss and zero is None else 4 * limit.rate
     if not isinstance(zero, AbstractExampleLoss):
         return Setting(multiple, None, None, None, False, 0, zero is not None)

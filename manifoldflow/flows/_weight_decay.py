@@ -56,5 +56,6 @@ class WeightDecayFlow(AbstractFlow):
     @eqx.filter_jit
     def drift(self, point: Point) -> Tangent:
         """The drift −PY."""
+        # Frozen leaves are no coordinates: they do not decay.
         coordinates = self.split(point)[0]
         return _tree.scale(-1, self.manifold.normal_space(point).tangent(coordinates))

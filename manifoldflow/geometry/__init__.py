@@ -25,7 +25,6 @@ from manifoldflow.geometry._geodesics import (
     exponential_map as exponential_map,
     geodesic as geodesic,
     GeodesicOptions as GeodesicOptions,
-    parallel_transport as parallel_transport,
     transport_along_geodesic as transport_along_geodesic,
     Walk as Walk,
 )
@@ -35,4 +34,5 @@ from manifoldflow.geometry._logarithm import (
     logarithm_map_with_info as logarithm_map_with_info,
 )
 from manifoldflow.geometry._retraction import ProjectionRetraction as ProjectionRetraction
+from manifoldflow.geometry._transport import parallel_transport as parallel_transport
 from manifoldflow.geometry._velocities import geodesic_with_velocity as geodesic_with_velocity

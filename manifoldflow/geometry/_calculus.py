@@ -23,7 +23,7 @@ from manifoldflow.manifolds import (
 def riemannian_gradient(
     manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point, *, throw: bool = True
 ) -> Tangent:
-    """P∇fn(point), the gradient of a function along the manifold.
+    """The gradient P∇fn(point) of a function along the manifold.
 
     Args:
         manifold: the manifold.
@@ -31,8 +31,18 @@ def riemannian_gradient(
         point: a point of the manifold; off it, the projection there is used.
         throw: as for `manifold.tangent_projection`.
 
+    Returns:
+        A tangent at the point, with the structure of the coordinates; NaN if there is none.
+
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.6, 0.8])
+        >>> print(mf.riemannian_gradient(circle, lambda x: x[1], x).round(2))
+        [-0.48  0.36]
     """
     gradient = _gradient(manifold, _tree.as_pytree_callable(fn), point)
     return manifold.tangent_projection(point, gradient, throw=throw)
@@ -46,9 +56,24 @@ def _gradient(manifold: AbstractManifold, fn: Callable[[Point], Any], point: Poi
 
 @checked
 def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point) -> Tangent:
-    """As `riemannian_gradient`, without a look at whether there is a normal space.
+    """The Riemannian gradient P∇fn, without an error where there is no normal space.
 
-    For the inside of loops, which may pass where rank is lost.
+    It is for the inside of loops, which may pass where rank is lost.
+
+    Args:
+        manifold: the manifold.
+        fn: point → scalar.
+        point: a point of the manifold; off it, the projection there is used.
+
+    Returns:
+        A tangent at the point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.6, 0.8])
+        >>> print(mf.geometry.gradient_along(circle, lambda x: x[1], x).round(2))
+        [-0.48  0.36]
     """
     coordinates, remainder = manifold.split(point)
     gradient = jax.grad(lambda x: fn(_tree.join(x, remainder)))(coordinates)
@@ -60,7 +85,7 @@ def gradient_along(manifold: AbstractManifold, fn: Callable[[Point], Any], point
 def potential_gradient(
     manifold: AbstractManifold, potential: Callable[[AbstractLocalGeometry], Scalar], point: Point
 ) -> tuple[Tangent, AbstractLocalGeometry]:
-    """∇ of a function of the local geometry, and that geometry, which is made once for both.
+    """The gradient of a function of the local geometry, and that geometry, made once for both.
 
     Args:
         manifold: the manifold.
@@ -69,6 +94,15 @@ def potential_gradient(
 
     Returns:
         The gradient in the space of points, normal part included, and `manifold.local(point)`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> trace = lambda local: local.hessian_trace()  # 4|x|²
+        >>> gradient, local = mf.geometry.potential_gradient(circle, trace, x)
+        >>> print(gradient, local.hessian_trace())
+        [8. 0.] 4.0
     """
     coordinates, remainder = manifold.split(point)
 
@@ -80,7 +114,7 @@ def potential_gradient(
 
 
 class CovariantHessian(eqx.Module):
-    """v ↦ P(∇²F − Σλᵢ∇²fᵢ)Pv with λ = J†ᵀ∇F, the Lagrange multipliers of F."""
+    """The map v ↦ P(∇²F − Σλᵢ∇²fᵢ)Pv with λ = J†ᵀ∇F, the Lagrange multipliers of F."""
 
     fn: Callable[..., Any]
     local: AbstractLocalGeometry
@@ -110,12 +144,23 @@ def covariant_hessian(
         fn: point → scalar, twice differentiable on and near the manifold.
         point: a point of the manifold.
 
+    Returns:
+        A symmetric lineax operator on tangents.
+
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
             finite.
 
     References:
         [Gatmiry2024, Lemma 8].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.0, 1.0])
+        >>> hessian = mf.covariant_hessian(circle, lambda x: x[1], x)  # at the top, cos has −1
+        >>> print(hessian.mv(jnp.array([1.0, 0.0])).round(3) + 0.0)
+        [-1.  0.]
     """
     fn = _tree.as_pytree_callable(fn)
     product = _covariant_hessian(manifold, fn, point)
@@ -127,8 +172,10 @@ def covariant_hessian(
 def _covariant_hessian(
     manifold: AbstractManifold, fn: Callable[..., Any], point: Point
 ) -> CovariantHessian:
+    # A tangent derivative means nothing where there is no normal space: an error, not NaN.
     local = checked_local(manifold, point)
     gradient = jax.grad(lambda x: fn(_tree.join(x, local.remainder)))(local.coordinates)
+    # Hess F = P(∇²F − Σλᵢ∇²fᵢ)P: the multipliers carry the normal slope of F along the bends of Γ.
     return CovariantHessian(fn, local, local.space.multipliers(gradient))
 
 
@@ -139,13 +186,25 @@ def covariant_derivative(
     point: Point,
     vector: Tangent,
 ) -> Tangent:
-    """∇_V W = P DW[V], the derivative of a tangent vector field along the manifold.
+    """The derivative ∇_V W = P DW[V] of a tangent vector field along the manifold.
 
     Args:
         manifold: the manifold.
         field: W, point → tangent, defined near the manifold.
         point: a point of the manifold.
         vector: V; its tangent part counts.
+
+    Returns:
+        A tangent at the point.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2).manifold, jnp.array([0.6, 0.0, 0.8])
+        >>> turn = lambda x: jnp.stack([-x[1], x[0], 0 * x[2]])  # about the third axis
+        >>> found = mf.covariant_derivative(sphere, turn, x, turn(x))
+        >>> print((found + 0.0).round(3))  # away from the equator: its circles bend to the pole
+        [-0.384  0.     0.288]
     """
     local = checked_local(manifold, point)
     vector, space = tangent_of(local, vector), local.space
@@ -161,7 +220,7 @@ def divergence(
     key: Key | None = None,
     num_samples: int = 64,
 ) -> Scalar | linalg.Estimate:
-    """tr(V ↦ ∇_V W), the divergence of a tangent vector field along the manifold.
+    """The divergence tr(V ↦ ∇_V W) of a tangent vector field along the manifold.
 
     Args:
         manifold: the manifold.
@@ -172,6 +231,14 @@ def divergence(
 
     Returns:
         A number, or with a key an `Estimate` with its standard error.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2).manifold, jnp.array([0.6, 0.0, 0.8])
+        >>> field = lambda x: jnp.array([0.0, 0.0, 1.0]) - x[2] * x  # the gradient of the height
+        >>> print(f"{mf.divergence(sphere, field, x):.3f}")  # −2x₂
+        -1.600
     """
     local = checked_local(manifold, point)
 
@@ -190,7 +257,7 @@ def laplace_beltrami(
     key: Key | None = None,
     num_samples: int = 64,
 ) -> Scalar | linalg.Estimate:
-    """Δ_Γ fn, the trace of the covariant Hessian.
+    """The Laplacian Δ_Γ fn of a function along the manifold: the trace of its covariant Hessian.
 
     Args:
         manifold: the manifold.
@@ -201,6 +268,13 @@ def laplace_beltrami(
 
     Returns:
         A number, or with a key an `Estimate` with its standard error.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2).manifold, jnp.array([0.6, 0.0, 0.8])
+        >>> print(f"{mf.laplace_beltrami(sphere, lambda x: x[2], x):.3f}")  # −2x₂
+        -1.600
     """
     product = _covariant_hessian(manifold, _tree.as_pytree_callable(fn), point)
     term = lambda vector: _tree.inner(vector, product(vector))
@@ -211,7 +285,7 @@ def laplace_beltrami(
 def _along(
     manifold: AbstractManifold, field: Callable[[Point], Any], point: Point, vector: Tangent
 ) -> Tangent:
-    """DW[v]."""
+    """The directional derivative DW[v]."""
     coordinates, remainder = manifold.split(point)
 
     def of_coordinates(x: Coordinates) -> Tangent:

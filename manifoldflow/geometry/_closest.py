@@ -20,7 +20,7 @@ _MAX_STEPS = 100
 def closest_point(
     manifold: AbstractManifold, point: Point, *, throw: bool = True, max_steps: int = _MAX_STEPS
 ) -> Point:
-    """The point y of the manifold with point − y normal to it, near `manifold.project(point)`.
+    """The closest point y of the manifold: point − y is normal to it, near `manifold.project`.
 
     By Newton's method along the manifold, from where `project` lands. A local minimum of
     the distance if the point is nearer than the radius of curvature. Derivatives in the
@@ -33,8 +33,18 @@ def closest_point(
         throw: raise if none is found; with `throw=False` the coordinates are NaN.
         max_steps: of Newton's method, and of each way back to the manifold.
 
+    Returns:
+        A point of the manifold.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> ellipse = mf.LevelSet(lambda x: x[0] ** 2 / 4 + x[1] ** 2 - 1)
+        >>> print(mf.closest_point(ellipse, jnp.array([0.0, 2.0])).round(3))
+        [0. 1.]
     """
     landed, info = closest_point_with_info(manifold, point, max_steps=max_steps)
     return delivered(landed, info.result, throw)
@@ -44,13 +54,31 @@ def closest_point(
 def closest_point_with_info(
     manifold: AbstractManifold, point: Point, *, max_steps: int = _MAX_STEPS
 ) -> tuple[Point, Info]:
-    """As `closest_point`, with the `Info` of the search; failed ones have NaN coordinates."""
+    """The closest point as by `closest_point`, with the `Info` of the search.
+
+    Args:
+        manifold: the manifold.
+        point: any point near it.
+        max_steps: of Newton's method, and of each way back to the manifold.
+
+    Returns:
+        The point, with NaN coordinates where the search failed, and the `Info`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.models.Sphere(1).manifold
+        >>> y, info = mf.geometry.closest_point_with_info(circle, jnp.array([0.0, 2.0]))
+        >>> print(y.round(3), info.is_successful)
+        [0. 1.] True
+    """
     return _closest(manifold, point, checked_count("max_steps", max_steps))
 
 
 @eqx.filter_jit
 def _closest(manifold: AbstractManifold, point: Point, max_steps: int) -> tuple[Point, Info]:
     coordinates, remainder = manifold.split(point)
+    # The search has no derivative of its own: the last step below brings that of its result.
     fixed = jax.lax.stop_gradient(coordinates)
     landed, first = manifold.project_with_info(_tree.join(fixed, remainder), max_steps=max_steps)
     floor = 4 * _tree.eps_of(coordinates) * _tree.norm(fixed)
@@ -86,10 +114,11 @@ def _closest(manifold: AbstractManifold, point: Point, max_steps: int) -> tuple[
 def _step(
     manifold: AbstractManifold, y: Coordinates, target: Coordinates, remainder: Point
 ) -> Tangent:
-    """Newton's step for ½|target − y|² along the manifold: (P − S_n)w = P(target − y)."""
+    """The Newton step for ½|target − y|² along the manifold: (P − S_n)w = P(target − y)."""
     space = manifold.normal_space(_tree.join(y, remainder))
     local = manifold.local(_tree.join(y, remainder), space=space)
     gap = _tree.subtract(target, y)
+    # They multiply w, which is 0 at the end: their derivative is not worth computing.
     multipliers = jax.lax.stop_gradient(space.multipliers(gap))
 
     def mv(w: Tangent) -> Tangent:

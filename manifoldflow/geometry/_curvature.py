@@ -1,7 +1,7 @@
-"""How a manifold bends in the space around it, and how it is curved in itself.
+"""Extrinsic and intrinsic curvature of a manifold.
 
-The second fundamental form II(u, w) = −J†D²f[u, w] says it all; the Gauss equation makes
-sectional, Ricci and scalar curvature of it.
+The second fundamental form II(u, w) = −J†D²f[u, w] determines both; the Gauss equation gives
+sectional, Ricci and scalar curvature from it.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from manifoldflow.manifolds import (
 def second_fundamental_form(
     manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent
 ) -> Tangent:
-    """II(u, v), the normal part of the acceleration of curves on the manifold.
+    """The second fundamental form II(u, v): the normal acceleration of curves on the manifold.
 
     Args:
         manifold: the manifold.
@@ -41,13 +41,21 @@ def second_fundamental_form(
     Raises:
         EquinoxRuntimeError: the constraint's derivative vanishes at the point, or is not
             finite. So for all functions of curvature.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1, 2.0).manifold, jnp.array([2.0, 0.0])
+        >>> u = jnp.array([0.0, 1.0])
+        >>> print(mf.second_fundamental_form(circle, x, u, u) + 0.0)  # 1/radius, inwards
+        [-0.5  0. ]
     """
     local = checked_local(manifold, point)
     return local.form(tangent_of(local, u), tangent_of(local, v))
 
 
 class ShapeOperator(eqx.Module):
-    """u ↦ −P∇²(λ·f)Pu with λ = J†ᵀn."""
+    """The map u ↦ −P∇²(λ·f)Pu with λ = J†ᵀn."""
 
     local: AbstractLocalGeometry
     multipliers: Constraint
@@ -62,7 +70,7 @@ class ShapeOperator(eqx.Module):
 def shape_operator(
     manifold: AbstractManifold, point: Point, normal: Tangent
 ) -> lx.AbstractLinearOperator:
-    """S_n with ⟨S_n u, v⟩ = ⟨II(u, v), n⟩, a self-adjoint operator on tangents.
+    """The shape operator S_n with ⟨S_n u, v⟩ = ⟨II(u, v), n⟩, a self-adjoint operator on tangents.
 
     Its eigenvalues on the tangent space are the principal curvatures in the direction n,
     for a unit normal: −1/radius for the outer normal of a sphere.
@@ -71,6 +79,17 @@ def shape_operator(
         manifold: the manifold.
         point: a point of the manifold.
         normal: n; its tangent part does not count.
+
+    Returns:
+        A symmetric lineax operator on tangents.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1, 2.0).manifold, jnp.array([2.0, 0.0])
+        >>> outward = mf.shape_operator(circle, x, jnp.array([1.0, 0.0]))
+        >>> print(outward.mv(jnp.array([0.0, 1.0])) + 0.0)
+        [ 0.  -0.5]
     """
     product = _shape_operator(manifold, point, normal)
     structure = _tree.structure_of(manifold.split(point)[0])
@@ -89,9 +108,9 @@ def _shape_operator(manifold: AbstractManifold, point: Point, normal: Tangent) -
 def mean_curvature(
     manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64
 ) -> Tangent | linalg.Estimate:
-    """tr II, the mean curvature vector, not divided by the dimension.
+    """The mean curvature vector tr II, not divided by the dimension.
 
-    Minus the gradient of volume; −d/radius times the outer normal of a d-sphere.
+    It is minus the gradient of volume; −d/radius times the outer normal of a d-sphere.
 
     Args:
         manifold: the manifold.
@@ -102,6 +121,13 @@ def mean_curvature(
 
     Returns:
         A normal vector, or with a key an `Estimate` of it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2, 2.0).manifold, jnp.array([2.0, 0.0, 0.0])
+        >>> print(mf.mean_curvature(sphere, x) + 0.0)
+        [-1.  0.  0.]
     """
     local = checked_local(manifold, point)
     term = lambda vector: local.form(vector, vector)
@@ -113,7 +139,7 @@ def mean_curvature(
 @checked
 @eqx.filter_jit
 def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v: Tangent) -> Scalar:
-    """The Gauss curvature of the surface of geodesics in the plane of two tangents.
+    """The sectional curvature: Gauss curvature of the geodesics in the plane of two tangents.
 
     K(u, v) = (⟨II(u, u), II(v, v)⟩ − |II(u, v)|²)/(|u|²|v|² − ⟨u, v⟩²).
 
@@ -123,12 +149,24 @@ def sectional_curvature(manifold: AbstractManifold, point: Point, u: Tangent, v:
         u: a tangent; its normal part does not count.
         v: another, independent of the first.
 
+    Returns:
+        A number, in units of one over a squared length.
+
     Raises:
         EquinoxRuntimeError: the tangent parts are parallel to working precision.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2, 2.0).manifold, jnp.array([2.0, 0.0, 0.0])
+        >>> u, v = jnp.array([0.0, 1.0, 0.0]), jnp.array([0.0, 1.0, 1.0])
+        >>> print(f"{mf.sectional_curvature(sphere, x, u, v):.3f}")  # 1/radius²
+        0.250
     """
     local = checked_local(manifold, point)
     # Their lengths do not matter, but may have squares beyond the floating range.
     u, v = (_of_size_one(_tangent_part(local, x)) for x in (u, v))
+    # (|u|²|v|² − ⟨u, v⟩²) cancels for small angles: the area is taken from orthogonal vectors.
     # Gram-Schmidt before the products: nearly parallel pairs would cancel there.
     square = _tree.inner(u, u)
     safe = jnp.where(square > 0, square, 1)
@@ -151,7 +189,7 @@ def ricci_curvature(
     key: Key | None = None,
     num_samples: int = 64,
 ) -> Scalar | linalg.Estimate:
-    """Ric(u, u): |u|² times the sum of sectional curvatures of u with its complement.
+    """The Ricci curvature Ric(u, u): |u|² times the sum of sectional curvatures of u's planes.
 
     Args:
         manifold: the manifold.
@@ -163,6 +201,13 @@ def ricci_curvature(
 
     Returns:
         A number, or with a key an `Estimate` of it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2, 2.0).manifold, jnp.array([2.0, 0.0, 0.0])
+        >>> print(f"{mf.ricci_curvature(sphere, x, jnp.array([0.0, 1.0, 0.0])):.3f}")
+        0.250
     """
     local = checked_local(manifold, point)
     u = tangent_of(local, u)
@@ -174,7 +219,7 @@ def ricci_curvature(
 def scalar_curvature(
     manifold: AbstractManifold, point: Point, *, key: Key | None = None, num_samples: int = 64
 ) -> Scalar | linalg.Estimate:
-    """The trace of Ricci curvature, |tr II|² − |II|²: d(d − 1)/radius² for a d-sphere.
+    """The scalar curvature |tr II|² − |II|², the trace of Ricci: d(d − 1)/radius² for a d-sphere.
 
     Args:
         manifold: the manifold.
@@ -185,8 +230,16 @@ def scalar_curvature(
 
     Returns:
         A number, or with a key an `Estimate` of it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> sphere, x = mf.models.Sphere(2, 2.0).manifold, jnp.array([2.0, 0.0, 0.0])
+        >>> print(f"{mf.scalar_curvature(sphere, x):.3f}")
+        0.500
     """
     local = checked_local(manifold, point)
+    # E over independent normal u, v of ⟨II(u,u), II(v,v)⟩ − |II(u,v)|² is |tr II|² − |II|².
     if key is not None:
 
         def sample(key: Key) -> Scalar:
@@ -208,12 +261,12 @@ def scalar_curvature(
 
 
 def _gauss(local: AbstractLocalGeometry, u: Tangent, v: Tangent) -> Scalar:
-    """⟨II(u, u), II(v, v)⟩ − |II(u, v)|², the Gauss equation."""
+    """The Gauss equation ⟨II(u, u), II(v, v)⟩ − |II(u, v)|²."""
     return _tree.inner(local.form(u, u), local.form(v, v)) - _square(local.form(u, v))
 
 
 def _tangent_part(local: AbstractLocalGeometry, vector: Tangent) -> Tangent:
-    """P v, up to a factor, and zero where that is only rounding of v."""
+    """The projection P v up to a factor, and zero where that is only rounding of v."""
     vector = _of_size_one(_tree.as_tangent(local.coordinates, vector))
     tangent = tangent_of(local, vector)
     is_there = _tree.norm(tangent) > 10 * _tree.eps_of(vector) * _tree.norm(vector)

@@ -5,7 +5,6 @@ vectors projected on its tangent space there; since the field is tangent to the 
 order of the solver is kept.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
@@ -28,7 +27,7 @@ from manifoldflow._results import (
     without_step_limit,
 )
 from manifoldflow._run import AdaptiveSteps, EqualSteps, next_step, over_legs
-from manifoldflow._types import Coordinates, Flag, Point, Scalar, Tangent
+from manifoldflow._types import Coordinates, Point, Scalar, Tangent
 from manifoldflow.manifolds import (
     AbstractManifold,
     Projected,
@@ -36,14 +35,14 @@ from manifoldflow.manifolds import (
 
 MAX_STEPS = 16**4
 # Of the whole time: Diffrax would evaluate the field twice to choose one.
-_FIRST_STEP = 0.01
+FIRST_STEP = 0.01
 
 Bundle = tuple[Coordinates, tuple[Tangent, ...]]
 """A point and some tangents there; the first is the velocity."""
 
 
 class GeodesicOptions(eqx.Module):
-    """How to solve for geodesics and transport.
+    """The options for solving for geodesics and transport.
 
     Args:
         solver: any Diffrax solver of ordinary differential equations; `diffrax.Dopri8()` by
@@ -51,8 +50,21 @@ class GeodesicOptions(eqx.Module):
         step_size: equal steps; adaptive ones by default.
         rtol: relative tolerance of adaptive steps; 1e-9 in float64 and 1e-5 in float32.
         atol: absolute tolerance; 1e-10 and 1e-6 times the largest coordinate at the start.
-        adjoint: how Diffrax differentiates; reverse mode by default,
+        adjoint: the way in which Diffrax differentiates; reverse mode by default,
             `diffrax.ForwardMode()` for forward mode.
+
+    Raises:
+        ValueError: a step size or tolerance that is not positive.
+
+    Examples:
+        >>> import diffrax as dfx
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> walk = mf.GeodesicOptions(solver=dfx.Heun(), step_size=0.01)
+        >>> quarter = jnp.array([0.0, jnp.pi / 2])
+        >>> print(jnp.abs(mf.exponential_map(circle, x, quarter, walk=walk)).round(3))
+        [0. 1.]
     """
 
     solver: dfx.AbstractSolver = dfx.Dopri8()
@@ -70,7 +82,10 @@ class GeodesicOptions(eqx.Module):
     def controller(
         self, size: Scalar, first: Scalar, unit: Scalar | float = 1.0
     ) -> dfx.AbstractStepSizeController:
-        """For numbers of this size; adaptive steps begin with `first`, in units of `unit`."""
+        """The step size controller for numbers of this size, in units of `unit`.
+
+        Adaptive steps begin with `first`.
+        """
         if self.step_size is not None:
             return EqualSteps(self.step_size / jnp.abs(unit))
         is_double = _precision.is_double(size)
@@ -79,6 +94,7 @@ class GeodesicOptions(eqx.Module):
         # Where no step can be landed, none is short enough: do not try for ever.
         smallest = jnp.asarray(_precision.eps_of_dtype(size), size.dtype)
         controller = dfx.PIDController(rtol=rtol, atol=atol, dtmin=smallest, force_dtmin=False)
+        # Diffrax would choose a first step from two more evaluations of the field.
         return AdaptiveSteps(controller, first)
 
 
@@ -96,14 +112,14 @@ def geodesic(
     walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
-    """γ(times) for the geodesic with γ(0) = point and γ′(0) = velocity.
+    """The points γ(times) of the geodesic with γ(0) = point and γ′(0) = velocity.
 
     Args:
         manifold: the manifold.
         point: γ(0), on the manifold; rounding is mended.
         velocity: γ′(0), units of length per unit of time; its tangent part counts.
         times: (T,) in order, away from 0 on one side of it; may be traced.
-        walk: how to solve.
+        walk: the options for solving.
         throw: raise if the solve fails; with `throw=False` the coordinates are NaN.
 
     Returns:
@@ -112,6 +128,15 @@ def geodesic(
     Raises:
         ValueError: times out of order.
         EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> path = mf.geodesic(circle, x, jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0]))
+        >>> print(path.round(3))  # (cos t, sin t)
+        [[0.878 0.479]
+         [0.54  0.841]]
     """
     path, _ = path_along(manifold, point, (velocity,), times, walk, throw)
     return path
@@ -126,17 +151,30 @@ def exponential_map(
     walk: GeodesicOptions | None = None,
     throw: bool = True,
 ) -> Point:
-    """exp_p(v), the point that the geodesic from `point` along `vector` reaches at time 1.
+    """The point exp_p(v), which the geodesic from p along v reaches at time 1.
 
     Args:
         manifold: the manifold.
         point: p.
         vector: v; its tangent part counts.
-        walk: how to solve.
+        walk: the options for solving.
         throw: as for `geodesic`.
+
+    Returns:
+        A point of the manifold.
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> print(mf.exponential_map(circle, x, jnp.array([0.0, jnp.pi / 6])).round(3))
+        [0.866 0.5  ]
     """
     path, _ = path_along(manifold, point, (vector,), jnp.ones(1), walk, throw)
-    return _tree.join(_last(manifold.split(path)[0]), manifold.split(point)[1])
+    return _tree.join(last(manifold.split(path)[0]), manifold.split(point)[1])
 
 
 @checked
@@ -154,18 +192,32 @@ def transport_along_geodesic(
 
     Args:
         manifold: the manifold.
-        point: where the vector is.
+        point: the point at which the vector is a tangent.
         velocity: of the geodesic, at the point. Transported itself, it is γ′(time).
-        vector: what is transported; its tangent part counts.
-        time: how far, in the time of the geodesic; may be negative.
-        walk: how to solve.
+        vector: the tangent to be transported; its tangent part counts.
+        time: the time of the geodesic to transport to; may be negative.
+        walk: the options for solving.
         throw: as for `geodesic`.
+
+    Returns:
+        A tangent at γ(time).
+
+    Raises:
+        EquinoxRuntimeError: with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> up = jnp.array([0.0, 1.0])
+        >>> print(mf.transport_along_geodesic(circle, x, up, up, jnp.pi / 6).round(3))
+        [-0.5    0.866]
     """
     _, vectors = path_along(manifold, point, (velocity, vector), jnp.reshape(time, 1), walk, throw)
-    return _last(vectors[1])
+    return last(vectors[1])
 
 
-def _last(tree: Any) -> Any:
+def last(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[-1], tree)
 
 
@@ -196,7 +248,7 @@ def path_along(
 
 
 class _Field(eqx.Module):
-    """x′ = v, v′ = II(v, v), V′ = II(v, V), times the unit of time."""
+    """The field x′ = v, v′ = II(v, v), V′ = II(v, V), times the unit of time."""
 
     manifold: AbstractManifold
     remainder: Point
@@ -208,12 +260,13 @@ class _Field(eqx.Module):
         x, vectors = y
         space = self.manifold.normal_space(_tree.join(x, self.remainder))
         local = self.manifold.local(_tree.join(x, self.remainder), space=space)
+        # V′ = II(γ′, V) is normal: its tangent part, the covariant derivative of V, is zero.
         slopes = vectors[0], tuple(local.form(vectors[0], vector) for vector in vectors)
         return _tree.scale(args, slopes)
 
 
 class _TangentBundle(eqx.Module):
-    """What `Projected` needs to keep a point on the manifold and vectors tangent to it."""
+    """The tangent bundle, on which `Projected` keeps a point and its tangents."""
 
     manifold: AbstractManifold
     remainder: Point
@@ -255,7 +308,7 @@ def walk_along(
     terms = dfx.ODETerm(_Field(manifold, remainder))
     solver = Projected(walk.solver, _TangentBundle(manifold, remainder))
     begin = start, tuple(space.tangent(_tree.scale(c, v)) for c, v in zip(scales, vectors))
-    first = jnp.asarray(_FIRST_STEP, times.dtype)
+    first = jnp.asarray(FIRST_STEP, times.dtype)
 
     def leg(here: _Here, end: Scalar) -> _Here:
         is_going = here.result == RESULTS.successful
@@ -274,8 +327,8 @@ def walk_along(
             throw=False,
         )
         assert solution.ys is not None
-        bundle = _tree.cast_like(_last(solution.ys), here.bundle)
-        result = _tree.where(is_going, _ended(solution, bundle), here.result)
+        bundle = _tree.cast_like(last(solution.ys), here.bundle)
+        result = _tree.where(is_going, ended(solution, bundle), here.result)
         step = next_step(solution) if walk.step_size is None else here.step
         return _Here(bundle, end, step, result)
 
@@ -288,111 +341,14 @@ def walk_along(
     return _tree.join(path, remainder), moved, here.result
 
 
-def _ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
+def ended(solution: dfx.Solution, reached: PyTree[Array]) -> RESULTS:
     return without_step_limit(from_diffrax(solution.result, reached))
 
 
 class _Here(eqx.Module):
-    """Where a geodesic has come to."""
+    """The state of a geodesic at a time."""
 
     bundle: Bundle
     time: Scalar
     step: Scalar
     result: RESULTS
-
-
-class _TransportField(eqx.Module):
-    """V′ = II(γ′, V) along a given path."""
-
-    manifold: AbstractManifold
-    path: Callable[..., Any]
-
-    def __call__(self, t: Any, y: Tangent, args: Any) -> Tangent:
-        del args
-        of_time = lambda t: self.manifold.split(self.path(t))[0]
-        x, velocity = jax.jvp(of_time, (t,), (jnp.ones_like(t),))
-        remainder = self.manifold.split(self.path(t))[1]
-        space = self.manifold.normal_space(_tree.join(x, remainder))
-        # Diffrax keeps one precision for all leaves.
-        vector, velocity = _tree.cast_like(y, x), _tree.cast_like(velocity, x)
-        return self.manifold.local(_tree.join(x, remainder), space=space).form(velocity, vector)
-
-
-@checked
-def parallel_transport(
-    manifold: AbstractManifold,
-    path: Callable[[Scalar], Point],
-    vector: Tangent,
-    *,
-    walk: GeodesicOptions | None = None,
-    throw: bool = True,
-) -> Tangent:
-    """The parallel transport of a tangent at path(0) along a path to path(1).
-
-    Args:
-        manifold: the manifold.
-        path: time in [0, 1] → point of the manifold, differentiable in forward mode: one
-            that is solved for, as by `geodesic`, with
-            `GeodesicOptions(adjoint=diffrax.ForwardMode())`.
-        vector: a tangent at path(0); its tangent part counts.
-        walk: how to solve.
-        throw: as for `geodesic`.
-
-    Returns:
-        A tangent at path(1), as long as the tangent part of the vector.
-
-    Raises:
-        ValueError: the path leaves the manifold (checked at its ends and in its middle).
-        EquinoxRuntimeError: with the message of the `RESULTS` member; under a trace, also where
-            the path leaves the manifold.
-    """
-    path = _tree.as_pytree_callable(path)
-    ends = [path(jnp.asarray(t)) for t in (0.0, 0.5, 1.0)]
-    if not is_traced((manifold, ends)):
-        with jax.ensure_compile_time_eval():
-            for time, point in zip((0.0, 0.5, 1.0), ends):
-                if not bool(manifold.is_on(point, tol=1e-4)):
-                    raise ValueError(
-                        f"The path must lie on the manifold; at time {time} it is "
-                        f"{float(manifold.defect(point)):.3g} away. Wrap it in manifold.project."
-                    )
-    coordinates, _ = manifold.split(ends[0])
-    vector = _tree.as_tangent(coordinates, vector)
-    return delivered(*_transported(manifold, path, vector, walk or GeodesicOptions()), throw)
-
-
-def _is_on_path(manifold: AbstractManifold, path: Callable[..., Any], time: Scalar) -> Flag:
-    fixed, steady = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (manifold, path)
-    )
-    return fixed.is_on(steady(time), tol=1e-4)
-
-
-@eqx.filter_jit
-def _transported(
-    manifold: AbstractManifold, path: Callable[..., Any], vector: Tangent, walk: GeodesicOptions
-) -> tuple[Tangent, RESULTS]:
-    dtype = _tree.dtype_of(vector)
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    size = _tree.size_of(jax.lax.stop_gradient(vector))
-    solution = dfx.diffeqsolve(
-        dfx.ODETerm(_TransportField(manifold, path)),
-        walk.solver,
-        zero,
-        one,
-        None,
-        manifold.normal_space(path(zero)).tangent(vector),
-        stepsize_controller=walk.controller(size, jnp.asarray(_FIRST_STEP, dtype)),
-        adjoint=walk.adjoint,
-        max_steps=MAX_STEPS,
-        throw=False,
-    )
-    assert solution.ys is not None
-    # Transport keeps vectors tangent; what the solver left off it is its error.
-    ended = _tree.cast_like(_last(solution.ys), vector)
-    moved = manifold.normal_space(path(one)).tangent(ended)
-    result = _ended(solution, moved)
-    is_on = jax.lax.map(lambda time: _is_on_path(manifold, path, time), jnp.linspace(zero, one, 3))
-    result = _tree.where(jnp.all(is_on), result, RESULTS.not_on_manifold)
-    is_there = result == RESULTS.successful
-    return or_nan(moved, is_there, of=(manifold, path, vector)), result

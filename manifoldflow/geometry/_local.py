@@ -48,10 +48,13 @@ def sum_over_tangents(
             return term(space.tangent(_tree.random_normal_like(key, coordinates)))
 
         return linalg.estimate(sample, key, num_samples)
+    # Σ q(Peᵢ) over unit vectors of the whole space is tr PqP: no basis of the tangent space is
+    # needed.
     identity = lx.IdentityLinearOperator(_tree.structure_of(coordinates))
 
     def projected(index: Int[Array, ""]) -> PyTree[Array]:
         return term(space.tangent(linalg.column(identity, index)))
 
     size = _tree.size(coordinates)
+    # In chunks of some 2¹⁶ numbers: all D tangents at once would be D×D.
     return linalg.sum_terms(projected, size, max(1, 2**16 // size))

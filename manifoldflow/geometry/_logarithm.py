@@ -1,4 +1,4 @@
-"""The way from one point of a manifold to another: the inverse of the exponential map."""
+"""The inverse of the exponential map: the way from one point of a manifold to another."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ _MAX_SHOTS = 64
 def logarithm_map(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
 ) -> Tangent:
-    """v with exp_point(v) = other, by shooting.
+    """The tangent v with exp_point(v) = other, by shooting.
 
     Finds one geodesic between the points: the shortest if they are near to each other, some
     other, or none, if they are not. Each shot solves D variations of a geodesic: for
@@ -38,9 +38,20 @@ def logarithm_map(
         other: another.
         throw: raise if no geodesic is found; with `throw=False` the result is NaN.
 
+    Returns:
+        A tangent at `point`, whose length is that of the geodesic.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member.
         NotImplementedError: a second derivative is asked for.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.0, 1.0])
+        >>> y = jnp.array([0.5, 0.75**0.5])
+        >>> print(jnp.abs(mf.logarithm_map(circle, x, y)).round(3))  # π/6 along the circle
+        [0.524 0.   ]
     """
     return logarithm_map_with_info(manifold, point, other, throw=throw)[0]
 
@@ -58,6 +69,16 @@ def distance(
         point: a point of the manifold.
         other: another.
         throw: as for `logarithm_map`.
+
+    Returns:
+        A length ≥ 0, in units of the coordinates.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> print(f"{mf.distance(circle, x, jnp.array([0.0, 1.0])):.4f}")  # π/2
+        1.5708
     """
     return _tree.norm(logarithm_map(manifold, point, other, throw=throw))
 
@@ -66,20 +87,41 @@ def distance(
 def logarithm_map_with_info(
     manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = False
 ) -> tuple[Tangent, Info]:
-    """As `logarithm_map`, with the `Info` of the search; its defect is the miss at `other`."""
+    """The tangent of `logarithm_map`, with the `Info` of the search.
+
+    Args:
+        manifold: the manifold.
+        point: a point of the manifold.
+        other: another.
+        throw: raise if no geodesic is found; by default the result is then NaN.
+
+    Returns:
+        The tangent, and the `Info`; its defect is the miss at `other`.
+
+    Raises:
+        EquinoxRuntimeError: with `throw=True`, with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> v, info = mf.geometry.logarithm_map_with_info(circle, x, jnp.array([0.0, 1.0]))
+        >>> print(info.is_successful, info.defect < 1e-3)
+        True True
+    """
     vector, info = _logarithm(manifold, point, other)
     return delivered(vector, info.result, throw), info
 
 
 class _Shots(eqx.Module):
-    """Where geodesics from a point come to, beside another point."""
+    """The ends of geodesics from a point, compared with another point."""
 
     manifold: AbstractManifold
     coordinates: Coordinates
     target: Coordinates
 
     def miss(self, v: Array, remainder: Point, adjoint: dfx.AbstractAdjoint) -> Array:
-        """exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
+        """The miss exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
         start = _tree.join(self.coordinates, remainder)
         vector = _tree.ravel(self.coordinates)[1](v)
         walk = GeodesicOptions(adjoint=adjoint)
@@ -117,6 +159,7 @@ def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[
         return (gap / unit).astype(v.dtype), gap
 
     eps = _tree.eps_of(coordinates)
+    # Least squares, not a root: the miss and P⊥v are 2D equations for D unknowns.
     search = optx.least_squares(
         shot,
         optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6),
@@ -133,7 +176,7 @@ def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[
 
 @eqx.filter_custom_vjp
 def _with_derivative(shots: _Shots, found: Array, remainder: Point) -> Array:
-    """What was found, with the derivative of the implicit function in all of `shots`."""
+    """The solution found, with the derivative of the implicit function in all of `shots`."""
     del shots, remainder
     return found
 
@@ -158,6 +201,7 @@ def _with_derivative_bwd(
     found = _once(found, eqx.filter(shots, eqx.is_inexact_array))
     along = lambda v: shots.miss(v, remainder, dfx.ForwardMode())
     push = lambda e: jax.jvp(along, (found,), (e,))[1]
+    # D pushes, once: the rows of the transposed Jacobian of the miss, as `linear_solve` wants them.
     slopes = jax.vmap(push)(jnp.eye(found.size, dtype=found.dtype))
     solver = lx.AutoLinearSolver(well_posed=None)
     weights = lx.linear_solve(lx.MatrixLinearOperator(slopes), cotangent, solver, throw=False).value

@@ -1,4 +1,4 @@
-"""Where gradient flow ends, Φ, and its derivatives there."""
+"""The limit map Φ of gradient flow, and its derivatives on the manifold."""
 
 from manifoldflow.limits._limit_map import (
     limit_map as limit_map,

@@ -1,4 +1,4 @@
-"""Φ, the limit of gradient flow, by extrapolated linearly implicit Euler steps.
+"""The limit map Φ of gradient flow, by extrapolated linearly implicit Euler steps.
 
 Gradient flow is stiff: explicit solvers need 10⁴ and more steps before the loss is
 tight. Each step here takes 1, 2, …, 7 implicit Euler substeps (`AbstractStiffness`) and
@@ -28,8 +28,8 @@ from manifoldflow.manifolds import AbstractManifold, MinimizerManifold, ZeroLoss
 
 ORDER = 7
 
-# A step is slow that goes less than this share of the way that remains. Steps grow tenfold, so that
-# kinks that are crossed take a few each; so many in a row go to and fro across one.
+# A slow step goes less than this share of the way that remains. Steps grow tenfold, so that a kink
+# that is crossed takes a few of them; this number in a row goes to and fro across one.
 _SLOW, _MOST_SLOW = 1e-3, 100
 
 
@@ -43,7 +43,7 @@ def limit_map(
     progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
     throw: bool = True,
 ) -> Point:
-    """Φ(point) = lim x(t) of gradient flow x' = −∇L(x), x(0) = point.
+    """The limit Φ(point) = lim x(t) of gradient flow x' = −∇L(x), x(0) = point.
 
     Φ is not the nearest point of the manifold, nor `manifold.project(point)`: all three
     agree to first order in the distance only. The derivative is that of the flow, and
@@ -63,12 +63,25 @@ def limit_map(
             (steps so far), coordinates, remaining.
         throw: raise where the flow does not reach a minimum; else NaN coordinates.
 
+    Returns:
+        A point of the manifold, of the kind of `point`.
+
     Raises:
         EquinoxRuntimeError: with the message of the `RESULTS` member; `not_smooth` where the flow
             is held by a kink of the loss, as that of networks with ReLU mostly is.
 
     References:
         [LiWangArora2022, §4; Katzenberger1991].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda w: (w[0] * w[1] - 1) ** 2 / 2)
+        >>> end = mf.limit_map(loss, jnp.array([2.0, 1.0]))
+        >>> print(end.round(3))
+        [1.817 0.55 ]
+        >>> print(f"{end[0] ** 2 - end[1] ** 2:.4f}")  # gradient flow conserves w₀² − w₁²
+        3.0000
     """
     return limit_map_with_info(
         loss_or_manifold, point, rtol=rtol, max_steps=max_steps, progress=progress, throw=throw
@@ -85,7 +98,30 @@ def limit_map_with_info(
     progress: bool | dfx.AbstractProgressMeter | Callable[[dict[str, Any]], None] = False,
     throw: bool = False,
 ) -> tuple[Point, Info]:
-    """As `limit_map`, with the `Info` of the solve."""
+    """The limit of gradient flow as by `limit_map`, with the `Info` of the solve.
+
+    Args:
+        loss_or_manifold: a loss, or a manifold with one.
+        point: any point in the basin of the manifold.
+        rtol: relative error of the result.
+        max_steps: steps, each with one Gram matrix or Hessian.
+        progress: as for `limit_map`.
+        throw: raise where the flow does not reach a minimum; else NaN coordinates.
+
+    Returns:
+        Φ(point), and the `Info`.
+
+    Raises:
+        EquinoxRuntimeError: with `throw=True`, with the message of the `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.FunctionLoss(lambda w: (w[0] * w[1] - 1) ** 2 / 2)
+        >>> end, info = mf.limit_map_with_info(loss, jnp.array([2.0, 1.0]))
+        >>> print(info.is_successful, info.num_steps < 20)
+        True True
+    """
     if rtol is not None:  # as an array, an argument and not a constant
         rtol = jnp.asarray(rtol) if is_traced(rtol) else checked_positive("limit_map: rtol", rtol)
     manifold = _manifold(loss_or_manifold, point)
@@ -191,6 +227,7 @@ def _limit_jvp(
 
     records = (history.coordinates, history.step_sizes, jnp.arange(max_steps))
     tangent, _ = jax.lax.scan(replay, filled(coordinates_dot, coordinates), records)
+    # The projection at the end moves along the normal space only: to first order P takes it out.
     space = manifold.normal_space(_tree.join(limit, remainder))
     limit_dot = space.tangent(tangent)
     drift = constraint_dot(manifold, manifold_dot, limit, remainder, remainder_dot)
@@ -215,6 +252,7 @@ def _follow(
     """
     loss = manifold.loss
     dtype = _tree.dtype_of(coordinates)
+    # Below 4 eps a local error cannot be told from rounding, and no step would ever be accepted.
     local_rtol = jnp.maximum(0.05 * rtol, 4 * _tree.eps_of(coordinates)).astype(dtype)
 
     def body(carry: tuple[_State, Any]) -> tuple[_State, Any]:
@@ -225,6 +263,7 @@ def _follow(
         wanted = rtol * _tree.norm(state.coordinates)
         is_there = remaining <= wanted
         size = frozen.size()
+        # The first step: of the fastest time scale, 1/λ_max.
         guess = _tree.where(state.num_steps == 0, 1 / size, state.step_size)
 
         def is_trying(trial: tuple) -> Flag:
@@ -236,6 +275,7 @@ def _follow(
             moved, error = _extrapolated_step(loss, frozen, state.coordinates, remainder, step_size)
             allowed = local_rtol * jnp.maximum(_tree.norm(moved), _tree.norm(state.coordinates))
             ratio = _tree.norm(error) / allowed
+            # NaN compares as False, and would pass for an accepted step.
             ratio = _tree.where(jnp.isfinite(ratio), ratio, jnp.inf)
             smaller = step_size * jnp.minimum(0.5, _step_factor(ratio))
             return moved, ratio, step_size, smaller
@@ -246,6 +286,7 @@ def _follow(
         way = _tree.norm(_tree.subtract(moved, state.coordinates))
         num_slow = _tree.where(way < _SLOW * remaining, state.num_slow + 1, 0)
         is_stuck = ~(ratio <= 1) | (num_slow >= _MOST_SLOW)
+        # Kept for derivatives alone: a value needs no memory of its path.
         if history is not None:
             history = jax.tree.map(
                 lambda all_, one: all_.at[state.num_steps].set(one),
@@ -310,6 +351,7 @@ def _extrapolated_step(
     """One step of seventh order and its difference from the one of sixth order."""
 
     def row(_: None, count: Array) -> tuple[None, Tangent]:
+        # Linearly implicit Euler: d ← d − h(I + hA)⁻¹∇L(x + d), `count` times with h = step/count.
         h = step_size / count.astype(step_size.dtype)
         resolvent = frozen.resolvent(h)
 
@@ -342,6 +384,7 @@ def _weights() -> tuple[np.ndarray, np.ndarray]:
     """
 
     def to_zero(counts: np.ndarray) -> np.ndarray:
+        # Lagrange's weights at h = 0 for the nodes h = 1/count: Π_{k≠j} nⱼ/(nⱼ − nₖ).
         differences = counts[:, None] - counts[None, :] + np.eye(len(counts))
         return np.prod(np.where(np.eye(len(counts)), 1, counts[:, None] / differences), axis=1)
 

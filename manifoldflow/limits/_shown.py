@@ -1,4 +1,4 @@
-"""What the limit map shows on its way."""
+"""The progress that the limit map shows on its way."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class Shown(eqx.Module):
         remaining: Scalar,
         wanted: Scalar,
     ) -> PyTree[Array]:
-        """Show how far it is."""
+        """Show the share of the way that is done."""
         show(self.reports, num_steps, coordinates, {"remaining": remaining})
         if not self.has_meter:
             return None

@@ -20,29 +20,30 @@ from manifoldflow.losses import AbstractLoss, AbstractResidualLoss
 
 
 class AbstractStiffness(eqx.Module):
-    """A positive semidefinite A."""
+    """A positive semidefinite A ≈ ∇²L, the stiff part of gradient flow."""
 
     @abc.abstractmethod
     def resolvent(self, step: Scalar) -> Callable[[Tangent], Tangent]:
-        """v ↦ (I + step·A)⁻¹v, made ready for many v."""
+        """The map v ↦ (I + step·A)⁻¹v, made ready for many v."""
 
     @abc.abstractmethod
     def remaining(self, gradient: Tangent) -> Scalar:
-        """‖A†∇L‖, about how far gradient flow still has to go."""
+        """The length ‖A†∇L‖, about as far as gradient flow still has to go."""
 
     @abc.abstractmethod
     def size(self) -> Scalar:
-        """The size of A, or of what it is the positive part of: at least its largest eigenvalue."""
+        """The size of A, or of the Hessian that it is a part of: at least the top eigenvalue."""
 
 
 class GaussNewtonStiffness(AbstractStiffness):
-    """A = RᵀR for R with n ≤ D rows, by Woodbury's identity in n dimensions."""
+    """The Gauss-Newton matrix A = RᵀR for R with n ≤ D rows, by Woodbury in n dimensions."""
 
     root: linalg.AbstractJacobian
     gram: Float[Array, "n n"]
 
     def _solver(self, step: Scalar) -> Callable[[Array], Array]:
-        """(I + step·K)⁻¹."""
+        """The solve with I + step·K."""
+        # Woodbury: (I + hRᵀR)⁻¹ = I − hRᵀ(I + hK)⁻¹R with K = RRᵀ, n×n in place of D×D.
         one = jnp.eye(len(self.gram), dtype=self.gram.dtype)
         return linalg.positive_solver(one + step * self.gram)
 
@@ -70,7 +71,7 @@ class GaussNewtonStiffness(AbstractStiffness):
 
 
 class HessianStiffness(AbstractStiffness):
-    """A = the positive part of a dense Hessian; what curves downwards stays explicit."""
+    """The positive part A of a dense Hessian; directions that curve downwards stay explicit."""
 
     signed: Float[Array, " D"]
     vectors: Float[Array, "D D"]
@@ -85,6 +86,7 @@ class HessianStiffness(AbstractStiffness):
 
     def resolvent(self, step: Scalar) -> Callable[[Tangent], Tangent]:
         def apply(vector: Tangent) -> Tangent:
+            # Negative eigenvalues count as 0 here: 1 + hλ could vanish.
             weights = self._rotated(vector) / (1 + step * self.values)
             flat = _precision.matmul(self.vectors, weights)
             return _tree.ravel(self.coordinates)[1](flat)

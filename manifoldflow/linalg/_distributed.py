@@ -31,12 +31,34 @@ _TILES = 8
 
 def all_axes() -> tuple[str, ...]:
     """The axes of the mesh in force over which arrays can be spread."""
+<<<<<<< HEAD
     return tuple(_mesh.axes_in_force())
 
 
 def distributes(num_rows: int) -> bool:
     """Whether a matrix of so many rows can be cut over several devices here."""
     return _mesh.num_devices() > 1 and num_rows % _mesh.num_devices() == 0
+=======
+    here = jax.sharding.get_abstract_mesh()
+    ours = (_mesh.EXAMPLES, "parameters")
+    return tuple(name for name in here.axis_names if name in here.auto_axes and name in ours)
+
+
+def num_devices() -> int:
+    """The number of devices that arrays can be spread over here; 1 where no mesh is in force."""
+    here = jax.sharding.get_abstract_mesh()
+    return math.prod(here.shape[axis] for axis in all_axes())
+
+
+def distributes(num_rows: int) -> bool:
+    """True where a matrix with this many rows can be cut over several devices here."""
+    return num_devices() > 1 and num_rows % num_devices() == 0
+
+
+def over_all(array: Array) -> Array:
+    """The array cut along its leading axis over all devices."""
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(all_axes()))
+>>>>>>> 3611b01da40deeb8368bf78851e552fe4cc4f301
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +98,7 @@ class _Layout:
         return jax.lax.psum(array, self.axes) if self.axes else array
 
     def from_owner(self, array: Array, owner: Array) -> Array:
-        """What one device has of it, on all."""
+        """The part that one device has, on all devices."""
         return self.sum(jnp.where(self.here() == owner, array, 0)) if self.axes else array
 
     def blocks(self, array: Array) -> Float[Array, "... own device row"]:
@@ -106,7 +128,7 @@ class DistributedFactor(eqx.Module):
 
     @classmethod
     def nothing(cls, matrix: Float[Array, "n n"], block: int = _BLOCK) -> "DistributedFactor":
-        """What a factorisation of the matrix gives that failed."""
+        """The result of a factorisation of the matrix that failed."""
         layout = _Layout.of(len(matrix), all_axes(), block)
         size = layout.num_steps * layout.block
         rows = _mesh.over_all(jnp.full((size, size), jnp.nan, matrix.dtype))
@@ -199,7 +221,7 @@ def _solve_alone(factor: Array, right: Array) -> Array:
 
 
 def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tuple[Array, Array]:
-    """What one device does with its rows of the matrix; columns in the order of elimination."""
+    """The work of one device on its rows of the matrix; columns in the order of elimination."""
     block, width = layout.block, layout.block * layout.num_own // layout.num_tiles
     here, from_owner = layout.here(), layout.from_owner
     flat = lambda blocks: blocks.reshape(*blocks.shape[:-3], -1)
@@ -248,7 +270,7 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
 
 
 def _solve(layout: _Layout, rows: Array, diagonal: Array, right: Array) -> Array:
-    """What one device does with its rows of the factor; `right` in the order of elimination."""
+    """The work of one device on its rows of the factor; `right` in the order of elimination."""
     block, here = layout.block, layout.here()
     column = lambda number: jax.lax.dynamic_slice_in_dim(rows, number * block, block, 1)
     solve = partial(jax.lax.linalg.triangular_solve, lower=True)

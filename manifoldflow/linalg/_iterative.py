@@ -254,7 +254,7 @@ class IterativeGramSolve(AbstractGramSolve):
         return self.damping + 5 * _precision.eps_of_dtype(self.row_scale) * len(self.row_scale)
 
     def precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-        """What the iteration takes for K⁻¹w, up to a factor: by the sketch or the inverse."""
+        """The iteration's approximation of K⁻¹w, up to a factor: by the sketch or the inverse."""
         return self.row_scale * self._equilibrated_precondition(self.row_scale * vector)
 
     def _equilibrated_precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:

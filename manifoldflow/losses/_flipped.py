@@ -38,7 +38,7 @@ def flipped_labels_loss(
             `lambda z: jnp.exp(-z)`.
         probability: p in (0, ½), with which a label is wrong.
         predict: `predict(point, x)` → f, one number for one example; by default `point(x)`.
-        trainable: which leaves may move, as for `LeastSquares`.
+        trainable: says which leaves may move, as for `LeastSquares`.
 
     Returns:
         The loss, with the probabilities of the label 1 as targets.
@@ -61,6 +61,7 @@ def flipped_labels_loss(
             "flipped_labels_loss needs a function of a margin, as lambda z: jnp.exp(-z); got "
             f"{described(margin_loss)}."
         )
+    # p = 0 would send the minimum to infinity, as hard labels do.
     chance = checked_positive("flipped_labels_loss: probability", probability)
     if not is_traced(chance) and not float(chance) < 0.5:
         raise ValueError(

@@ -105,4 +105,5 @@ class SquaredNorm(AbstractResidualLoss):
 
 def ravel_value(value: PyTree[Any]) -> Float[Array, " n"]:
     """A function's value, an array or a PyTree of arrays, as one vector."""
+    # `ravel_pytree` would also promote, and its way back is not needed.
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(value)])

@@ -132,7 +132,7 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
     def output_gradient(
         self, outputs: Float[Array, "N ..."], targets: PyTree[Array]
     ) -> Float[Array, "N ..."]:
-        """scale·(f − y)."""
+        """The derivative scale·(f − y)."""
         return self.scale.astype(outputs.dtype) * (outputs - targets)
 
     def residual_weights(self, weights: Float[Array, "N outputs"]) -> Float[Array, " n"]:

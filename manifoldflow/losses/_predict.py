@@ -31,7 +31,7 @@ def call_point(point: Point, x: Example) -> Array:
 def model_output(
     predict: Callable[..., Any], point: Point, x: Example, shape: tuple[int, ...] | None
 ) -> Array:
-    """predict(point, x), checked against the shape that is expected of it."""
+    """The output predict(point, x), checked against the shape that is expected of it."""
     _refuse_randomness(point)
     try:
         output = predict(point, x)
@@ -60,7 +60,7 @@ def model_output(
 
 
 def _is_of_shapes(error: Exception) -> bool:
-    """Of JAX itself, about the arrays that it was given; not of us, nor of a type checker."""
+    """True for errors of JAX itself about shapes, not for ours or those of a type checker."""
     is_plain = type(error) in (TypeError, ValueError)
     last = error.__traceback__
     while last is not None and last.tb_next is not None:

@@ -55,6 +55,7 @@ class _Traced:
         arrays = [leaf for leaf, a in zip(self.leaves, is_array, strict=True) if a]
         program = jax.make_jaxpr(run)(arrays)
         outputs = [True] * len(program.jaxpr.outvars)
+        # A leaf that is used, but not through anything with a derivative, would be moved unseen.
         used, seen = (_reaching(program, outputs, smooth) for smooth in (False, True))
         coordinates, _, _ = jax.tree.unflatten(self.treedef, self.leaves)
         paths = jax.tree_util.tree_leaves_with_path(coordinates)

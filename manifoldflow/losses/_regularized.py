@@ -78,6 +78,7 @@ class RegularizedLoss(AbstractLoss):
 
     def __call__(self, point: Point) -> Scalar:
         value, trace = self.loss(point), self.trace(point)
+        # Without the cast a λ in float64 would promote a loss in float32.
         return value + self.strength.astype(value.dtype) * trace
 
     def trace(self, point: Point) -> Scalar:

@@ -189,7 +189,6 @@ def _search_minimizer(loss_fn: LossFn, target: PyTree[Array]) -> Array:
             f"PerExampleLoss. Hard labels have no finite minimum. {_WAYS_OUT}"
         )
     start = jnp.zeros(leaves[0].shape, leaves[0].dtype)
-    # BFGS stalls near √eps of the value; the Newton steps below go on from there.
     tolerance = _precision.eps_of_dtype(start) ** 0.75
     solver = optx.BFGS(rtol=tolerance, atol=tolerance)
     rough = optx.minimise(loss_fn, solver, start, target, max_steps=512, throw=False).value

@@ -28,6 +28,9 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
         mesh: with one axis of devices, or those of `manifoldflow.mesh`; the number of devices that
             share the examples divides N. By default the one that is in force.
 
+    Returns:
+        A loss of the same kind, whose data lie on the devices of the mesh.
+
     Raises:
         ValueError: no mesh at all; other axes, or N is not divisible.
 

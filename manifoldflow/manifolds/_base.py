@@ -41,7 +41,7 @@ class AbstractManifold(eqx.Module):
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> circle = mf.models.Sphere(1).manifold
         >>> isinstance(circle, mf.AbstractManifold)
         True
         >>> x = circle.project(jnp.array([3.0, 4.0]))
@@ -70,10 +70,11 @@ class AbstractManifold(eqx.Module):
     def residual_loss(self) -> AbstractResidualLoss | None:
         """The loss, if the manifold is the zero set of its residuals, else None; by types alone.
 
-        It is the loss wherever that has residuals, except on manifolds of stationary points. The
+        It is the loss where that has residuals, except on manifolds of stationary points. The
         constraint is then taken to be the residual, in the same order.
         """
         loss = self.loss
+        # By types, which are known where a program is traced; values are not.
         is_residual = isinstance(loss, AbstractResidualLoss)
         return None if isinstance(self, AbstractStationaryManifold) or not is_residual else loss
 
@@ -183,7 +184,14 @@ class AbstractManifold(eqx.Module):
     def project_with_info(
         self, point: Point, *, throw: bool = False, max_steps: int = MAX_STEPS
     ) -> tuple[Point, Info]:
-        """As `project`, with the `Info` of the search."""
+        """The point of `project`, with the `Info` of the search.
+
+        Args:
+            point: any point in the neighbourhood of the manifold.
+            throw: raise if the search fails; by default the result then has NaN coordinates.
+            max_steps: Gauss-Newton steps before the search gives up.
+        """
+        # The limit as an array: another limit is then no other program.
         landed, info = self._landed(point, jnp.asarray(checked_count("max_steps", max_steps)))
         return delivered(landed, info.result, throw), info
 
@@ -205,6 +213,8 @@ class AbstractManifold(eqx.Module):
         """The verdict on a search that ended here; a stationary point that is no minimum fails."""
         if not isinstance(self, AbstractStationaryManifold):
             return info
+        # A verdict has no derivative, and that of a Hessian's eigenvalues would be a third one of
+        # L.
         space = self.normal_space(_tree.join(jax.lax.stop_gradient(landed), remainder))
         result = _tree.where(info.is_successful, space.curvature(), info.result)
         return eqx.tree_at(lambda i: i.result, info, result)
@@ -252,7 +262,7 @@ class AbstractManifold(eqx.Module):
         max_steps: int = MAX_STEPS,
         space: AbstractNormalSpace | None = None,
     ) -> tuple[Point, Info]:
-        """As `retract`, with the `Info` of the search.
+        """The point of `retract`, with the `Info` of the search.
 
         Where `space`, the normal space at the point, is known already it is not made again;
         the vector must then be tangent, and derivatives do not go through it.
@@ -271,6 +281,8 @@ class AbstractManifold(eqx.Module):
     ) -> tuple[Point, Info]:
         coordinates, remainder = self.split(point)
         vector = _tree.as_tangent(coordinates, vector)
+        # The derivative goes through the point: through a space made from it as well, it would
+        # count twice.
         base = jax.lax.stop_gradient(base)
         landed, info = orthographic_retract(
             self, coordinates, vector, remainder, max_steps=max_steps, base=base
@@ -312,6 +324,8 @@ class AbstractManifold(eqx.Module):
         """
         coordinates, _ = self.split(point)
         tol = tolerance(coordinates) if tol is None else tol
+        # The squares of entries near 1e-23 are zero in float32, and every vector of them would be
+        # tangent.
         vector, _ = _tree.in_own_units(_tree.as_tangent(coordinates, vector))
         normal = self.normal_projection(point, vector, throw=False)
         return _tree.norm(normal) <= tol * _tree.norm(vector)

@@ -49,6 +49,7 @@ def _chord_steps(
 
     Near the manifold, where rounding sets the pace, any shortening will do.
     """
+    # Steps with an old factorisation converge linearly: after some of them a new one is cheaper.
     before, limit = space.shortfall(value), _tree.where(is_full, 7, 2)
 
     def going(state: _Chord) -> Flag:
@@ -165,6 +166,7 @@ def gauss_newton_project(
             is_first = state.num_factorizations == 0
             x, value = state.coordinates, state.value
             is_double |= is_first & _is_slope_rounding(space, constraint, x, value)
+        # Steps 10⁶ times shorter than a gradient step lead nowhere.
         is_lost = ~is_linear & (is_near | (damping > 1e6))
         return _Landing(
             chord.coordinates,

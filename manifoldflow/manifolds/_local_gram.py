@@ -25,6 +25,15 @@ class GramGeometry(AbstractLocalGeometry):
 
     `manifold.local(point)` gives it for `LevelSet`, `ZeroLossManifold` and `OutputManifold`.
 
+    Attributes:
+        manifold: the manifold.
+        loss: the loss with these residuals.
+        coordinates: the coordinates of the point.
+        remainder: its other leaves.
+        space: the normal space there.
+        gram: K = JJᵀ, (n, n), or None until `prepared`.
+        inverse: its rank-aware inverse, or None.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
@@ -65,7 +74,7 @@ class GramGeometry(AbstractLocalGeometry):
             return _tree.zeros_like(self.coordinates)
         tangent = self.operator(self.space.tangent, is_symmetric=True)
         multiplier = self._multiplier()
-        # PΣP and PΣJ† from a factor F take two products per column; from Σ itself, D of them.
+        # One Hessian-vector product per column of a factor F; from Σ itself, one per residual.
         tangents = tangent @ sigma.operator
         if isinstance(sigma, linalg.Factor):
             multipliers = multiplier @ sigma.operator

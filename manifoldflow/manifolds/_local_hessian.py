@@ -18,6 +18,13 @@ class HessianGeometry(AbstractLocalGeometry):
 
     `manifold.local(point)` gives it for `MinimizerManifold`.
 
+    Attributes:
+        manifold: the manifold.
+        coordinates: the coordinates of the point.
+        remainder: its other leaves.
+        space: the normal space there.
+        matrix: ∇²L, (D, D), or None until `prepared`.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf

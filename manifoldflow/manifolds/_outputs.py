@@ -31,7 +31,7 @@ class OutputManifold(AbstractManifold):
 
     The outputs count as they are: logits may not shift together, though a softmax would not
     notice. Outputs may be dependent, and more than there are coordinates: their rank counts,
-    and what is left is then what symmetries of the network leave.
+    and the manifold then has the directions that symmetries of the network leave.
 
     Its `loss` is half the mean squared difference of the outputs, a `LeastSquares`. The noise of
     another loss, and its limit, live on the `ZeroLossManifold` of that loss.
@@ -40,8 +40,8 @@ class OutputManifold(AbstractManifold):
         predict: `predict(point, x)` maps one example to its output; None for `point(x)`.
         inputs: PyTree of arrays with a leading axis of N examples.
         like: θ₀, a point; it lies on the manifold.
-        gram: how Gram matrices are solved; by default `linalg.AutoGram()`.
-        trainable: which leaves are coordinates, as for `LeastSquares`.
+        gram: the solver for Gram matrices; by default `linalg.AutoGram()`.
+        trainable: says which leaves are coordinates, as for `LeastSquares`.
 
     Raises:
         ValueError: data of different lengths, a model whose outputs are not one array of finite
@@ -95,6 +95,8 @@ class OutputManifold(AbstractManifold):
 
 def _finite(outputs: Array) -> Array:
     if not is_traced(outputs):
+        # Looked at here: NaN targets would make every search fail later, without a hint of the
+        # cause.
         bad = np.argwhere(~np.isfinite(np.asarray(outputs)))
         if len(bad):
             raise ValueError(

@@ -53,7 +53,7 @@ class Projected(dfx.AbstractWrappedSolver):
         >>> import diffrax as dfx
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle = mf.LevelSet(lambda x: x @ x - 1)
+        >>> circle = mf.models.Sphere(1).manifold
         >>> turn = dfx.ODETerm(lambda t, x, args: jnp.stack([-x[1], x[0]]))
         >>> solver, start = mf.Projected(dfx.Euler(), circle), jnp.array([1.0, 0.0])
         >>> end = dfx.diffeqsolve(turn, solver, 0.0, 1.0, 0.1, start).ys[-1]

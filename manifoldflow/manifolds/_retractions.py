@@ -26,7 +26,7 @@ class AbstractRetraction(eqx.Module):
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
         >>> retraction = mf.NewtonRetraction()
         >>> isinstance(retraction, mf.AbstractRetraction), retraction.order
         (True, 2)
@@ -75,7 +75,7 @@ class NewtonRetraction(AbstractRetraction):
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
         >>> y = mf.NewtonRetraction()(circle, x, jnp.array([0.0, 0.6]))
         >>> print(y.round(3))  # above x + v
         [0.8 0.6]
@@ -114,7 +114,7 @@ class AbstractLandingRetraction(AbstractRetraction):
         >>> class Projecting(mf.manifolds.AbstractLandingRetraction):
         ...     def land(self, manifold, point):
         ...         return manifold.project_with_info(point)
-        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([1.0, 0.0])
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
         >>> print(Projecting()(circle, x, jnp.array([0.0, 0.75])).round(3))
         [0.8 0.6]
     """
@@ -177,7 +177,7 @@ def inverse_retract(
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> circle, x = mf.LevelSet(lambda x: x @ x - 1), jnp.array([0.0, 1.0])
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.0, 1.0])
         >>> y = jnp.array([0.6, 0.8])
         >>> print(mf.inverse_retract(mf.NewtonRetraction(), circle, x, y).round(3) + 0.0)
         [0.6 0. ]

@@ -28,13 +28,12 @@ from manifoldflow.models._separable import (
 )
 from manifoldflow.models._surfaces import (
     Ellipsoid as Ellipsoid,
-    FlatTorus as FlatTorus,
     Hyperboloid as Hyperboloid,
     Sphere as Sphere,
-    Torus as Torus,
 )
 from manifoldflow.models._symmetric_networks import (
     NonlinearFactorization as NonlinearFactorization,
     ScaleInvariantNet as ScaleInvariantNet,
 )
+from manifoldflow.models._tori import FlatTorus as FlatTorus, Torus as Torus
 from manifoldflow.models._two_layer_net import TwoLayerNet as TwoLayerNet

@@ -21,8 +21,8 @@ def digits(
     The 1,797 images are shuffled once; 1,000 are for training, 797 for testing.
 
     Args:
-        num_examples: how many; by default all.
-        test: from the test part in place of the training part.
+        num_examples: the number of images; by default all.
+        test: take them from the test part in place of the training part.
         seed: of the shuffle.
 
     Returns:
@@ -31,8 +31,15 @@ def digits(
     Raises:
         ImportError: scikit-learn is missing; `pip install manifoldflow[demo]`.
         ValueError: more examples than there are.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> images, labels = mf.models.digits(num_examples=60)
+        >>> print(images.shape, labels.shape, labels[0].sum())
+        (60, 64) (60, 10) 1.0
     """
     images, labels = _read()
+    # NumPy's generator: the split must not depend on JAX's version or device.
     order = np.random.default_rng(seed).permutation(len(images))
     part = order[NUM_TRAIN:] if test else order[:NUM_TRAIN]
     if num_examples is not None and not 1 <= num_examples <= len(part):

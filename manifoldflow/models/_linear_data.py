@@ -19,32 +19,32 @@ Matrix = Float[Array, "_ _"]
 
 
 class AbstractLinearData(eqx.Module):
-    """Inputs x with outputs y, and the moments that decide where linear networks end."""
+    """Inputs x with outputs y, and the moments that determine the ends of linear networks."""
 
     target_map: eqx.AbstractVar[Matrix]
     """V, the best linear map from x to y."""
 
     @abc.abstractmethod
     def sample(self, key: Key, num_examples: int) -> Batch:
-        """Examples (x, y), drawn independently."""
+        """Independent draws of examples (x, y)."""
 
     @property
     @abc.abstractmethod
     def input_covariance(self) -> Matrix:
-        """Σ_x = E[xxᵀ]."""
+        """The covariance of the inputs, Σ_x = E[xxᵀ]."""
 
     @property
     @abc.abstractmethod
     def noise_covariance(self) -> Matrix:
-        """Σ_ε = E[εεᵀ] for ε = y − Vx."""
+        """The covariance of the noise, Σ_ε = E[εεᵀ] for ε = y − Vx."""
 
     @abc.abstractmethod
     def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
-        """E[‖r‖²xxᵀ] and E[‖x‖²rrᵀ] for the residuals r = Px − y of a linear map P."""
+        """The moments E[‖r‖²xxᵀ] and E[‖x‖²rrᵀ] for the residuals r = Px − y of a linear map P."""
 
 
 class LinearStream(AbstractLinearData):
-    """y = Vx + ε with independent normal x and ε of mean 0, new at every draw.
+    """A stream y = Vx + ε with independent normal x and ε of mean 0, new at every draw.
 
     Args:
         target_map: V, (d_y, d_x).
@@ -53,6 +53,15 @@ class LinearStream(AbstractLinearData):
 
     Raises:
         ValueError: shapes that do not fit, a covariance that is not positive semidefinite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.zeros(1))
+        >>> x, y = stream.sample(jr.key(0), 5)
+        >>> print(y.shape, bool(jnp.allclose(y[:, 0], 2 * x[:, 0] - x[:, 1], atol=1e-5)))
+        (5, 1) True
     """
 
     target_map: Matrix
@@ -83,8 +92,9 @@ class LinearStream(AbstractLinearData):
         return self.noise_root @ self.noise_root
 
     def noise_moments(self, linear_map: Matrix) -> tuple[Matrix, Matrix]:
-        """With D = P − V: (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ."""
+        """The moments (tr Σ_r)Σ_x + 2Σ_xDᵀDΣ_x and (tr Σ_x)Σ_r + 2DΣ_x²Dᵀ, with D = P − V."""
         gap, sigma = linear_map - self.target_map, self.input_covariance
+        # Isserlis' theorem for normal x: E[‖Dx‖²xxᵀ] = tr(DΣDᵀ)Σ + 2ΣDᵀDΣ.
         across = gap @ sigma
         residual = across @ gap.T + self.noise_covariance
         of_inputs = jnp.trace(residual) * sigma + 2 * across.T @ across
@@ -92,7 +102,7 @@ class LinearStream(AbstractLinearData):
 
 
 class FiniteData(AbstractLinearData):
-    """N examples, drawn with replacement.
+    """A finite set of N examples, drawn with replacement.
 
     Args:
         inputs: x, (N, d_x).
@@ -100,6 +110,14 @@ class FiniteData(AbstractLinearData):
 
     Raises:
         ValueError: shapes that do not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> data = mf.models.FiniteData(x, x @ jnp.array([[2.0], [-1.0]]))
+        >>> print(data.target_map.round(3))
+        [[ 2. -1.]]
     """
 
     inputs: Float[Array, "N d_x"]
@@ -116,6 +134,7 @@ class FiniteData(AbstractLinearData):
             )
 
     def sample(self, key: Key, num_examples: int) -> Batch:
+        # With replacement: then batches are independent examples, as the formulas for SGD assume.
         drawn = jr.randint(key, (num_examples,), 0, len(self.inputs))
         return self.inputs[drawn], self.targets[drawn]
 
@@ -156,5 +175,6 @@ def _root(name: str, covariance: Any, size: int) -> Matrix:
         is_symmetric = np.max(np.abs(known - known.T)) <= floor
         if not is_symmetric or np.linalg.eigvalsh(known)[0] < -floor:
             raise ValueError(f"{name} must be symmetric, without negative eigenvalues.")
+    # Not Cholesky: a covariance may be singular.
     values, vectors = jnp.linalg.eigh(array)
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T

@@ -24,27 +24,27 @@ Weights = tuple[Matrix, ...]
 
 
 class AbstractLinearNetwork(eqx.Module):
-    """f = W_D … W_1 x on data of linear regressions, with ℓ = ‖f − y‖²."""
+    """A linear network f = W_D … W_1 x on data of linear regressions, with ℓ = ‖f − y‖²."""
 
     data: eqx.AbstractVar[AbstractLinearData]
     widths: eqx.AbstractVar[tuple[int, ...]]
 
     @abc.abstractmethod
     def weights(self, point: Any) -> Weights:
-        """(W_1, …, W_D) of a point."""
+        """The weights (W_1, …, W_D) of a point."""
 
     @abc.abstractmethod
     def point(self, weights: Sequence[Any]) -> Any:
         """The point with these weights."""
 
     def predict(self, point: Any, x: Float[Array, " d_x"]) -> Float[Array, " d_y"]:
-        """f(x)."""
+        """The output f(x)."""
         for weight in self.weights(point):
             x = weight @ x
         return x
 
     def example_loss(self, point: Any, example: Any) -> Scalar:
-        """‖f(x) − y‖², for `symmetry` and `OnlineBatch`."""
+        """The loss ‖f(x) − y‖² of an example, for `symmetry` and `OnlineBatch`."""
         x, y = example
         return jnp.sum((self.predict(point, x) - y) ** 2)
 
@@ -54,11 +54,12 @@ class AbstractLinearNetwork(eqx.Module):
 
     @property
     def loss(self) -> LeastSquares:
-        """E‖f − y‖² less what no linear map can fit: ‖(W_D … W_1 − V)Σ_x^{1/2}‖².
+        """The mean E‖f − y‖² less the part that no linear map can fit: ‖(W_D … W_1 − V)Σ_x^{1/2}‖².
 
         Least squares on d_x inputs, the columns of the root, so that descent on it is exact.
         """
         values, vectors = jnp.linalg.eigh(self.data.input_covariance)
+        # The rows of Σ_x^{1/2} as d_x examples: their squared loss is the expectation over all x.
         inputs = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
         targets = inputs @ self.data.target_map.T
         return LeastSquares(inputs, targets, predict=self.predict, scale=2.0)
@@ -70,12 +71,12 @@ class AbstractLinearNetwork(eqx.Module):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """(d_x, widths, d_y)."""
+        """The sizes (d_x, widths, d_y)."""
         outputs, inputs = self.data.target_map.shape
         return inputs, *self.widths, outputs
 
     def variances(self, scheme: str) -> tuple[float, ...]:
-        """Of the entries of W_i: "kaiming" 1/inputs, "xavier" 2/(inputs + outputs).
+        """The variances of the entries of W_i: "kaiming" 1/inputs, "xavier" 2/(inputs + outputs).
 
         References:
             [Ziyin2024, section 5.2], which has 1/(inputs + outputs) for Xavier's.
@@ -98,24 +99,25 @@ class AbstractLinearNetwork(eqx.Module):
         spread, pairs = jnp.sqrt(jnp.asarray(given, float)), list(zip(self.sizes, self.sizes[1:]))
         if spread.shape != (len(pairs),):
             raise ValueError(f"variances needs {len(pairs)} numbers; got shape {spread.shape}.")
+        # One key per layer: layers of one shape would else begin as equals.
         keys = jr.split(key, len(pairs))
         drawn = [jr.normal(k, (outputs, inputs)) for k, (inputs, outputs) in zip(keys, pairs)]
         return self.point([scale * weight for scale, weight in zip(spread, drawn)])
 
     def product(self, point: Any) -> Matrix:
-        """W_D … W_1."""
+        """The product W_D … W_1."""
         found, *others = self.weights(point)
         for weight in others:
             found = weight @ found
         return found
 
     def charges(self, point: Any) -> tuple[Matrix, ...]:
-        """W_{i+1}ᵀW_{i+1} − W_iW_iᵀ for every hidden layer, which gradient flow keeps."""
+        """The charges W_{i+1}ᵀW_{i+1} − W_iW_iᵀ of hidden layers, conserved by gradient flow."""
         weights = self.weights(point)
         return tuple(after.T @ after - w @ w.T for w, after in zip(weights, weights[1:]))
 
     def layer_gains(self, point: Any) -> Float[Array, " D"]:
-        """By how much each layer multiplies the second moment of what the inputs send it.
+        """The factors by which the layers multiply the second moment of their inputs.
 
         For the last layer: of what the noise sends back through it, tr(W_DᵀΣ_εW_D)/trΣ_ε. All of
         them are c² in the noise equilibrium, where those between the ends are ‖W_i‖²_F/rank V
@@ -131,7 +133,7 @@ class AbstractLinearNetwork(eqx.Module):
         return jnp.append(traces[1:] / traces[:-1], back)
 
     def sharpness(self, point: Any) -> Scalar:
-        """tr ∇²E‖f − y‖², at any point."""
+        """The sharpness tr∇²E‖f − y‖², at any point."""
         weights, moment = self.weights(point), self.data.input_covariance
         back = [jnp.asarray(self.sizes[-1], moment.dtype)]
         tail = jnp.eye(self.sizes[-1], dtype=moment.dtype)
@@ -139,13 +141,14 @@ class AbstractLinearNetwork(eqx.Module):
             tail = tail @ weight
             back.append(jnp.sum(tail**2))
         total = jnp.zeros((), moment.dtype)
+        # tr∇² is Σ_i 2‖W_D…W_{i+1}‖²·tr(moment of the inputs of layer i): one pass each way.
         for weight, squares in zip(weights, back[::-1]):
             total += 2 * squares * jnp.trace(moment)
             moment = weight @ moment @ weight.T
         return total
 
     def initial_sharpness(self, variances: Any = "kaiming") -> float:
-        """The mean of `sharpness` over starts of `initial`."""
+        """The mean of `sharpness` over the starts of `initial`."""
         given = self.variances(variances) if isinstance(variances, str) else tuple(variances)
         trace = float(jnp.trace(self.data.input_covariance))
         return theory.deep_linear_initial_sharpness(self.sizes, given, trace)
@@ -164,20 +167,33 @@ class AbstractLinearNetwork(eqx.Module):
 
 
 class DeepLinear(AbstractLinearNetwork):
-    """f = W_D … W_1 x on points (W_1, …, W_D), with ℓ = ‖f − y‖² on y = Vx + ε.
+    """A deep linear network f = W_D … W_1 x on points (W_1, …, W_D), with ℓ = ‖f − y‖², y = Vx + ε.
 
-    Gradient flow keeps W_{i+1}ᵀW_{i+1} − W_iW_iᵀ. SGD without weight decay forgets its start and
-    ends at `equilibrium`: all layers between the first and the last are rescaled isometries of
-    one norm, the two at the ends differ by the covariances of inputs and noise. Between the
-    ends, what a layer wider than the rank of V adds to that stays as it was at the start: no
-    gradient reaches it. So norms may still differ there, `layer_gains` do not.
+    Gradient flow conserves W_{i+1}ᵀW_{i+1} − W_iW_iᵀ. SGD without weight decay forgets its start
+    and ends at `equilibrium`: all layers between the first and the last are rescaled isometries of
+    one norm, the two at the ends differ by the covariances of inputs and noise. Between the ends, a
+    layer wider than the rank of V keeps the additional part as it was at the start: no gradient
+    reaches it. So norms may still differ there, `layer_gains` do not.
 
     Args:
         data: a `LinearStream` or `FiniteData`.
         widths: of the hidden layers, one at least.
 
+    Raises:
+        ValueError: no hidden layer, or a width below 1.
+
     References:
         [Ziyin2024, section 5.3 and Theorem 5.4].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.ones(1))
+        >>> network = mf.models.DeepLinear(stream, widths=[3])
+        >>> balanced = network.equilibrium(jr.key(0))
+        >>> print(network.product(balanced).round(3))
+        [[ 2. -1.]]
     """
 
     data: AbstractLinearData
@@ -198,17 +214,30 @@ class DeepLinear(AbstractLinearNetwork):
 
 
 class MatrixFactorization(AbstractLinearNetwork):
-    """f = UWx on points {"U": (d_y, d), "W": (d, d_x)}, with ℓ = ‖f − y‖² on y = Vx + ε.
+    """A matrix factorisation f = UWx on points {"U": (d_y, d), "W": (d, d_x)}, with ℓ = ‖f − y‖².
 
-    SGD ends where WΓ_WWᵀ = UᵀΓ_UU, gradient descent where its start says. On some data that is
-    sharper than balanced factors, on others flatter.
+    The data are y = Vx + ε. SGD ends where WΓ_WWᵀ = UᵀΓ_UU, gradient descent at a place that
+    depends on its start. On some data the former is sharper than balanced factors, on others
+    flatter.
 
     Args:
         data: a `LinearStream` or `FiniteData`.
-        width: d.
+        width: d ≥ 1.
+
+    Raises:
+        ValueError: a width below 1.
 
     References:
         [Ziyin2024, section 5.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.ones(1))
+        >>> model = mf.models.MatrixFactorization(stream, width=1)
+        >>> point = {"U": jnp.array([[1.0]]), "W": jnp.array([[2.0, -1.0]])}
+        >>> print(model.product(point), model.loss(point).round(3))
+        [[ 2. -1.]] 0.0
     """
 
     data: AbstractLinearData
@@ -228,7 +257,7 @@ class MatrixFactorization(AbstractLinearNetwork):
     def noise_matrices(
         self, point: dict[str, Matrix], noise_scale: Any = 0.5, weight_decay: Any = 0.0
     ) -> tuple[Matrix, Matrix]:
-        """Γ_W = 2σ²E[‖r‖²xxᵀ] + γI and Γ_U = 2σ²E[‖x‖²rrᵀ] + γI at this point."""
+        """The matrices Γ_W = 2σ²E[‖r‖²xxᵀ] + γI and Γ_U = 2σ²E[‖x‖²rrᵀ] + γI at this point."""
         moments = self.data.noise_moments(self.product(point))
         of_inputs, of_outputs = (
             2 * noise_scale * m + weight_decay * jnp.eye(len(m), dtype=m.dtype) for m in moments
@@ -238,7 +267,7 @@ class MatrixFactorization(AbstractLinearNetwork):
     def sides(
         self, point: dict[str, Matrix], noise_scale: Any = 0.5, weight_decay: Any = 0.0
     ) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-        """WΓ_WWᵀ and UᵀΓ_UU, equal in the noise equilibrium."""
+        """The matrices WΓ_WWᵀ and UᵀΓ_UU, equal in the noise equilibrium."""
         of_inputs, of_outputs = self.noise_matrices(point, noise_scale, weight_decay)
         w, u = point["W"], point["U"]
         return w @ of_inputs @ w.T, u.T @ of_outputs @ u

@@ -26,7 +26,7 @@ Factors = dict[str, Float[Array, "_ _"]]
 
 
 class Stiefel(eqx.Module):
-    """{X ∈ R^{n×k} : XᵀX = I}, matrices with orthonormal columns.
+    """The Stiefel manifold {X ∈ R^{n×k} : XᵀX = I} of matrices with orthonormal columns.
 
     The constraints are the upper triangle of XᵀX − I, which are independent. In this metric
     II(u, v) = −½X(uᵀv + vᵀu); for 1 < k < n it is not the canonical metric, that of the
@@ -42,6 +42,16 @@ class Stiefel(eqx.Module):
     References:
         A. Edelman, T. Arias, S. Smith, The geometry of algorithms with orthogonality
         constraints, SIAM J. Matrix Anal. Appl. 20 (1998), section 2.2.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> frames = mf.models.Stiefel(num_rows=3, num_columns=2)
+        >>> point = frames.point(jr.key(0))
+        >>> print(jnp.abs(point.T @ point).round(3), frames.dimension)
+        [[1. 0.]
+         [0. 1.]] 3
     """
 
     num_rows: int = eqx.field(static=True)
@@ -59,7 +69,7 @@ class Stiefel(eqx.Module):
 
     @property
     def dimension(self) -> int:
-        """nk − k(k + 1)/2."""
+        """The dimension nk − k(k + 1)/2."""
         return self.num_columns * (2 * self.num_rows - self.num_columns - 1) // 2
 
     @property
@@ -67,20 +77,20 @@ class Stiefel(eqx.Module):
         return LevelSet(_Orthonormal())
 
     def point(self, key: Key) -> Matrix:
-        """Uniform: the law that no rotation of the rows changes."""
+        """A uniform random point: no rotation of the rows changes its law."""
         return _orthonormal(jr.normal(key, (self.num_rows, self.num_columns)))
 
     def second_fundamental_form(self, point: Matrix, u: Matrix, v: Matrix) -> Matrix:
-        """−½X(uᵀv + vᵀu)."""
+        """The second fundamental form −½X(uᵀv + vᵀu)."""
         return -point @ (u.T @ v + v.T @ u) / 2
 
     def sectional_curvature(self, point: Matrix, u: Matrix, v: Matrix) -> Scalar:
-        """(tr uᵀu vᵀv − ¼|uᵀv + vᵀu|²)/(|u|²|v|² − ⟨u, v⟩²)."""
+        """The sectional curvature (tr uᵀu vᵀv − ¼|uᵀv + vᵀu|²)/(|u|²|v|² − ⟨u, v⟩²)."""
         bends = jnp.sum((u.T @ u) * (v.T @ v)) - jnp.sum((u.T @ v + v.T @ u) ** 2) / 4
         return bends / (jnp.sum(u**2) * jnp.sum(v**2) - jnp.sum(u * v) ** 2)
 
     def ricci_curvature(self, point: Matrix, u: Matrix) -> Scalar:
-        """Ric(u, u) = (n − (3k + 2)/4)|A|² + (n − k − 1)|B|² with A = Xᵀu, |B|² = |u|² − |A|².
+        """The Ricci curvature (n − (3k + 2)/4)|A|² + (n − k − 1)|B|², A = Xᵀu, |B|² = |u|² − |A|².
 
         From Ric(u, u) = (n − (k + 1)/2)|u|² − Σ|II(u, eᵢ)|², where the sum is k|A|²/4 over
         e = XA′ and (k + 1)|B|²/2 over the e whose columns are orthogonal to those of X.
@@ -90,17 +100,20 @@ class Stiefel(eqx.Module):
         return (n - (3 * k + 2) / 4) * inside + (n - k - 1) * (jnp.sum(u**2) - inside)
 
     def scalar_curvature(self, point: Matrix) -> Scalar:
-        """(n − (3k + 2)/4) k(k − 1)/2 + (n − k − 1)(n − k)k, the trace of Ricci."""
+        """The scalar curvature (n − (3k + 2)/4) k(k − 1)/2 + (n − k − 1)(n − k)k: tr Ric."""
         n, k = self.num_rows, self.num_columns
         value = (n - (3 * k + 2) / 4) * k * (k - 1) / 2 + (n - k - 1) * (n - k) * k
         return jnp.asarray(value, point.dtype)
 
     def mean_curvature(self, point: Matrix) -> Matrix:
-        """−(n − (k + 1)/2)X: the coordinates are eigenfunctions of Laplace-Beltrami."""
+        """The mean curvature vector −(n − (k + 1)/2)X.
+
+        The coordinates are eigenfunctions of Laplace-Beltrami.
+        """
         return -(self.num_rows - (self.num_columns + 1) / 2) * point
 
     def exponential(self, point: Matrix, vector: Matrix) -> Matrix:
-        """[X, v] exp([[A, −vᵀv], [I, A]]) [I; 0] exp(−A) with A = Xᵀv.
+        """The exponential map [X, v] exp([[A, −vᵀv], [I, A]]) [I; 0] exp(−A), with A = Xᵀv.
 
         References:
             Edelman, Arias, Smith, section 2.2.2.
@@ -112,7 +125,7 @@ class Stiefel(eqx.Module):
 
 
 class SpecialOrthogonal(eqx.Module):
-    """SO(n) = {X ∈ R^{n×n} : XᵀX = I, det X = 1}, the rotations.
+    """The rotations SO(n) = {X ∈ R^{n×n} : XᵀX = I, det X = 1}.
 
     The level set of the upper triangle of XᵀX − I is O(n); points are on its component of
     determinant 1. The metric is bi-invariant: with A = Xᵀu and B = Xᵀv,
@@ -127,6 +140,14 @@ class SpecialOrthogonal(eqx.Module):
     References:
         J. Milnor, Curvatures of left invariant metrics on Lie groups, Adv. Math. 21 (1976),
         section 7; with ⟨A, B⟩ = tr AᵀB the Killing form is −(n − 2)⟨A, B⟩.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> rotations = mf.models.SpecialOrthogonal(3)
+        >>> half_turn = jnp.diag(jnp.array([1.0, -1.0, -1.0]))
+        >>> print(rotations.dimension, f"{rotations.distance(jnp.eye(3), half_turn):.3f}")  # √2·π
+        3 4.443
     """
 
     size: int = eqx.field(static=True)
@@ -139,7 +160,7 @@ class SpecialOrthogonal(eqx.Module):
 
     @property
     def dimension(self) -> int:
-        """n(n − 1)/2."""
+        """The dimension n(n − 1)/2."""
         return self.size * (self.size - 1) // 2
 
     @property
@@ -147,34 +168,36 @@ class SpecialOrthogonal(eqx.Module):
         return LevelSet(_Orthonormal())
 
     def point(self, key: Key) -> Matrix:
-        """Uniform, the law of Haar."""
+        """A uniform random rotation, by the law of Haar."""
         found = _orthonormal(jr.normal(key, (self.size, self.size)))
+        # A reflection of one column takes the component det = −1 to that of det = 1, and Haar to
+        # Haar.
         return found.at[:, 0].multiply(jnp.sign(jnp.linalg.det(found)))
 
     def sectional_curvature(self, point: Matrix, u: Matrix, v: Matrix) -> Scalar:
-        """¼|[A, B]|²/(|A|²|B|² − ⟨A, B⟩²)."""
+        """The sectional curvature ¼|[A, B]|²/(|A|²|B|² − ⟨A, B⟩²)."""
         a, b = point.T @ u, point.T @ v
         area = jnp.sum(a**2) * jnp.sum(b**2) - jnp.sum(a * b) ** 2
         return jnp.sum((a @ b - b @ a) ** 2) / (4 * area)
 
     def ricci_curvature(self, point: Matrix, u: Matrix) -> Scalar:
-        """Ric(u, u) = (n − 2)|u|²/4."""
+        """The Ricci curvature Ric(u, u) = (n − 2)|u|²/4."""
         return (self.size - 2) * jnp.sum(u**2) / 4
 
     def scalar_curvature(self, point: Matrix) -> Scalar:
-        """n(n − 1)(n − 2)/8."""
+        """The scalar curvature n(n − 1)(n − 2)/8."""
         return jnp.asarray(self.size * (self.size - 1) * (self.size - 2) / 8, point.dtype)
 
     def mean_curvature(self, point: Matrix) -> Matrix:
-        """−½(n − 1)X."""
+        """The mean curvature vector −½(n − 1)X."""
         return -(self.size - 1) * point / 2
 
     def exponential(self, point: Matrix, vector: Matrix) -> Matrix:
-        """X exp(Xᵀv)."""
+        """The exponential map X exp(Xᵀv)."""
         return point @ jsl.expm(point.T @ vector)
 
     def distance(self, point: Matrix, other: Matrix) -> Scalar:
-        """(Σ αᵢ²)^½ over the angles of the eigenvalues e^{±iα} of XᵀY.
+        """The distance (Σ αᵢ²)^½, over the angles of the eigenvalues e^{±iα} of XᵀY.
 
         |sin ½α| and |cos ½α| are the singular values of ½(Y − X) and ½(Y + X). Not
         differentiable at Y = X; infinite where no rotation leads from X to Y.
@@ -186,9 +209,9 @@ class SpecialOrthogonal(eqx.Module):
 
 
 class FixedProduct(eqx.Module):
-    """{(U, V) : UV = T}, the factorisations of a matrix of rank r into m×r and r×n.
+    """The factorisations {(U, V) : UV = T} of a matrix of rank r into m×r and r×n.
 
-    The zero-loss manifold of a linear network with one hidden layer of r units. It is one
+    They are the zero-loss manifold of a linear network with one hidden layer of r units. It is one
     orbit (UG, G⁻¹V) of GL(r), of dimension r². The mn equations UV = T have a derivative of
     rank r(m + n − r) only: in the singular bases of T, the block of UV outside its column
     and row space vanishes to second order wherever its neighbours do. The constraint leaves
@@ -202,6 +225,15 @@ class FixedProduct(eqx.Module):
 
     Raises:
         ValueError: T is no matrix, is not finite, or its rank is another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> factors = mf.models.FixedProduct(jnp.array([[4.0, 0.0], [0.0, 0.0]]), rank=1)
+        >>> point = factors.balanced_point()
+        >>> print((point["left"] @ point["right"]).round(3) + 0.0, factors.dimension)
+        [[4. 0.]
+         [0. 0.]] 1
     """
 
     target: Float[Array, "m n"]
@@ -224,7 +256,7 @@ class FixedProduct(eqx.Module):
 
     @property
     def dimension(self) -> int:
-        """r²."""
+        """The dimension r²."""
         return self.rank**2
 
     @property
@@ -233,7 +265,7 @@ class FixedProduct(eqx.Module):
         return LevelSet(_Product(left, values[: self.rank], right))
 
     def balanced_point(self) -> Factors:
-        """U = A√Σ, V = √ΣBᵀ of the singular value decomposition T = AΣBᵀ.
+        """The balanced factors U = A√Σ, V = √ΣBᵀ of the singular value decomposition T = AΣBᵀ.
 
         With UᵀU = VVᵀ, which makes |U|² + |V|² as small as it can be: twice the nuclear norm.
 
@@ -248,9 +280,11 @@ class FixedProduct(eqx.Module):
         }
 
     def point(self, key: Key) -> Factors:
-        """(UG, G⁻¹V) from the balanced point, G = Q exp(½z)Q′ with uniform orthogonal Q, Q′
-        and standard normal z: well conditioned, and all of the component of det G > 0 and of
-        the other."""
+        """A random point (UG, G⁻¹V), from the balanced one.
+
+        G = Q exp(½z)Q′ with uniform orthogonal Q, Q′ and standard normal z: well conditioned, and
+        all of the component of det G > 0 and of the other.
+        """
         first, second, third = jr.split(key, 3)
         shape = (self.rank, self.rank)
         q, r = (_orthonormal(jr.normal(k, shape)) for k in (first, second))
@@ -262,15 +296,16 @@ class FixedProduct(eqx.Module):
         }
 
     def tangent(self, point: Factors, generator: Float[Array, "r r"]) -> Factors:
-        """(UX, −XV), the velocity of (Ue^{tX}, e^{−tX}V); every tangent is one of these."""
+        """The velocity (UX, −XV) of (Ue^{tX}, e^{−tX}V); every tangent is one of these."""
         return {
             "left": point["left"] @ generator,
             "right": -generator @ point["right"],
         }
 
     def balance(self, point: Factors) -> Float[Array, "r r"]:
-        """UᵀU − VVᵀ, constant along the gradient flow of any loss of UV; 0 where |U|² + |V|²
-        is stationary.
+        """The matrix UᵀU − VVᵀ, conserved by the gradient flow of any loss of UV.
+
+        It is 0 where |U|² + |V|² is stationary.
 
         References:
             S. Arora, N. Cohen, E. Hazan, On the optimization of deep networks, ICML 2018.
@@ -278,7 +313,7 @@ class FixedProduct(eqx.Module):
         return point["left"].T @ point["left"] - point["right"] @ point["right"].T
 
     def normal_part(self, point: Factors, vector: Factors) -> Factors:
-        """(A, B) − (UX, −XV) with UᵀU X + X VVᵀ = UᵀA − BVᵀ."""
+        """The normal part (A, B) − (UX, −XV) with UᵀU X + X VVᵀ = UᵀA − BVᵀ."""
         left, right = point["left"], point["right"]
         (a, p), (b, q) = jnp.linalg.eigh(left.T @ left), jnp.linalg.eigh(right @ right.T)
         moment = left.T @ vector["left"] - vector["right"] @ right.T
@@ -298,6 +333,7 @@ class FixedProduct(eqx.Module):
         return self.normal_part(point, bend)
 
     def _svd(self) -> tuple[Array, Array, Array]:
+        # Singular vectors of equal singular values, the zeros here, have no derivative.
         left, values, right = jnp.linalg.svd(jax.lax.stop_gradient(self.target))
         return left, values, right
 
@@ -336,4 +372,5 @@ def _orthonormal(matrix: Matrix) -> Matrix:
         Notices of the AMS 54 (2007).
     """
     found, triangle = jnp.linalg.qr(matrix)
+    # QR alone is not uniform: its signs are a convention of LAPACK.
     return found * jnp.sign(jnp.diagonal(triangle))

@@ -19,7 +19,7 @@ Weights = dict[str, Float[Array, "..."]]
 
 
 class ModularAddition(eqx.Module):
-    """a + b mod p from a part of all p² pairs, by the network V (W x)² on two one-hot digits.
+    """Addition a + b mod p from a part of all p² pairs, by a small network on one-hot digits.
 
     f(x) = V (W x)², squares by entry, with W (m, 2p) and V (p, m); x is one-hot in a, then in b,
     and the target one-hot in (a + b) mod p. Points are dicts {"W", "V"} without biases.
@@ -47,6 +47,14 @@ class ModularAddition(eqx.Module):
     References:
         A. Power et al., Grokking, arXiv:2201.02177 [Power2022]; A. Gromov, Grokking modular
         arithmetic, arXiv:2301.02679, for the network.
+
+    Examples:
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> problem = mf.models.ModularAddition(modulus=3, width=4)
+        >>> point = problem.initial(jr.key(0))
+        >>> print(problem.train.shape, problem.test.shape, point["W"].shape, point["V"].shape)
+        (7, 2) (2, 2) (4, 6) (3, 4)
     """
 
     modulus: int = eqx.field(static=True)
@@ -70,7 +78,9 @@ class ModularAddition(eqx.Module):
             )
         if seed < 0:
             raise ValueError(f"ModularAddition: seed must not be negative; got {seed}.")
+        # NumPy's generator: the split must not depend on JAX's version or device.
         order = np.random.default_rng(seed).permutation(modulus**2)
+        # At least one pair on either side: an accuracy over no pairs is NaN.
         count = min(max(1, int(fraction * modulus**2)), modulus**2 - 1)
         pairs = np.stack([order % modulus, order // modulus], axis=1)
         self.train, self.test = jnp.asarray(pairs[:count]), jnp.asarray(pairs[count:])
@@ -102,7 +112,7 @@ class ModularAddition(eqx.Module):
         return self._accuracy(point, self.train)
 
     def test_accuracy(self, point: Weights) -> Scalar:
-        """The same of the other pairs."""
+        """The part of the other pairs whose largest output is at their sum."""
         return self._accuracy(point, self.test)
 
     def _accuracy(self, point: Weights, pairs: Int[Array, "n 2"]) -> Scalar:

@@ -1,4 +1,4 @@
-"""A noise that turns SGD round a circle for ever: no function is being minimised."""
+"""A noise that turns SGD round a circle for ever, without a function that falls."""
 
 from typing import Any
 
@@ -36,6 +36,13 @@ class KPhaseMotor(eqx.Module):
 
     References:
         [LiWangArora2022, Appendix C.4]; the speed is (D−2)/8, not (D−2)/2 as printed in C.8.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> motor = mf.models.KPhaseMotor()
+        >>> flow = mf.LimitDiffusion(motor.manifold, motor.noise)
+        >>> print((flow.drift(motor.point(0.0)) + 0.0).round(3), motor.angular_speed)
+        [0.    0.375 0.    0.    0.   ] 0.375
     """
 
     num_phases: int = eqx.field(static=True)
@@ -48,12 +55,12 @@ class KPhaseMotor(eqx.Module):
 
     @property
     def dimension(self) -> int:
-        """D = k + 2, the number of coordinates."""
+        """The number of coordinates, D = k + 2."""
         return self.num_phases + 2
 
     @property
     def loss(self) -> FunctionLoss:
-        """L, as a loss."""
+        """The loss L."""
         return FunctionLoss(_Loss(self.num_phases))
 
     @property
@@ -68,7 +75,7 @@ class KPhaseMotor(eqx.Module):
 
     @property
     def angular_speed(self) -> float:
-        """(D − 2)/8, anticlockwise on the limit clock t = kη²."""
+        """The angular speed (D − 2)/8, anticlockwise on the limit clock t = kη²."""
         return (self.dimension - 2) / 8
 
     def point(self, angle: Any = 0.0) -> Float[Array, " D"]:
@@ -84,6 +91,7 @@ class KPhaseMotor(eqx.Module):
 
 def _phases(num_phases: int, point: Float[Array, " D"]) -> Float[Array, "k 2"]:
     """The unit vectors vⱼ."""
+    # In NumPy, in double precision: constants of the program in any precision of the point.
     angles = 2 * np.pi * np.arange(num_phases) / num_phases
     return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1), point.dtype)
 
@@ -103,6 +111,7 @@ class _Factor(eqx.Module):
     def __call__(self, point: Float[Array, " D"]) -> Float[Array, "D k"]:
         plane = point[:2]
         clockwise = jnp.stack([plane[1], -plane[0]])
+        # Angles in NumPy: constants of the program, in the dtype of the point.
         phases = _phases(self.num_phases, point)
         # Off the circle a variance may turn negative: there is then no noise.
         variances = jnp.maximum((1 + phases @ clockwise) * (2 + phases @ plane), 0)

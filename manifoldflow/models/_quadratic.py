@@ -1,4 +1,4 @@
-"""Linear models with squared parameters: where label noise finds sparse solutions."""
+"""Linear models with squared parameters, in which label noise finds sparse solutions."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ Pair = dict[str, Float[Array, " d"]]
 
 
 class OverparametrizedLinear(AbstractRegression):
-    """f_i = ⟨z_i, u² − v²⟩, on points {"u": (d,), "v": (d,)}, with L = (1/2n)Σ(f_i − y_i)².
+    """The model f_i = ⟨z_i, u² − v²⟩ on points {"u": (d,), "v": (d,)}, L = (1/2n)Σ(f_i − y_i)².
 
     Gradient flow keeps uⱼvⱼ: from u = v = α1 it picks the interpolant that minimises Q_α
     (`theory.kernel_rich_potential`), between the least ℓ₁ norm (α → 0) and the least ℓ₂ norm
@@ -34,6 +34,16 @@ class OverparametrizedLinear(AbstractRegression):
 
     References:
         [LiWangArora2022, section 6; Woodworth2020; Ma2022, section 9.3].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> inputs = jnp.array([[1.0, 0.0, 0.8], [0.0, 1.0, 0.8]])
+        >>> model = mf.models.OverparametrizedLinear(inputs, jnp.array([0.8, 0.8]))
+        >>> print(model.limit().round(3) + 0.0)  # label noise ends at the sparse fit
+        [0. 0. 1.]
+        >>> print(model.weights(model.initial(scale=0.1)))
+        [0. 0. 0.]
     """
 
     loss: LeastSquares
@@ -43,22 +53,26 @@ class OverparametrizedLinear(AbstractRegression):
         self.loss = mean_squares(inputs, targets, _Difference())
 
     def initial(self, scale: Any = 1.0) -> Pair:
-        """u = v = scale, the start that prefers no sign."""
+        """The start u = v = scale, which prefers no sign."""
         u = jnp.full(self.inputs.shape[1], scale, self.inputs.dtype)
         return {"u": u, "v": u}
 
     def random(self, key: Key, scale: Any = 1.0) -> Pair:
         """Independent u and v, normal with this standard deviation."""
+        # Two keys: with one, u = v, the start that has no weights.
         keys, size = jr.split(key), self.inputs.shape[1]
         u, v = (scale * jr.normal(k, (size,), self.inputs.dtype) for k in keys)
         return {"u": u, "v": v}
 
     def weights(self, point: Pair) -> Float[Array, " d"]:
-        """w = u² − v²."""
+        """The weights w = u² − v²."""
         return point["u"] ** 2 - point["v"] ** 2
 
     def charges(self, point: Pair) -> Float[Array, " d"]:
-        """uⱼvⱼ, which gradient flow keeps and label noise of Σ = cH shrinks by e^{−c sⱼ t}."""
+        """The charges uⱼvⱼ, conserved by gradient flow.
+
+        Label noise of Σ = cH shrinks them by e^{−c sⱼ t}.
+        """
         return point["u"] * point["v"]
 
     @checked
@@ -76,10 +90,12 @@ class OverparametrizedLinear(AbstractRegression):
             charges: q, (d,), such as `theory.overparametrized_linear_charges` gives.
         """
         square = weights**2 / 4 + charges**2
+        # The inner `where` keeps the infinite slope of √0 out of the derivative: 0·∞ is NaN.
         half = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         larger = half + jnp.abs(weights) / 2
         is_there = larger > 0
         larger = jnp.where(is_there, jnp.sqrt(jnp.where(is_there, larger, 1)), 0)
+        # From uv = q, not from the difference of roots, which cancels where w ≫ q.
         smaller = charges / jnp.where(is_there, larger, 1)
         is_positive = weights >= 0
         u = jnp.where(is_positive, larger, jnp.abs(smaller))
@@ -88,7 +104,7 @@ class OverparametrizedLinear(AbstractRegression):
 
     @property
     def decay_rates(self) -> Float[Array, " d"]:
-        """sⱼ = (4/n)Σᵢ z²ᵢⱼ; tr ∇²L = Σⱼ sⱼ(u²ⱼ + v²ⱼ) on the manifold."""
+        """The rates sⱼ = (4/n)Σᵢ z²ᵢⱼ; tr∇²L = Σⱼ sⱼ(u²ⱼ + v²ⱼ) on the manifold."""
         return 4 * jnp.mean(self.inputs**2, axis=0)
 
     def landing(self, scale: float) -> Float[np.ndarray, " d"]:
@@ -96,11 +112,11 @@ class OverparametrizedLinear(AbstractRegression):
         return theory.kernel_rich_interpolant(self.inputs, self.targets, scale=scale)
 
     def limit(self) -> Float[np.ndarray, " d"]:
-        """The weights where label noise ends: the weighted-ℓ₁ interpolant."""
+        """The weights at which label noise ends: the weighted-ℓ₁ interpolant."""
         return theory.weighted_l1_interpolant(self.inputs, self.targets)
 
     def flow(self, point: Pair, time: Any, noise_constant: float = 1.0) -> np.ndarray:
-        """The weights along the label-noise flow from where gradient flow lands, in closed form."""
+        """The weights along the label-noise flow from a landing of gradient flow, closed form."""
         u, v = point["u"], point["v"]
         return theory.overparametrized_linear_flow(
             self.inputs, self.targets, u, v, time=time, noise_constant=noise_constant
@@ -119,7 +135,7 @@ class OverparametrizedLinear(AbstractRegression):
 
 
 class QuadraticallyParametrized(AbstractRegression):
-    """f_i = ⟨β ⊙ β, x_i⟩, on points (d,), with L = (1/4n)Σ(f_i − y_i)².
+    """The model f_i = ⟨β ⊙ β, x_i⟩ on points (d,), with L = (1/4n)Σ(f_i − y_i)².
 
     From β = α1 with a small α, gradient descent that stops in time recovers a sparse truth;
     on the manifold the limit of gradient flow minimises Σ β²ⱼ(ln(β²ⱼ/α²) − 1).
@@ -130,6 +146,14 @@ class QuadraticallyParametrized(AbstractRegression):
 
     References:
         [Ma2022, section 9.2].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> model = mf.models.QuadraticallyParametrized(jnp.array([[1.0, 1.0]]), jnp.array([2.0]))
+        >>> point = model.initial(scale=1.0)
+        >>> print(model.weights(point), model.loss(point))
+        [1. 1.] 0.0
     """
 
     loss: LeastSquares
@@ -139,15 +163,15 @@ class QuadraticallyParametrized(AbstractRegression):
         self.loss = mean_squares(inputs, targets, _Square(), divisor=2)
 
     def initial(self, scale: Any) -> Float[Array, " d"]:
-        """β = scale·1."""
+        """The start β = scale·1."""
         return jnp.full(self.inputs.shape[1], scale, self.inputs.dtype)
 
     def weights(self, point: Float[Array, " d"]) -> Float[Array, " d"]:
-        """β ⊙ β."""
+        """The weights β ⊙ β."""
         return point**2
 
     def recovery_window(self, scale: float, learning_rate: float) -> tuple[float, float]:
-        """Steps of gradient descent between which a {0, 1}-sparse truth is recovered.
+        """The steps of gradient descent between which a {0, 1}-sparse truth is recovered.
 
         log(d/α)/η and 1/(η√(dα)), up to constants; `theory.recovery_stages` has bounds with
         constants, for these inputs.
@@ -194,6 +218,14 @@ def sparse_regression(
 
     Raises:
         ValueError: another design, or more entries than features.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> x, y, truth = mf.models.sparse_regression(jr.key(0), 6, 10, sparsity=2)
+        >>> print(x.shape, jnp.abs(truth).sum(), bool(jnp.allclose(y, x @ truth)))
+        (6, 10) 2.0 True
     """
     n, d = checked_count("num_examples", num_examples), checked_count("num_features", num_features)
     if not 0 <= sparsity <= d:

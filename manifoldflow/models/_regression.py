@@ -1,4 +1,4 @@
-"""Regressions with the mean squared loss, of which linear regression is the first."""
+"""Regressions with the mean squared loss; linear regression is the first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ class AbstractRegression(eqx.Module):
 def mean_squares(
     inputs: Any, targets: Any, predict: Callable[..., Any], *, divisor: int = 1
 ) -> LeastSquares:
-    """(1/(2·divisor·n))Σ(f_i − y_i)² for inputs (n, d) and targets (n,)."""
+    """The loss (1/(2·divisor·n))Σ(f_i − y_i)² for inputs (n, d) and targets (n,)."""
     inputs, targets = checked_floats("inputs", inputs), checked_floats("targets", targets)
     if inputs.ndim != 2 or targets.shape != inputs.shape[:1]:
         raise ValueError(
@@ -50,7 +50,7 @@ def mean_squares(
 
 
 class LinearRegression(AbstractRegression):
-    """f_i = ⟨β, x_i⟩, on points (d,), with L = (1/2n)Σ(f_i − y_i)².
+    """Linear regression f_i = ⟨β, x_i⟩ on points (d,), with L = (1/2n)Σ(f_i − y_i)².
 
     With more features than examples the perfect fits are an affine space. Gradient descent and
     gradient flow never leave β⁰ + span{x_i}, so they end at the fit that is nearest to their start:
@@ -62,6 +62,13 @@ class LinearRegression(AbstractRegression):
 
     References:
         [Ma2022, section 9.1].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> model = mf.models.LinearRegression(jnp.array([[1.0, 1.0]]), jnp.array([2.0]))
+        >>> print(model.limit().round(3), model.limit([2.0, 1.0]).round(3))  # nearest fits
+        [1. 1.] [1.5 0.5]
     """
 
     loss: LeastSquares
@@ -71,7 +78,7 @@ class LinearRegression(AbstractRegression):
         self.loss = mean_squares(inputs, targets, _Linear())
 
     def initial(self) -> Float[Array, " d"]:
-        """β = 0."""
+        """The start β = 0."""
         return jnp.zeros(self.inputs.shape[1], self.inputs.dtype)
 
     def random(self, key: Key, scale: Any = 1.0) -> Float[Array, " d"]:
@@ -79,12 +86,12 @@ class LinearRegression(AbstractRegression):
         return scale * jr.normal(key, self.inputs.shape[1:], self.inputs.dtype)
 
     def limit(self, start: Any = None) -> Float[np.ndarray, " d"]:
-        """Where gradient flow and gradient descent from `start` (0 if not given) end."""
+        """The end of gradient flow and gradient descent from `start` (0 if not given)."""
         return theory.min_norm_interpolant(self.inputs, self.targets, start)
 
     @property
     def decay_rates(self) -> Float[Array, " modes"]:
-        """λ, the largest min(n, d) eigenvalues of ∇²L = XᵀX/n, the largest first.
+        """The largest min(n, d) eigenvalues λ of ∇²L = XᵀX/n, the largest first.
 
         The distance to the limit falls like e^{−λt} along gradient flow and like (1 − ηλ)^k in
         gradient descent, which converges for η < 2/λ₁.
@@ -101,6 +108,7 @@ class LinearRegression(AbstractRegression):
         return self._decayed(start, factors**num_steps)
 
     def _decayed(self, start: Any, factors: np.ndarray) -> Float[np.ndarray, " d"]:
+        # Along each singular vector of X descent is a scalar recursion: (1 − ηλ)^k, or e^{−λt}.
         modes = np.linalg.svd(np.asarray(self.inputs), full_matrices=False)[2]
         limit = self.limit(start)
         return limit + (factors * (modes @ (np.asarray(start) - limit))) @ modes

@@ -1,4 +1,4 @@
-"""Linear classification of separable data, where the loss is lowest at infinity."""
+"""Linear classification of separable data, whose loss is lowest at infinity."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ KINDS = "logistic", "exponential"
 
 
 class SeparableClassification(eqx.Module):
-    """Labels ±1 by the sign of ⟨w, x⟩, on points w: (d,), with L = Σᵢ ℓ(yᵢ⟨w, xᵢ⟩).
+    """Classification of labels ±1 by the sign of ⟨w, x⟩, on points w: (d,), L = Σᵢ ℓ(yᵢ⟨w, xᵢ⟩).
 
     ℓ(z) = ln(1 + e^{−z}) or e^{−z}. On separable data L has no minimiser, so there is no manifold:
     gradient flow goes to infinity, in the direction of the largest margin γ̄. The smooth margin
@@ -43,6 +43,14 @@ class SeparableClassification(eqx.Module):
     References:
         [Soudry2018; Ma2022, section 9.4]. The sum, not the mean, makes L < 1 the threshold for
         the exponential loss; ln 2 is that of the logistic one.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> x, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, 1.0])
+        >>> model = mf.models.SeparableClassification(x, y)
+        >>> print(f"{model.max_margin:.4f}", model.margin(jnp.array([3.0, 4.0])).round(3))  # 1/√2
+        0.7071 0.6
     """
 
     inputs: Float[Array, "n d"]
@@ -66,12 +74,12 @@ class SeparableClassification(eqx.Module):
 
     @property
     def loss(self) -> FunctionLoss:
-        """L."""
+        """The loss L."""
         return FunctionLoss(_Loss(self.inputs * self.labels[:, None], self.kind))
 
     @property
     def log_loss(self) -> FunctionLoss:
-        """−ℓ⁻¹(L), ln L for the exponential loss.
+        """The loss −ℓ⁻¹(L), which is ln L for the exponential loss.
 
         Gradient descent on it is gradient descent on L with steps that grow as L falls, like 1/L:
         its margin lacks 1/k of γ̄ after k steps, where constant steps on L lack 1/ln k.
@@ -79,7 +87,7 @@ class SeparableClassification(eqx.Module):
         return FunctionLoss(_LogLoss(self))
 
     def initial(self) -> Float[Array, " d"]:
-        """w = 0."""
+        """The start w = 0."""
         return jnp.zeros(self.inputs.shape[1], self.inputs.dtype)
 
     def random(self, key: Key, scale: Any = 1.0) -> Float[Array, " d"]:
@@ -87,11 +95,14 @@ class SeparableClassification(eqx.Module):
         return scale * jr.normal(key, self.inputs.shape[1:], self.inputs.dtype)
 
     def margin(self, point: Float[Array, " d"]) -> Scalar:
-        """minᵢ yᵢ⟨w, xᵢ⟩/|w|, at most `max_margin`; −∞ at w = 0, which separates nothing."""
+        """The margin minᵢ yᵢ⟨w, xᵢ⟩/|w|, at most `max_margin`; −∞ at w = 0."""
         return _per_length(jnp.min(self._products(point)), point)
 
     def smooth_margin(self, point: Float[Array, " d"]) -> Scalar:
-        """ℓ⁻¹(L)/|w|, −ln Σexp(−yᵢ⟨w, xᵢ⟩)/|w| for the exponential loss; −∞ at w = 0."""
+        """The smooth margin ℓ⁻¹(L)/|w|, −∞ at w = 0.
+
+        It is −ln Σexp(−yᵢ⟨w, xᵢ⟩)/|w| for the exponential loss.
+        """
         return _per_length(self._inverse_loss(point), point)
 
     def max_margin_direction(self) -> Float[np.ndarray, " d"]:
@@ -100,7 +111,8 @@ class SeparableClassification(eqx.Module):
 
     @property
     def max_margin(self) -> float:
-        """γ̄, the largest margin."""
+        """The largest margin γ̄."""
+        # From the direction, not from the dual value: the margin is then exact for this direction.
         products = self._products(jnp.asarray(self.max_margin_direction()))
         return float(jnp.min(products))
 
@@ -118,6 +130,7 @@ class SeparableClassification(eqx.Module):
         if self.kind == "exponential":  # p' ≥ γ̄²e^{−p} for p = ℓ⁻¹(L)
             reached = np.log(np.exp(start) + gained)
         else:  # p' ≥ γ̄²/(1 + e^p)
+            # p + e^p = s has the solution p = ln ω(s), ω Wright's omega: stable for all s.
             reached = np.log(wrightomega(start + np.exp(start) + gained))
         is_separated = reached > 0
         share = start / np.where(is_separated, reached, 1)
@@ -127,13 +140,14 @@ class SeparableClassification(eqx.Module):
         return _products(self.inputs * self.labels[:, None], point)
 
     def _inverse_loss(self, point: Float[Array, " d"]) -> Scalar:
-        """ℓ⁻¹(L), also where L underflows."""
+        """The value ℓ⁻¹(L), also where L underflows."""
         products = self._products(point)
         exponents = logsumexp(-products)
         if self.kind == "exponential":
             return -exponents
         # −ln(e^L − 1), which is −ln Σe^{−z} where the products of exponentials do not count.
         loss = jnp.sum(jax.nn.softplus(-products))
+        # For small L, −ln(e^L − 1) → −ln L, which `logsumexp` has without underflow.
         is_small = exponents < -30
         safe = jnp.where(is_small, 1, loss)
         return -jnp.where(is_small, exponents, safe + jnp.log(-jnp.expm1(-safe)))
@@ -158,12 +172,13 @@ class _LogLoss(eqx.Module):
 
 
 def _products(signed: Float[Array, "n d"], point: Float[Array, " d"]) -> Float[Array, " n"]:
-    """yᵢ⟨w, xᵢ⟩, in the point's dtype."""
+    """The products yᵢ⟨w, xᵢ⟩, in the point's dtype."""
     return _precision.matmul(signed.astype(point.dtype), point)
 
 
 def _per_length(value: Scalar, point: Float[Array, " d"]) -> Scalar:
     length = jnp.linalg.norm(point)
+    # The inner `where` keeps 0/0 out of the derivative: NaN times 0 is NaN.
     return jnp.where(length > 0, value / jnp.where(length > 0, length, 1), -jnp.inf)
 
 
@@ -177,11 +192,19 @@ def separable_data(
         key: a key of `jax.random`.
         num_examples: n.
         num_features: d.
-        margin: how far from the plane all inputs are at least, ≥ 0.
+        margin: the least distance of an input from the plane, ≥ 0.
 
     Returns:
         Inputs (n, d), labels ±1 (n,) and the plane's normal (d,), of length 1: its margin is
         at least `margin`, the largest margin of the data larger.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> x, y, normal = mf.models.separable_data(jr.key(0), 20, 3, margin=0.1)
+        >>> print(x.shape, bool(jnp.all(y * (x @ normal) > 0.0999)))
+        (20, 3) True
     """
     n, d = checked_count("num_examples", num_examples), checked_count("num_features", num_features)
     least = checked_nonnegative("margin", margin, "It is a distance.")

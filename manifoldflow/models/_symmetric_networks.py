@@ -31,10 +31,10 @@ class AbstractTwoLayers(eqx.Module):
 
     @abc.abstractmethod
     def predict(self, point: Layers, x: Float[Array, " d_x"]) -> Float[Array, " d_y"]:
-        """f(x)."""
+        """The output f(x)."""
 
     def example_loss(self, point: Layers, example: Any) -> Scalar:
-        """‖f(x) − y‖², for `symmetry` and `OnlineBatch`."""
+        """The loss ‖f(x) − y‖² of an example, for `symmetry` and `OnlineBatch`."""
         x, y = example
         return jnp.sum((self.predict(point, x) - y) ** 2)
 
@@ -43,7 +43,7 @@ class AbstractTwoLayers(eqx.Module):
         return OnlineBatch(self.data.sample, self.example_loss, batch_size)
 
     def loss(self, key: Key, num_examples: int) -> LeastSquares:
-        """The mean of ‖f − y‖² over examples that are drawn once: for descent without noise."""
+        """The mean of ‖f − y‖² over examples that are drawn once, for descent without noise."""
         inputs, targets = self.data.sample(key, num_examples)
         return LeastSquares(inputs, targets, predict=self.predict, scale=2 / num_examples)
 
@@ -56,7 +56,7 @@ class AbstractTwoLayers(eqx.Module):
 
 
 class NonlinearFactorization(AbstractTwoLayers):
-    """f = Uφ(Wx): a matrix factorisation with an activation between its factors.
+    """The network f = Uφ(Wx): a matrix factorisation with an activation between its factors.
 
     As for the linear network, SGD makes the two matrices of `representations` similar; descent
     without noise does not.
@@ -69,6 +69,15 @@ class NonlinearFactorization(AbstractTwoLayers):
 
     References:
         [Ziyin2024, Figures 6 and 9].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.ones(1))
+        >>> model = mf.models.NonlinearFactorization(stream, width=1, activation=jnp.tanh)
+        >>> point = {"U": jnp.array([[2.0]]), "W": jnp.array([[1.0, 0.0]])}
+        >>> print(model.predict(point, jnp.array([0.5, 3.0])).round(3), model.alignment(point))
+        [0.924] 1.0
     """
 
     data: AbstractLinearData
@@ -85,7 +94,7 @@ class NonlinearFactorization(AbstractTwoLayers):
         return point["U"] @ self.activation(point["W"] @ x)
 
     def representations(self, point: Layers) -> tuple[Matrix, Matrix]:
-        """WΣ_xWᵀ/trΣ_x, of what enters the hidden layer, and UᵀΣ_εU/trΣ_ε."""
+        """The matrices WΣ_xWᵀ/trΣ_x, of the inputs of the hidden layer, and UᵀΣ_εU/trΣ_ε."""
         w, u = point["W"], point["U"]
         bars = self.data.input_covariance, self.data.noise_covariance
         of_inputs, of_noise = (sigma / jnp.trace(sigma) for sigma in bars)
@@ -101,16 +110,30 @@ class ScaleInvariantNet(AbstractTwoLayers):
     """Two tanh layers that only enter normalised: SGD lets their norm grow for ever.
 
     Kind "A" is f = Uφ(Wx/‖U‖)/‖W‖, invariant when both layers are scaled by one number. Kind "B"
-    is f = Uφ(Wx/‖W‖)/‖U‖, invariant under either alone. Gradient flow keeps the norms; SGD has
-    d‖θ‖²/dt = −4γ‖θ‖² + 2σ² tr Σ, for every layer that has its own invariance as well.
+    is f = Uφ(Wx/‖W‖)/‖U‖, invariant under the scaling of each layer alone. Gradient flow conserves
+    the norms; SGD has d‖θ‖²/dt = −4γ‖θ‖² + 2σ² tr Σ, for every layer with its own invariance as
+    well.
 
     Args:
         data: a `LinearStream` or `FiniteData`.
         width: d.
         kind: "A" or "B".
 
+    Raises:
+        ValueError: a width below 1, another kind.
+
     References:
         [Ziyin2024, section A.1 and Figure 7].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> stream = mf.models.LinearStream(jnp.array([[2.0, -1.0]]), jnp.ones(2), jnp.ones(1))
+        >>> model = mf.models.ScaleInvariantNet(stream, width=1, kind="B")
+        >>> x, weights = jnp.array([1.0, 1.0]), {"U": jnp.array([[3.0]]), "W": jnp.ones((1, 2))}
+        >>> larger = {"U": 5 * weights["U"], "W": 2 * weights["W"]}
+        >>> print(model.predict(weights, x).round(3), model.predict(larger, x).round(3))
+        [0.888] [0.888]
     """
 
     data: AbstractLinearData
@@ -132,11 +155,11 @@ class ScaleInvariantNet(AbstractTwoLayers):
         return u @ jnp.tanh(w @ x / inner) / outer
 
     def symmetries(self, point: Layers) -> tuple[ExponentialSymmetry, ...]:
-        """The scaling of both layers; for kind "B" those of U and of W."""
+        """The scaling of both layers, or for kind "B" the scalings of U and of W."""
         if self.kind == "A":
             return (scaling(point),)
         return scaling(point, lambda p: p["U"]), scaling(point, lambda p: p["W"])
 
     def squared_norms(self, point: Layers) -> dict[str, Scalar]:
-        """‖U‖² and ‖W‖²."""
+        """The squared norms ‖U‖² and ‖W‖²."""
         return jax.tree.map(lambda leaf: jnp.sum(leaf**2), point)

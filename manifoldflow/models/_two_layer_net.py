@@ -1,4 +1,4 @@
-"""Two-layer networks with a fixed second layer: where flatness makes all neurons the same."""
+"""Two-layer networks with a fixed second layer, whose flattest fits have equal neurons."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ Weights = Float[Array, "m d"]
 
 
 class TwoLayerNet(eqx.Module):
-    """f_i = Σⱼ wⱼ φ(θⱼ·x_i), on points θ: (m, d), with L = Σ(f_i − y_i)².
+    """A network f_i = Σⱼ wⱼ φ(θⱼ·x_i) with fixed w, on points θ: (m, d), with L = Σ(f_i − y_i)².
 
     For activations with φ', φ''' > 0 the flattest fit has the same features in all neurons,
     and no other point of the zero-loss manifold is stationary.
@@ -35,6 +35,16 @@ class TwoLayerNet(eqx.Module):
 
     References:
         [Gatmiry2024].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> net = mf.models.TwoLayerNet(jnp.eye(2), jnp.array([4.0, 20.0]), width=2)
+        >>> print(net.minimizer().round(3))  # z³ + z is 2 at 1 and 10 at 2
+        [[1. 2.]
+         [1. 2.]]
+        >>> print(net.loss(jnp.array([[1.0, 2.0], [1.0, 2.0]])))
+        0.0
     """
 
     inputs: Float[Array, "n d"]
@@ -70,7 +80,7 @@ class TwoLayerNet(eqx.Module):
 
     @property
     def loss(self) -> LeastSquares:
-        """L, the sum of squares."""
+        """The loss L, the sum of squares."""
         predict = _Network(self.activation, self.second_layer)
         return LeastSquares(self.inputs, self.targets, predict=predict, scale=2.0)
 
@@ -85,11 +95,12 @@ class TwoLayerNet(eqx.Module):
         return scale * jr.normal(key, (self.width, size), self.inputs.dtype) / np.sqrt(size)
 
     def features(self, point: Weights) -> Float[Array, "m n"]:
-        """θⱼ·x_i."""
+        """The features θⱼ·x_i."""
         return _precision.matmul(point, self.inputs.T)
 
     def flatness(self, point: Weights) -> Scalar:
-        """F = Σᵢⱼ wⱼ²φ'(θⱼ·x_i)²|x_i|²; tr ∇²L = 2F on the manifold."""
+        """The flatness F = Σᵢⱼ wⱼ²φ'(θⱼ·x_i)²|x_i|²; tr∇²L = 2F on the manifold."""
+        # ∂f_i/∂θⱼ = wⱼφ′(θⱼ·x_i)x_i, so that F = ½ tr∇²L is a sum over neurons and examples.
         slope = jax.vmap(jax.vmap(jax.grad(self.activation)))(self.features(point))
         squares = jnp.sum(self.inputs**2, axis=1)
         return jnp.sum(self.second_layer[:, None] ** 2 * slope**2 * squares)
@@ -110,5 +121,6 @@ class _Network(eqx.Module):
     second_layer: Float[Array, " m"]
 
     def __call__(self, point: Weights, x: Float[Array, " d"]) -> Scalar:
+        # A fixed layer in float64 would promote a point in float32.
         layer = self.second_layer.astype(point.dtype)
         return jnp.vdot(layer, self.activation(point @ x))

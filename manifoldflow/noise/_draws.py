@@ -34,5 +34,6 @@ def drawn_like(key: Key, structure: PyTree[Any], distribution: str) -> PyTree[Ar
         drawn = [jr.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
         return jax.tree.unflatten(treedef, drawn)
     zeros, unravel = ravel_pytree([jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves])
+    # One column of Ξ at a time, times √Ξ: E ξξᵀ = (1/Ξ)·Ξ·1 = 1.
     picked = zeros.at[jr.randint(key, (), 0, len(zeros))].set(math.sqrt(len(zeros)))
     return jax.tree.unflatten(treedef, unravel(picked))

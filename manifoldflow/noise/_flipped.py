@@ -79,8 +79,7 @@ class FlippedLabels(AbstractDataNoise):
         if not is_traced(loss):
             with jax.ensure_compile_time_eval():  # inside jit as well, of a loss that is known
                 _check_equal(np.asarray(_variance_over_curvature(loss)))
-        # All of them are equal: the mean has derivatives, and one rounding less than any single
-        # one.
+        # All of them are equal; the mean has derivatives in every one.
         ratio = jnp.mean(_variance_over_curvature(loss))
         return ratio / (self.batch_size or loss.num_examples)
 

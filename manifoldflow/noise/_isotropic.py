@@ -47,6 +47,7 @@ class IsotropicNoise(AbstractShortNoise):
 
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         coordinates, _ = loss.split(point)
+        # A factor in float64 would promote the products of a point in float32.
         std = self.std.astype(_tree.dtype_of(coordinates))
         return std * lx.IdentityLinearOperator(_tree.structure_of(coordinates))
 

@@ -81,6 +81,9 @@ def hessian_trace(local: LocalHessian) -> Scalar:
     Args:
         local: the geometry of a manifold at a point, `manifold.local(point)`.
 
+    Returns:
+        A number.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
@@ -97,6 +100,9 @@ def log_determinant(local: LocalHessian) -> Scalar:
 
     Args:
         local: the geometry of a manifold at a point, `manifold.local(point)`.
+
+    Returns:
+        A number, up to a constant along the manifold.
 
     Examples:
         >>> import jax.numpy as jnp

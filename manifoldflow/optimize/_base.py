@@ -1,8 +1,8 @@
-"""What a method of minimisation is, and what it may ask of the problem.
+"""Base classes of methods of minimisation, and the problem as methods see it.
 
-To add a method, write one small file with a subclass of `AbstractMethod`: what it remembers
-(`init`), how it tries to get from one point of the manifold to the next (`step`), and how
-long it may go on without progress (`patience`). Everything else, from the start to the
+To add a method, write one small file with a subclass of `AbstractMethod`: its memory (`init`),
+its attempt to get from one point of the manifold to the next (`step`), and the number of steps
+that it may go on without progress (`patience`). Everything else, from the start to the
 `Solution`, is done by `minimize`.
 """
 
@@ -36,7 +36,16 @@ class Iterate(eqx.Module):
         space: the normal space, whose `tangent` is P.
         gradient_norm: ‖P∇F‖, zero at a stationary point.
         slope_norm: ‖∇F‖.
-        is_finite: whether F and its gradients are numbers.
+        is_finite: True if F and its gradients are finite numbers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.models.Sphere(1).manifold
+        >>> problem = mf.optimize.Problem(circle, lambda x: x[1], None)
+        >>> iterate = problem.at(jnp.array([0.6, 0.8]))
+        >>> print(iterate.value, iterate.gradient.round(2), iterate.gradient_norm.round(2))
+        0.8 [-0.48  0.36] 0.6
     """
 
     coordinates: Coordinates
@@ -67,7 +76,19 @@ def _count(number: Any) -> Int[Array, ""]:
 
 
 class Work(eqx.Module):
-    """What was spent: gradients of F, products with its Hessian, factorisations, each one."""
+    """The work spent: gradients of F, products with its Hessian, factorisations.
+
+    Args:
+        num_gradients: evaluations of F with its gradient.
+        num_hessian_products: products with its covariant Hessian.
+        num_factorizations: Gram matrices or Hessians factorised.
+
+    Examples:
+        >>> import manifoldflow as mf
+        >>> total = mf.optimize.Work(num_gradients=1) + mf.optimize.Work(num_gradients=2)
+        >>> print(total.num_gradients, total.num_hessian_products)
+        3 0
+    """
 
     num_gradients: Int[Array, ""] = eqx.field(converter=_count, default=0)
     num_hessian_products: Int[Array, ""] = eqx.field(converter=_count, default=0)
@@ -78,15 +99,26 @@ class Work(eqx.Module):
 
 
 class Attempt(eqx.Module):
-    """How a method tried to get on.
+    """One attempt of a method to get on.
 
     Attributes:
-        iterate: where it stands now; where it stood before, if it did not get on.
-        state: what it remembers.
-        is_accepted: whether it got on.
+        iterate: the present iterate; the one before, if the method did not get on.
+        state: the memory of the method.
+        is_accepted: True if it got on.
         result: `RESULTS.successful`, or why there is no point in trying again.
-        work: what was spent.
-        defect: how far the new point is from the manifold.
+        work: the work spent.
+        defect: the distance of the new point from the manifold.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.models.Sphere(1).manifold
+        >>> problem = mf.optimize.Problem(circle, lambda x: x[1], None)
+        >>> here = problem.at(jnp.array([0.6, 0.8]))
+        >>> method = mf.RiemannianGradientDescent()
+        >>> attempt = method.step(problem, here, method.init(problem, here))
+        >>> print(attempt.is_accepted, attempt.iterate.value < here.value)
+        True True
     """
 
     iterate: Iterate
@@ -98,7 +130,7 @@ class Attempt(eqx.Module):
 
 
 class Trial(eqx.Module):
-    """A point that was looked at, and whether it is one of the manifold with a finite F."""
+    """A point that was tried, and a mark if it is on the manifold with a finite F."""
 
     iterate: Iterate
     is_fine: Flag
@@ -108,7 +140,7 @@ class Trial(eqx.Module):
 
 
 class Hessian(eqx.Module):
-    """v ↦ P(∇²F − Σλᵢ∇²fᵢ)v for tangent v, at one point, and the normal space there."""
+    """The map v ↦ P(∇²F − Σλᵢ∇²fᵢ)v for tangent v, at one point, and the normal space there."""
 
     space: AbstractNormalSpace
     product: Callable[[Tangent], Tangent]
@@ -120,10 +152,19 @@ class Hessian(eqx.Module):
 class Problem(eqx.Module):
     """A function on a manifold, as methods see it.
 
-    Attributes:
+    Args:
         manifold: the manifold.
         fn: F, point → scalar.
         remainder: the part of points that does not move.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle = mf.models.Sphere(1).manifold
+        >>> problem = mf.optimize.Problem(circle, lambda x: x[1], None)
+        >>> top = problem.at(jnp.array([0.0, 1.0]))
+        >>> print(problem.hessian(top)(jnp.array([1.0, 0.0])).round(3) + 0.0)
+        [-1.  0.]
     """
 
     manifold: AbstractManifold
@@ -135,21 +176,21 @@ class Problem(eqx.Module):
         return _tree.join(coordinates, self.remainder)
 
     def value(self, coordinates: Coordinates) -> Scalar:
-        """F, in the precision of the point."""
+        """The value of F, in the precision of the point."""
         return jnp.asarray(self.fn(self.point(coordinates)), _tree.dtype_of(coordinates))
 
     def normal_space(self, coordinates: Coordinates) -> AbstractNormalSpace:
-        """Whose `tangent` is the projection P there; one factorisation."""
+        """The normal space, whose `tangent` is the projection P there; one factorisation."""
         return self.manifold.normal_space(self.point(coordinates))
 
     def at(self, coordinates: Coordinates) -> Iterate:
-        """F and its gradients at a point; one gradient and one factorisation."""
+        """The iterate at a point: F and its gradients; one gradient and one factorisation."""
         value, slope = jax.value_and_grad(self.value)(coordinates)
         space = self.normal_space(coordinates)
         return Iterate(coordinates, value, slope, space.tangent(slope), space)
 
     def moved(self, retraction: AbstractRetraction, iterate: Iterate, vector: Tangent) -> Trial:
-        """F and its gradients at the point that is reached along a tangent vector."""
+        """The trial of the point that is reached along a tangent vector."""
         here = iterate.coordinates
         landed, info = retraction.with_info(
             self.manifold, self.point(here), vector, space=iterate.space
@@ -169,9 +210,9 @@ class Problem(eqx.Module):
         )
 
     def hessian(self, iterate: Iterate) -> "Hessian":
-        """`covariant_hessian`, made for many products.
+        """The `covariant_hessian`, made for many products.
 
-        The Hessian of the Lagrangian F − λ·f, with the λ of ∇F at this point, linearised
+        It is the Hessian of the Lagrangian F − λ·f, with the λ of ∇F at this point, linearised
         once; and without errors where there is no normal space.
         """
         multipliers = iterate.space.multipliers(iterate.slope)
@@ -184,17 +225,41 @@ class Problem(eqx.Module):
 
 
 class AbstractMethod(eqx.Module):
-    """A way to go down along a manifold, one attempt after the other."""
+    """A method of descent along a manifold, one attempt after the other.
+
+    A subclass defines `init`, `step` and `patience`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> from manifoldflow.optimize import AbstractMethod, Attempt
+        >>> class FixedSteps(AbstractMethod):
+        ...     patience = 10
+        ...
+        ...     def init(self, problem, iterate):
+        ...         return None
+        ...
+        ...     def step(self, problem, iterate, state):
+        ...         trial = problem.moved(mf.NewtonRetraction(), iterate, -0.5 * iterate.gradient)
+        ...         ends = trial.is_fine, trial.result, trial.work, trial.defect
+        ...         return Attempt(trial.iterate, state, *ends)
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> found = mf.minimize(circle, lambda x: x[1], start, method=FixedSteps())
+        >>> print(found.final.round(3) + 0.0)
+        [ 0. -1.]
+    """
 
     @property
     @abc.abstractmethod
     def patience(self) -> int:
-        """When the method has stalled: after so many steps in a row that neither lowered
-        the gradient nor changed F by more than its rounding errors."""
+        """The number of idle steps in a row after which the method has stalled.
+
+        An idle step neither lowers the gradient nor changes F by more than its rounding errors.
+        """
 
     @abc.abstractmethod
     def init(self, problem: Problem, iterate: Iterate) -> PyTree[Any]:
-        """What the method remembers at the start: arrays, whose shapes do not change."""
+        """The memory of the method at the start: arrays, whose shapes do not change."""
 
     @abc.abstractmethod
     def step(self, problem: Problem, iterate: Iterate, state: PyTree[Any]) -> Attempt:
@@ -202,17 +267,17 @@ class AbstractMethod(eqx.Module):
 
 
 def value_rounding(before: Iterate, after: Iterate) -> Scalar:
-    """What a difference of two values of F may be wrong by, at the least."""
+    """A lower bound of the rounding error of a difference of two values of F."""
     eps = _tree.eps_of(before.coordinates)
     return eps * jnp.maximum(jnp.abs(before.value), jnp.abs(after.value))
 
 
 def shortest_step(iterate: Iterate) -> Scalar:
-    """A step of this length is lost in the rounding of the coordinates."""
+    """The length of steps that are lost in the rounding of the coordinates."""
     return _tree.eps_of(iterate.coordinates) * _tree.norm(iterate.coordinates)
 
 
 def usual_step(iterate: Iterate) -> Scalar:
-    """A first guess of how long a step should be: an eighth of the length of the point."""
+    """A first guess of the length of a step: an eighth of the length of the point."""
     size = _tree.norm(iterate.coordinates)
     return _tree.where(size > 0, size, 1) / 8

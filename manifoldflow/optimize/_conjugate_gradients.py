@@ -16,8 +16,8 @@ class ModelStep(eqx.Module):
 
     Attributes:
         vector: v.
-        decrease: by how much.
-        is_at_boundary: whether it is as long as it may be.
+        decrease: the amount by which it lowers the model.
+        is_at_boundary: True if it is as long as the radius allows.
         num_products: products with H.
     """
 
@@ -44,7 +44,7 @@ def truncated_cg(
     tolerance: Scalar,
     max_products: int,
 ) -> ModelStep:
-    """The method of Steihaug and Toint.
+    """Truncated conjugate gradients, the method of Steihaug and Toint.
 
     Conjugate gradients from zero until the residual is at most `tolerance`; on directions
     of negative curvature, and where the next iterate would be outside, to the boundary.
@@ -74,6 +74,7 @@ def truncated_cg(
         square = _tree.inner(residual, residual)
         length = square / _tree.where(curvature > 0, curvature, 1)
         ahead = _tree.add(vector, _tree.scale(length, direction))
+        # True for NaN as well: the step before is then kept.
         goes_out = ~(curvature > 0) | (_tree.norm(ahead) >= radius)
         length = _tree.where(goes_out, _to_boundary(vector, direction, radius), length)
         new_residual = _tree.add(residual, _tree.scale(length, image))
@@ -110,7 +111,7 @@ def truncated_cg(
 
 
 def _decrease(gradient: Tangent, state: _State) -> Scalar:
-    """−⟨g, v⟩ − ½⟨v, Hv⟩, as −½⟨v, g + residual⟩."""
+    """The decrease −⟨g, v⟩ − ½⟨v, Hv⟩ of the model, as −½⟨v, g + residual⟩."""
     return -_tree.inner(state.vector, _tree.add(gradient, state.residual)) / 2
 
 

@@ -1,4 +1,4 @@
-"""Steepest descent along a manifold, with steps chosen by what the gradient has done."""
+"""Steepest descent along a manifold, with steps chosen by the last change of the gradient."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -33,16 +33,25 @@ class _State(eqx.Module):
 class RiemannianGradientDescent(AbstractMethod):
     """Gradient descent with Barzilai-Borwein steps and Armijo's condition.
 
-    The length of a step follows from how much the last one changed the gradient; it is
+    The length of a step follows from the change of the gradient in the last one; it is
     quartered until the value falls below an average of the last ones. An attempt costs one
-    gradient. Takes many more steps than `RiemannianTrustRegion`, and needs no second
+    gradient. It takes many more steps than `RiemannianTrustRegion`, and needs no second
     derivatives.
 
     Args:
-        retraction: how to get back to the manifold; `NewtonRetraction()` by default.
+        retraction: the way back to the manifold; `NewtonRetraction()` by default.
 
     References:
         [IannazzoPorcelli2018]; the average is that of [ZhangHager2004].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> method = mf.RiemannianGradientDescent()
+        >>> found = mf.minimize(circle, lambda x: x[1], start, method=method)
+        >>> print(found.final.round(3) + 0.0)
+        [ 0. -1.]
     """
 
     retraction: AbstractRetraction = eqx.field(default_factory=NewtonRetraction)
@@ -70,11 +79,14 @@ class RiemannianGradientDescent(AbstractMethod):
         old = there.space.tangent(iterate.gradient)
         change = _tree.subtract(there.gradient, old)
         turn = -_tree.inner(old, change)
+        # Barzilai and Borwein's two lengths, in turn: ⟨s, s⟩/⟨s, y⟩ and ⟨s, y⟩/⟨y, y⟩ with s =
+        # −rate·g.
         long = rate * _tree.inner(old, old) / turn
         short = rate * turn / _tree.inner(change, change)
         guess = _tree.where(state.num_steps % 2 == 0, long, short)
         is_known = (turn > 0) & jnp.isfinite(guess)
         guess = _tree.where(is_known, jnp.clip(guess, rate / 1e3, rate * 1e3), 4 * rate)
+        # Zhang and Hager's average of the values so far: descent need not be monotone.
         weight = _MEMORY * state.weight + 1
         reference = (_MEMORY * state.weight * state.reference + there.value) / weight
         is_lost = ~is_accepted & (rate * size <= shortest_step(iterate))

@@ -35,7 +35,7 @@ def minimize(
     checkpoint: Place | None = None,
     throw: bool = True,
 ) -> Solution:
-    """Go down to a stationary point of a function along a manifold.
+    """The descent of a function along a manifold to a stationary point.
 
     Every accepted step ends on the manifold. Works under jit and vmap; repeated calls on new
     data of the same shapes do not retrace. The result is not differentiable.
@@ -44,10 +44,10 @@ def minimize(
     no method moves.
 
     Args:
-        manifold: where to look.
+        manifold: the manifold to search.
         fn: the function F to be minimised, point → scalar, on and near the manifold; twice
             differentiable for `RiemannianTrustRegion`, once for the others.
-        point: where to start; it is projected on the manifold first.
+        point: the start; it is projected on the manifold first.
         method: `RiemannianTrustRegion()` by default, `RiemannianGradientDescent()`,
             `RiemannianOptax(optax.adam(1e-2))`, or another `AbstractMethod`.
         gradient_tolerance: stop once ‖P∇F‖ is at most this. By default eps^⅔ of the point's
@@ -81,6 +81,14 @@ def minimize(
     Raises:
         ValueError: wrong options, or a function without scalar values.
         EquinoxRuntimeError: a failed search, with the message of its `RESULTS` member.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> found = mf.minimize(circle, lambda x: x[1], start)  # the lowest point
+        >>> print(found.final.round(3) + 0.0, found.stats["gradient_norm"] < 1e-4)
+        [ 0. -1.] True
     """
     if not isinstance(manifold, AbstractManifold):
         raise ValueError(

@@ -26,7 +26,7 @@ class _State(eqx.Module):
 
 
 class RiemannianOptax(AbstractMethod):
-    """An Optax transform that is fed with Riemannian gradients, its updates retracted.
+    """An Optax transform on Riemannian gradients, its updates retracted.
 
     After each step the vectors in its state, such as momentum, are projected on the tangent
     space at the new point. Vectors are the parts of the state that look like the parameters
@@ -36,7 +36,7 @@ class RiemannianOptax(AbstractMethod):
     Args:
         optimizer: the transform with its learning rate: `optax.adam(1e-2)`. Making it anew
             compiles anew; for many rates use `optax.inject_hyperparams` or a schedule.
-        retraction: how to get back to the manifold; `NewtonRetraction()` by default.
+        retraction: the way back to the manifold; `NewtonRetraction()` by default.
 
     Raises:
         ValueError: the optimizer is not an Optax transform.
@@ -44,6 +44,16 @@ class RiemannianOptax(AbstractMethod):
     References:
         [BecigneulGanea2019], for retractions and projections in place of the exponential
         map and parallel transport.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> import optax
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> method = mf.RiemannianOptax(optax.sgd(0.5))
+        >>> found = mf.minimize(circle, lambda x: x[1], start, method=method)
+        >>> print(found.final.round(3) + 0.0)
+        [ 0. -1.]
     """
 
     optimizer: optax.GradientTransformationExtraArgs
@@ -71,6 +81,7 @@ class RiemannianOptax(AbstractMethod):
     def step(self, problem: Problem, iterate: Iterate, state: _State) -> Attempt:
         update, inner = self._update(iterate, state.inner)
         vector = iterate.space.tangent(_tree.as_tangent(iterate.coordinates, update, "The update"))
+        # Optax knows nothing of the manifold: its update may leave the tangent space.
         trial = problem.moved(self.retraction, iterate, vector)
         inner = self._transported(trial.iterate.space, inner, state.is_vector, update)
         inner = jax.tree.map(lambda new, old: new.astype(old.dtype), inner, state.inner)
@@ -92,7 +103,7 @@ class RiemannianOptax(AbstractMethod):
         return update, jax.tree.map(jnp.asarray, inner)
 
     def _is_vector(self, iterate: Iterate, inner: PyTree[Array]) -> list[Flag]:
-        """Ask each copy of the parameters what a gradient and its opposite make of it."""
+        """Marks of the copies of the parameters that change their sign with the gradient."""
         answers: list[list[Any]] = [[], []]
         for sign, found in zip((1, -1), answers):
             _, after = self._update(iterate, inner, sign)
@@ -116,7 +127,7 @@ class RiemannianOptax(AbstractMethod):
         return self._map_copies(transport, inner)
 
     def _map_copies(self, fn: Callable[[Any], Any], inner: PyTree[Array]) -> PyTree[Array]:
-        """Apply `fn` to each copy of the parameters in the state, as a whole."""
+        """The state with `fn` applied to each copy of the parameters in it, as a whole."""
         return optax.tree_map_params(self.optimizer, fn, inner, is_leaf=lambda _: True)
 
 

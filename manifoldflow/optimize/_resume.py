@@ -41,7 +41,7 @@ _ATTEMPTS_OF_A_LEG = 8
 
 
 class _Place(eqx.Module):
-    """What is stored of a search: all but what one gradient at the coordinates gives."""
+    """The stored part of a search: all but what one gradient at the coordinates gives."""
 
     coordinates: Coordinates
     inner: PyTree[Array]
@@ -51,7 +51,7 @@ class _Place(eqx.Module):
 
 
 class _Here(eqx.Module):
-    """Where a leg has come to."""
+    """The state of a leg."""
 
     place: _Place
     result: RESULTS
@@ -154,7 +154,7 @@ def _end(problem: Problem, options: Options, start: Coordinates, here: _Here) ->
 
 
 def _identity(problem: Problem, coordinates: Coordinates, options: Options) -> Identity:
-    """What tells this search from others: all that its steps depend on."""
+    """The identity of this search among others: all that its steps depend on."""
     point, manifold, fn = problem.point(coordinates), problem.manifold, problem.fn
     return Identity(
         {

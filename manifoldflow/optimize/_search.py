@@ -24,7 +24,7 @@ from manifoldflow.optimize._base import (
 
 
 class Options(eqx.Module):
-    """What `minimize` was asked for, ready to be passed through jit."""
+    """The options of a `minimize`, ready to be passed through jit."""
 
     method: AbstractMethod
     gradient_tolerance: Scalar | None
@@ -34,13 +34,13 @@ class Options(eqx.Module):
     max_steps: int = eqx.field(static=True)
 
     def tolerance(self, iterate: Iterate, slope: Scalar) -> Scalar:
-        """Where the largest gradient in the whole space was this."""
+        """The tolerance, where the largest gradient in the whole space was this."""
         given = self.gradient_tolerance
         return _tree.eps_of(iterate.coordinates) ** (2 / 3) * slope if given is None else given
 
 
 class Tally(eqx.Module):
-    """What a search has done and met so far."""
+    """The counts of a search so far, and the extremes that it has met."""
 
     num_steps: Int[Array, ""]
     num_rejected: Int[Array, ""]
@@ -57,7 +57,7 @@ class Tally(eqx.Module):
 
 
 class State(eqx.Module):
-    """Where a search stands."""
+    """The state of a search."""
 
     iterate: Iterate
     inner: PyTree[Any]  # what the method remembers
@@ -99,7 +99,7 @@ def _whole(problem: Problem, coordinates: Coordinates, info: Info, options: Opti
 def begun(
     problem: Problem, coordinates: Coordinates, info: Info, options: Options
 ) -> tuple[State, Flag]:
-    """A search of which nothing is done yet, and whether there is a point to start from."""
+    """The state of a search at its start, and a mark if there is a point to start from."""
     first, is_on, zero = problem.at(coordinates), info.is_successful, jnp.asarray(0)
     result = _tree.where(first.is_finite, RESULTS.successful, RESULTS.nonfinite)
     result = _tree.where(is_on, result, info.result)
@@ -119,7 +119,7 @@ def begun(
 
 
 def attempted(problem: Problem, options: Options, state: State, most: Any) -> State:
-    """On until the search ends, or so many attempts have been made in all."""
+    """The state when the search ends, or when this number of attempts has been made in all."""
 
     def going(state: State) -> Flag:
         return ~state.is_done & (state.tally.num_attempts < most)
@@ -127,6 +127,7 @@ def attempted(problem: Problem, options: Options, state: State, most: Any) -> St
     def step(state: State) -> State:
         attempt = options.method.step(problem, state.iterate, state.inner)
         tally, there = _counted(state, attempt), attempt.iterate
+        # Near the minimum values stop changing long before gradients do: count idle steps, not one.
         is_stalled = tally.num_idle >= options.method.patience
         result = _tree.where(is_stalled, RESULTS.stalled, attempt.result)
         tolerance = options.tolerance(there, tally.largest_slope)
@@ -148,14 +149,14 @@ def _report(problem: Problem, options: Options, state: State) -> None:
 
 
 def shown(problem: Problem, options: Options, state: State) -> dict[str, PyTree[Array]]:
-    """What a user is told of a search on its way."""
+    """The values that a user is told of a search on its way."""
     iterate = state.iterate
     found = {"value": iterate.value, "gradient_norm": iterate.gradient_norm}
     return found | observed(options.observe, problem.point(iterate.coordinates))
 
 
 def share_of(options: Options, state: State, max_steps: Any) -> Scalar:
-    """How much of the way is done: of the decimal places that the gradient has to fall.
+    """The share of the way that is done: of the decimal places that the gradient has to fall.
 
     Or of the attempts, if those are used up earlier.
     """
@@ -183,7 +184,7 @@ def _counted(state: State, attempt: Attempt) -> Tally:
 
 
 def _judged(iterate: Iterate, tolerance: Scalar, result: RESULTS) -> tuple[RESULTS, Flag]:
-    """How the search would end here, and whether it does."""
+    """The result of a search that ends here, and a mark if it does."""
     is_there = iterate.gradient_norm <= tolerance
     is_lost = result != RESULTS.successful
     ours = _tree.where(is_there, RESULTS.successful, RESULTS.max_steps_reached)
@@ -191,7 +192,7 @@ def _judged(iterate: Iterate, tolerance: Scalar, result: RESULTS) -> tuple[RESUL
 
 
 def _idle(state: State, attempt: Attempt) -> Int[Array, ""]:
-    """For how many accepted steps in a row nothing but rounding has happened."""
+    """The number of accepted steps in a row that changed nothing but rounding."""
     before, after = state.iterate, attempt.iterate
     is_same = jnp.abs(after.value - before.value) <= 10 * value_rounding(before, after)
     has_fallen = after.gradient_norm <= 0.99 * state.tally.least_gradient
@@ -211,7 +212,7 @@ def solution_of(
     result: RESULTS,
     has_start: Flag,
 ) -> Solution:
-    """What the user gets; NaN as the final point where the search failed."""
+    """The `Solution` for the user; NaN as the final point where the search failed."""
     points = jax.tree.map(lambda x, y: jnp.stack([x, y]), *ends)
     # One after the other, and compiled once.
     seen = jax.lax.map(lambda x: observed(options.observe, problem.point(x)), points)

@@ -32,22 +32,34 @@ class _State(eqx.Module):
 class RiemannianTrustRegion(AbstractMethod):
     """Truncated conjugate gradients on the covariant Hessian, within a radius that adapts.
 
-    Converges quadratically to minima with a positive Hessian, and leaves saddles by their
-    directions of negative curvature. An attempt costs a gradient and as many products with
-    the Hessian as it takes to solve for the step: few far from the minimum, at most as many
-    as there are coordinates near it.
+    It converges quadratically to minima with a positive Hessian, and leaves saddles by their
+    directions of negative curvature. An attempt costs a gradient and the products with
+    the Hessian that it takes to solve for the step: few far from the minimum, at most the number of
+    coordinates near it.
 
     Args:
-        retraction: how to get back to the manifold; `NewtonRetraction()` by default.
-        initial_radius: of the trust region; by default ‖θ‖/8.
+        retraction: the way back to the manifold; `NewtonRetraction()` by default.
+        initial_radius: of the trust region, > 0; by default ‖θ‖/8.
         kappa: a step is solved for until the residual is at most
             ‖g‖·min(kappa, (‖g‖/g₀)^theta) for the gradient g and the largest one so far, g₀.
         theta: 1 + theta is the order of convergence, at most 2.
-        max_products: products with the Hessian for one step; by default as many as there are
+        max_products: products with the Hessian for one step; by default the number of
             coordinates.
+
+    Raises:
+        ValueError: numbers out of range.
 
     References:
         [AbsilBakerGallivan2007]; the rounding of values as in [BoumalMishraAbsilSepulchre2014].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> circle, start = mf.models.Sphere(1).manifold, jnp.array([1.0, 0.0])
+        >>> method = mf.RiemannianTrustRegion(initial_radius=0.5)
+        >>> found = mf.minimize(circle, lambda x: x[1], start, method=method)
+        >>> print(found.final.round(3) + 0.0)
+        [ 0. -1.]
     """
 
     retraction: AbstractRetraction = eqx.field(default_factory=NewtonRetraction)
@@ -95,6 +107,7 @@ class RiemannianTrustRegion(AbstractMethod):
         actual = iterate.value - trial.iterate.value
         ratio = _tree.where(trial.is_fine, (actual + slack) / (model.decrease + slack), -1)
         is_accepted = (ratio > 0.1) & (model.decrease > 0)
+        # A failed step says nothing of radii beyond its own length.
         shorter = jnp.minimum(radius, _tree.norm(model.vector)) / 4
         wider = _tree.where((ratio > 0.75) & model.is_at_boundary, 2 * radius, radius)
         radius = _tree.where((ratio >= 0.25) & (model.decrease > 0), wider, shorter)

@@ -12,7 +12,7 @@ from manifoldflow.plotting._style import Colour, styled
 @styled
 @checked
 def plot_check(check: SlopeCheck, axes: Any = None) -> Any:
-    """Draw the error of a check in log-log scale, with the slope that theory says.
+    """The error of a check against the size of the step, log-log, with the slope of the theory.
 
     Args:
         check: from `diagnostics.check_gradient`, `check_hessian` or `check_retraction`.
@@ -20,11 +20,22 @@ def plot_check(check: SlopeCheck, axes: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> circle, x = mf.models.Sphere(1).manifold, jnp.array([0.6, 0.8])
+        >>> check = mf.diagnostics.check_gradient(circle, lambda x: x[0] ** 3, x, key=jr.key(0))
+        >>> axes = mf.plotting.plot_check(check)
+        >>> axes.get_xlabel()
+        'size t of the step'
     """
     if axes is None:
         import matplotlib.pyplot as plt
 
         _, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    # A logarithmic axis has no place for an error of exactly 0.
     sizes, errors = check.sizes, np.where(check.errors > 0, check.errors, np.nan)
     axes.loglog(sizes, errors, "o", color=Colour.DATA, markersize=3, label="measured")
     finite = np.isfinite(errors)

@@ -24,7 +24,7 @@ def light_png(figure: Figure, num_colours: int = 64) -> bytes:
     Raises:
         ValueError: if the number of colours is out of range.
 
-    Example:
+    Examples:
         >>> import matplotlib.pyplot as plt
         >>> from manifoldflow.plotting import light_png
         >>> light_png(plt.figure())[1:4]

@@ -1,4 +1,4 @@
-"""The picture of a report: eigenvalues, where the trace is, and whether the learning rate suits."""
+"""The picture of a report: eigenvalues, the trace by leaf, and the learning rate."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from manifoldflow._boundary import checked
 from manifoldflow.diagnostics import Report
 from manifoldflow.plotting._style import Colour, styled
 
-# So many leaves, those with the largest share of the trace.
+# The number of leaves shown, those with the largest share of the trace.
 _LEAVES = 16
-# Up to so many eigenvalues have bars, more of them a band.
+# Up to this number eigenvalues have bars, more of them a band.
 _FEW = 12
 
 
@@ -30,8 +30,13 @@ def plot_report(report: Report) -> Figure:
     Returns:
         The figure, to be saved or shown.
 
-    Example:
-        >>> plot_report(mf.report(loss, model, learning_rate=0.1)).savefig("report.png")
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import manifoldflow as mf
+        >>> loss = mf.LeastSquares(jnp.eye(2), jnp.ones(2), predict=lambda w, x: x @ w**2)
+        >>> figure = mf.plotting.plot_report(mf.report(loss, jnp.ones(2), learning_rate=0.1))
+        >>> len(figure.axes)
+        2
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     _draw_eigenvalues(left, report)
@@ -69,6 +74,7 @@ def _draw_eigenvalues(axes: Any, report: Report) -> None:
     axes.set_title(
         "All eigenvalues that are not zero" if report.is_whole else "Largest eigenvalues"
     )
+    # matplotlib warns about a legend without entries.
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
 

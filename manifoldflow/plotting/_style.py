@@ -40,7 +40,7 @@ class Colour(enum.StrEnum):
     The style `plt.style.use("manifoldflow.plotting.talk")` has them in this order for a plot's
     lines, 150 dpi and legends of 9 points. A member is a string that matplotlib takes.
 
-    Example:
+    Examples:
         >>> from manifoldflow.plotting import Colour
         >>> str(Colour.LIMIT)
         '#0072B2'
@@ -72,7 +72,7 @@ def shades(colour: str, number: int) -> list[tuple[float, float, float]]:
     Raises:
         ValueError: if the colour is none of matplotlib's, or the number is not positive.
 
-    Example:
+    Examples:
         >>> from manifoldflow.plotting import Colour, shades
         >>> light, same, dark = shades(Colour.SGD, 3)
         >>> sum(light) > sum(same) > sum(dark)

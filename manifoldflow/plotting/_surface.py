@@ -36,7 +36,7 @@ def surface_axes(
     Raises:
         ValueError: if a limit is not positive, or an angle not finite.
 
-    Example:
+    Examples:
         >>> import matplotlib.pyplot as plt
         >>> from manifoldflow.plotting import surface_axes
         >>> axes = surface_axes(plt.figure(), (1, 2, 1), limit=2.0)
@@ -74,7 +74,7 @@ def draw_surface(
     Raises:
         ValueError: if the shapes do not belong together.
 
-    Example:
+    Examples:
         >>> import matplotlib.pyplot as plt
         >>> import numpy as np
         >>> from manifoldflow.plotting import draw_surface, surface_axes
@@ -110,7 +110,7 @@ def draw_curve(axes: Any, points: Any, normals: Any, **style: Any) -> None:
     Raises:
         ValueError: if the shapes are not as said.
 
-    Example:
+    Examples:
         >>> import matplotlib.pyplot as plt
         >>> import numpy as np
         >>> from manifoldflow.plotting import draw_curve, surface_axes

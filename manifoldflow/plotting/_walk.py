@@ -32,7 +32,7 @@ def plot_walk(
         sharpness: name of the observable on the left axis; by default "sharpness" if it was
             observed, else the first.
         test: name of one for the right axis; by default "test_accuracy" if it was observed.
-        test_label: what that is, for the axis; by default its name.
+        test_label: the words for it on the axis; by default its name.
         spectra: eigenvalues of the Gram matrix at the start and at the end, any order.
         max_eigenvalues: how many of the largest to show.
         caption: sentences to print below.

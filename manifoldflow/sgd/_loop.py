@@ -1,4 +1,4 @@
-"""The loop of SGD: one step, many steps, and what is saved of them."""
+"""The loop of SGD: one step, many steps, and their saves."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _METER_UPDATES = 1000
 
 
 class Problem(eqx.Module):
-    """What stays the same all through a run, ready to be passed through jit."""
+    """The parts of a run that do not change, ready to be passed through jit."""
 
     loss: AbstractLoss
     noise: AbstractStochasticGradient
@@ -47,13 +47,13 @@ class Problem(eqx.Module):
 
 
 class State(eqx.Module):
-    """What a step changes: all that a checkpoint has to keep."""
+    """The parts of a run that a step changes: all that a checkpoint has to keep."""
 
     coordinates: Coordinates
     opt_state: PyTree[Array]
     diverged_at: Int[Array, ""]
     bound: Scalar
-    stopped_after: Int[Array, ""] | None  # so many steps; None where nothing stops a run
+    stopped_after: Int[Array, ""] | None  # this number of steps; None where nothing stops a run
 
     @property
     def is_going(self) -> Flag:
@@ -79,11 +79,13 @@ class Stepper:
         if self.problem.clock_gain is not None:
             problem = self.problem
             one = optax.constant_schedule(1.0) if callable(problem.learning_rate) else 1.0
+            # Asked with the learning rate 1: the answer is then the gain itself.
             check_clock(problem.optimizer, one, coordinates, self.problem.clock_gain)
         return State(
             coordinates,
             jax.tree.map(jnp.asarray, self.transform.init(coordinates)),
             jnp.asarray(-1, jnp.int32),
+            # Long before overflow: later steps would only spread NaN, and cost as much.
             _DIVERGED * jnp.maximum(_largest(coordinates), 1),
             None if self.problem.until is None else jnp.asarray(-1, jnp.int32),
         )
@@ -141,7 +143,7 @@ class Stepper:
         return updated(self.transform, slope, opt_state, here, grad_fn, value_fn)
 
     def row(self, state: State, time: Scalar) -> Row:
-        """What is saved of a state, and told to whoever follows the run."""
+        """The save of a state, told to whoever follows the run."""
         point = _tree.join(state.coordinates, self.problem.remainder)
         saved = Row(state.coordinates, observed(self.problem.observe, point))
         saved = or_nan(saved, state.diverged_at < 0, of=(self.problem, state))
@@ -191,7 +193,7 @@ def whole_run(
 
 
 def steps_of_saves(num_steps: int, num_saves: int) -> np.ndarray:
-    """⌊i·num_steps/num_saves⌋: the number of steps before each save."""
+    """The number of steps before each save, ⌊i·num_steps/num_saves⌋."""
     return np.arange(num_saves + 1, dtype=np.int64) * num_steps // num_saves
 
 
@@ -205,6 +207,7 @@ def _advance(
         return jax.lax.scan(lambda s, k: (stepper(s, k), None), state, numbers)[0]
 
     meter = stepper.problem.meter
+    # A callback to the host stops the device: a thousand are enough for a bar.
     block = max(1, num_steps // _METER_UPDATES)
     if not stepper.problem.has_meter or length <= block:
         state = steps(state, first, length)
@@ -225,7 +228,7 @@ def _advance(
 
 
 def share(num_done: Any, num_steps: int) -> Scalar:
-    """How much of the run is done, in the type that Diffrax's meters count in."""
+    """The share of the run that is done, in the type that Diffrax's meters count in."""
     return jnp.asarray(num_done, float) / num_steps
 
 
@@ -239,7 +242,7 @@ def solution_of(
     num_steps: int,
     num_gradients: Int[Array, ""],
 ) -> Solution:
-    """What the user gets; NaN as final point where the run failed."""
+    """The `Solution` for the user; NaN as final point where the run failed."""
     has_diverged = state.diverged_at >= 0
     result = _tree.where(has_diverged, RESULTS.diverged, RESULTS.successful)
     result = _tree.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
@@ -270,6 +273,7 @@ def solution_of(
 def _largest(coordinates: Coordinates) -> Scalar:
     """The largest absolute value among the coordinates; NaN if one is NaN."""
     leaves = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(coordinates) if leaf.size]
+    # In float32 at least: 10⁸ does not fit into float16.
     return jnp.max(jnp.stack(leaves).astype(jnp.result_type(jnp.float32, *leaves)))
 
 

@@ -1,4 +1,4 @@
-"""Optax transforms: made from a learning rate, and asked which clock they run on."""
+"""Optax transforms: made from a learning rate, and tested for the clock that they run on."""
 
 import contextlib
 import functools
@@ -49,7 +49,7 @@ def updated(
     grad_fn: Callable[..., Any],
     value_fn: Callable[..., Any],
 ) -> tuple[Any, Any]:
-    """The update and the new state, from a transform that gets what it asks for.
+    """The update and the new state, from a transform that gets the arguments it asks for.
 
     Optax refuses what nobody asks for, and nothing says beforehand what is: SAM wants
     `grad_fn` alone, line searches `value`, `grad` and `value_fn` without it.
@@ -109,6 +109,7 @@ def check_clock(
     if is_traced(found):
         return  # The user's transform holds traced values: not known before it runs.
     rest, answers, doubled, huge = (np.asarray(each, float) for each in found)
+    # Against the answer to no gradient, which is not 0 where weights decay.
     first, second, third = answers = (rest - answers) / 1e-3
     for size, answer in ((2e-3, doubled), (1e6, huge)):
         if not np.allclose((rest - answer) / size, answers, rtol=1e-2, atol=1e-3):
@@ -116,6 +117,7 @@ def check_clock(
     if np.any(np.abs(rest) > 1e-6):
         raise ValueError(_DECAYS)
     has_memory = np.abs(second) > 1e-3
+    # Momentum answers g, βg, β²g, …: the first plus second/(1 − β) is the whole sum.
     decay = np.where(has_memory, third / np.where(has_memory, second, 1), 0)
     gains = (first + second / (1 - decay))[first != 0]  # Others are frozen.
     if not gains.size or np.ptp(gains) > 1e-2 * gains[0]:

@@ -116,7 +116,7 @@ class _Simulation(AbstractRun[State]):
 
 
 def _identity(problem: Problem, state: State, momentum: Any) -> Identity:
-    """What tells this run from others: all that its steps depend on."""
+    """The identity of this run among others: all that its steps depend on."""
     point = _tree.join(state.coordinates, problem.remainder)
     rate, step, until = problem.learning_rate, jnp.zeros((), jnp.int32), problem.until
     functions, ends = observables_of(problem.observe, point), {}

@@ -48,10 +48,10 @@ def simulate(
     resume: Place | None = None,
     throw: bool = True,
 ) -> Solution:
-    """Run SGD: θₖ₊₁ = θₖ + update of the optimiser for ∇L(θₖ) + noise.
+    """A run of SGD: θₖ₊₁ = θₖ + update of the optimiser for ∇L(θₖ) + noise.
 
-    Step k draws its batch and labels from `jax.random.fold_in(key, k)` alone, so what a run
-    gives does not depend on its saves, on interruptions, or on the runs beside it. Works
+    Step k draws its batch and labels from `jax.random.fold_in(key, k)` alone, so that the result of
+    a run does not depend on its saves, on interruptions, or on the runs beside it. It works
     under jit, vmap and grad; repeated calls on new data, rates, keys and points of the same
     shapes do not retrace (another number of steps does).
 
@@ -61,7 +61,7 @@ def simulate(
     constant η.
 
     Args:
-        loss: what SGD lowers.
+        loss: the loss that SGD lowers.
         noise: draws the stochastic gradients: a noise, or `SAMGradient`.
         optimizer: an update such as `updates.SGD(momentum, weight_decay)`, `updates.Adam()` or
             `updates.SAM(radius)` (all but `updates.LocalSGD`, whose workers need a gradient each;
@@ -73,19 +73,21 @@ def simulate(
             optax.contrib.normalize(), optax.sgd(radius)), opaque_mode=True)`, which divides
             by zero where the gradient vanishes, unlike `SAMGradient`), and `value`,
             `value_fn`, `grad`, where the value is that of the whole loss.
-        point: where to start.
+        point: the start.
         learning_rate: η > 0, or an Optax schedule step ↦ η.
-        num_steps: how many steps. Either this or `end_time`.
-        end_time: on the clock of the update; the run ends with the first step that reaches it.
-            Of bare optimisers, for those that are SGD with or without momentum.
+        num_steps: the number of steps. Either this or `end_time`.
+        end_time: a time on the clock of the update; the run ends with the first step that reaches
+            it. With bare optimisers, only for SGD with or without momentum.
         num_saves: saves besides the start, at most `num_steps`; number i comes after
             ⌊i·num_steps/num_saves⌋ steps.
-        momentum: the β in [0, 1) of a bare optimiser, heavy-ball or Nesterov. Only tells the
+        momentum: the β in [0, 1) of a bare optimiser, heavy-ball or Nesterov. It only tells the
             clock, which then runs (1−β)⁻² faster.
         observe: name → function of a point, evaluated at every save.
-        until: stop early: a predicate of the point, or `Stationary(tolerance)`, asked after every
-            step. The remaining saves then repeat the final point, and have the time of the step
-            that ended the run: of a run until it leaves a set, `times[-1]` is the exit time.
+        until: a condition to stop early: a predicate of the point, or `Stationary(tolerance)`,
+            asked
+            after every step. The remaining saves then repeat the final point, and have the time of
+            the step that ended the run: in a run until it leaves a set, `times[-1]` is the exit
+            time.
         key: one key; `jax.vmap` over many.
         progress: True prints percentages, a Diffrax progress meter shows itself, a
             function is called at every save with a dict: time, coordinates, observables.
@@ -113,6 +115,17 @@ def simulate(
 
     References:
         [LiWangArora2022, Theorem 4.6].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import jax.random as jr
+        >>> import manifoldflow as mf
+        >>> import optax
+        >>> loss, noise = mf.FunctionLoss(lambda x: jnp.sum(x**2) / 2), mf.IsotropicNoise(std=0.0)
+        >>> options = dict(learning_rate=0.1, num_steps=2, num_saves=2, key=jr.key(0))
+        >>> run = mf.simulate(loss, noise, optax.sgd, jnp.array([1.0]), **options)
+        >>> print(run.points[:, 0].round(3), run.times.round(3), run.clock)
+        [1.   0.9  0.81] [0.   0.01 0.02] Ση²/(1−β)²
     """
     _check_kinds(loss, noise)
     coordinates, remainder = loss.split(point)
@@ -129,6 +142,7 @@ def simulate(
         raise ValueError(
             f"num_saves={num_saves} exceeds the {num_steps} steps of this run; ask for fewer saves."
         )
+    # In double precision on the host: running sums in float32 lose steps after some 10⁵.
     step_times = clock.times(learning_rate, num_steps)
     is_bare = not isinstance(optimizer, AbstractUpdate)
     problem = Problem(
@@ -144,9 +158,11 @@ def simulate(
         meter=meter_of(progress),
         reports=row_reports(progress),
         until=_tree.as_pytree_callable(until) if callable(until) else until,
+        # Only an end time needs the clock to be right; an update knows its own.
         clock_gain=1 / (1 - float(beta)) if has_end_time and is_bare else None,
         clock=clock.formula,
     )
+    # In float16 the times of neighbouring steps are one number after some 10³ of them.
     time_dtype = jnp.result_type(dtype, jnp.float32)
     times = _at(steps_of_saves(num_steps, num_saves), step_times).astype(time_dtype)
     if checkpoint is None and resume is None:
@@ -180,7 +196,7 @@ def _check_kinds(loss: Any, noise: Any) -> None:
 
 
 def _checked_ends(noise: Any, num_steps: Any, end_time: Any) -> bool:
-    """Whether the run ends at a time, and not after a number of steps."""
+    """True where the run ends at a time, False where it ends after a number of steps."""
     if (num_steps is None) == (end_time is None):
         raise ValueError(
             f"simulate needs either num_steps or end_time; got num_steps={num_steps} and "
@@ -209,7 +225,7 @@ def _checked_key(key: Any) -> Key:
 
 
 def _clock(optimizer: Any, momentum: Any) -> AbstractClock:
-    """That of an update, or of SGD with the momentum that was told."""
+    """The clock of an update, or of SGD with the given momentum."""
     if not isinstance(optimizer, AbstractUpdate):
         return LimitClock(0.0 if momentum is None else momentum)
     if momentum is not None:

@@ -77,6 +77,7 @@ class AbstractRowsUpdate(AbstractLimitedUpdate):
         [ 1. -1.]
     """
 
+    # A class variable: `flows` picks a path by it before anything is traced.
     keeps_gradients: eqx.AbstractClassVar[bool]  # bᵢ = ∇rᵢ: then no n×D numbers are built
 
     @abc.abstractmethod

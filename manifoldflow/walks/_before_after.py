@@ -1,4 +1,4 @@
-"""What a run changed: every observable at its start and at its end."""
+"""The changes of a run: every observable at its start and at its end."""
 
 from typing import NamedTuple
 

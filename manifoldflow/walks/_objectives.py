@@ -1,4 +1,4 @@
-"""What a walk lowers: a number at every point, for the loss whose outputs are kept."""
+"""Objectives that a walk lowers: a number at every point, for the loss whose outputs are kept."""
 
 import abc
 from collections.abc import Callable

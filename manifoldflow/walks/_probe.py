@@ -97,7 +97,7 @@ def _labels(loss: PerExampleLoss, outputs: Outputs) -> np.ndarray | None:
 
 
 def _is_likelihood(loss: PerExampleLoss, labels: np.ndarray, outputs: Outputs) -> bool:
-    """Whether Σ exp(−ℓ(f, y)) = 1 over the labels, and ∂²ℓ/∂f² is the same for all of them."""
+    """True where Σ exp(−ℓ(f, y)) = 1 over the labels, and ∂²ℓ/∂f² is the same for all of them."""
 
     def asked(f: Array, v: Array) -> tuple[Array, Array]:
         total = jnp.sum(jnp.exp(-jax.vmap(lambda y: loss.example_loss(f, y))(labels)))
@@ -109,7 +109,7 @@ def _is_likelihood(loss: PerExampleLoss, labels: np.ndarray, outputs: Outputs) -
 
 
 def _is_apart(loss: PerExampleLoss, outputs: Outputs) -> bool:
-    """Whether ∂²ℓ/∂f² is diagonal, and each entry depends on its own output alone."""
+    """True where ∂²ℓ/∂f² is diagonal, and each entry depends on its own output alone."""
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), loss.targets)
 
     def asked(f: Array, v: Array) -> tuple[Array, Array]:
@@ -126,7 +126,7 @@ def _is_apart(loss: PerExampleLoss, outputs: Outputs) -> bool:
 
 
 def _vanish(asked: Callable[[Array, Array], Any], outputs: Outputs) -> bool:
-    """Whether what is asked of outputs and directions vanishes for a few that are drawn.
+    """True where a function of outputs and directions vanishes for a few that are drawn.
 
     Known where the program is traced, unless the loss itself holds traced values: those are
     taken on trust.

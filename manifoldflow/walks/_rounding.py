@@ -1,4 +1,4 @@
-"""What rounding the weights costs, and rounding itself."""
+"""Rounding of the weights, and its cost in the loss."""
 
 from typing import Any, Literal
 
