@@ -31,34 +31,12 @@ _TILES = 8
 
 def all_axes() -> tuple[str, ...]:
     """The axes of the mesh in force over which arrays can be spread."""
-<<<<<<< HEAD
     return tuple(_mesh.axes_in_force())
 
 
 def distributes(num_rows: int) -> bool:
-    """Whether a matrix of so many rows can be cut over several devices here."""
-    return _mesh.num_devices() > 1 and num_rows % _mesh.num_devices() == 0
-=======
-    here = jax.sharding.get_abstract_mesh()
-    ours = (_mesh.EXAMPLES, "parameters")
-    return tuple(name for name in here.axis_names if name in here.auto_axes and name in ours)
-
-
-def num_devices() -> int:
-    """The number of devices that arrays can be spread over here; 1 where no mesh is in force."""
-    here = jax.sharding.get_abstract_mesh()
-    return math.prod(here.shape[axis] for axis in all_axes())
-
-
-def distributes(num_rows: int) -> bool:
     """True where a matrix with this many rows can be cut over several devices here."""
-    return num_devices() > 1 and num_rows % num_devices() == 0
-
-
-def over_all(array: Array) -> Array:
-    """The array cut along its leading axis over all devices."""
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(all_axes()))
->>>>>>> 3611b01da40deeb8368bf78851e552fe4cc4f301
+    return _mesh.num_devices() > 1 and num_rows % _mesh.num_devices() == 0
 
 
 @dataclasses.dataclass(frozen=True)
