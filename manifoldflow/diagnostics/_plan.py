@@ -138,7 +138,9 @@ def _plan(flow: AbstractFlow, point: Point) -> Plan:
 
     # What a drift does not use lies there all the same.
     compiled = jax.jit(drift, keep_unused=True).lower(arrays).compile()
-    memory, found = compiled.memory_analysis(), totals(compiled.as_text())
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
+    found = totals(text)
     result = jax.eval_shape(drift, arrays)
     num_rows, num_examples, chunk_size = _rows(flow, point)
     own = [] if mesh.empty else [leaf for leaf in jax.tree.leaves(arrays) if not _is_whole(leaf)]
