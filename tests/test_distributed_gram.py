@@ -27,7 +27,7 @@ def test_geometry_is_that_of_one_device(report):
     for name, (gap, sent) in report["devices"].items():
         at_most(f"{name}: relative difference from one device", gap, 1e-10)
         assert set(sent) <= {"all-gather", "all-reduce"}, f"{name}: messages {sent}"
-        at_most(f"{name}: messages {sent}", sum(sent.values()), 40)
+        at_most(f"{name}: messages {sent}", sum(sent.values()), 50)
 
 
 def test_the_program_does_not_grow_and_no_device_holds_the_matrix(report):

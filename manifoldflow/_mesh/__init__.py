@@ -1,6 +1,7 @@
 """The devices over which examples and parameters are spread."""
 
 from manifoldflow._mesh._axes import (
+    axes_in_force as axes_in_force,
     check_axis as check_axis,
     EXAMPLES as EXAMPLES,
     is_spread as is_spread,

@@ -31,25 +31,12 @@ _TILES = 8
 
 def all_axes() -> tuple[str, ...]:
     """The axes of the mesh in force over which arrays can be spread."""
-    here = jax.sharding.get_abstract_mesh()
-    ours = (_mesh.EXAMPLES, "parameters")
-    return tuple(name for name in here.axis_names if name in here.auto_axes and name in ours)
-
-
-def num_devices() -> int:
-    """The number of devices that arrays can be spread over here; 1 where no mesh is in force."""
-    here = jax.sharding.get_abstract_mesh()
-    return math.prod(here.shape[axis] for axis in all_axes())
+    return tuple(_mesh.axes_in_force())
 
 
 def distributes(num_rows: int) -> bool:
     """True where a matrix with this many rows can be cut over several devices here."""
-    return num_devices() > 1 and num_rows % num_devices() == 0
-
-
-def over_all(array: Array) -> Array:
-    """The array cut along its leading axis over all devices."""
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(all_axes()))
+    return _mesh.num_devices() > 1 and num_rows % _mesh.num_devices() == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +109,7 @@ class DistributedFactor(eqx.Module):
         """The result of a factorisation of the matrix that failed."""
         layout = _Layout.of(len(matrix), all_axes(), block)
         size = layout.num_steps * layout.block
-        rows = over_all(jnp.full((size, size), jnp.nan, matrix.dtype))
+        rows = _mesh.over_all(jnp.full((size, size), jnp.nan, matrix.dtype))
         shape = layout.num_steps, layout.block, layout.block
         return cls(rows, jnp.full(shape, jnp.nan, matrix.dtype), layout)
 
@@ -167,7 +154,7 @@ def distributed_cholesky(
     # What fills the last blocks up has ones on the diagonal.
     is_filled_in = layout.blocks(jnp.ones_like(shift)) == 0
     shifts = jnp.where(is_filled_in, 1, layout.blocks(shift))
-    rows, diagonal = factorise(over_all(matrix), layout.blocks(scale), shifts)
+    rows, diagonal = factorise(_mesh.over_all(matrix), layout.blocks(scale), shifts)
     return DistributedFactor(rows, diagonal, layout)
 
 

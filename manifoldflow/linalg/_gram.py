@@ -26,8 +26,6 @@ from manifoldflow.linalg._distributed import (
     distributed_cholesky,
     DistributedFactor,
     distributes,
-    num_devices,
-    over_all,
 )
 from manifoldflow.linalg._memory import dense_fits
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian, mirrored
@@ -112,7 +110,7 @@ class DenseGram(AbstractGram):
     def __call__(self, jacobian: AbstractJacobian) -> "DenseGramSolve | DistributedGramSolve":
         rows = jacobian.out_structure()
         if self._distributes(rows.size, rows.dtype.itemsize):
-            matrix = over_all(jacobian.cross_gram(jacobian))
+            matrix = jacobian.distributed_gram()
             norms_squared = _mesh.whole(_diagonal_by_rows(matrix))
             return DistributedGramSolve.of(matrix, norms_squared, jnp.zeros((), matrix.dtype))
         triangle = jacobian.gram_triangle()
@@ -124,7 +122,7 @@ class DenseGram(AbstractGram):
         if self.is_distributed and not is_possible:
             raise ValueError(
                 "DenseGram: is_distributed=True needs a mesh in force of several devices, whose "
-                f"number divides the {num_rows} rows; got {num_devices()}. Call it within "
+                f"number divides the {num_rows} rows; got {_mesh.num_devices()}. Call it within "
                 "`with manifoldflow.mesh():`."
             )
         wanted = self.is_distributed

@@ -15,7 +15,7 @@ from manifoldflow._boundary import checked, checked_fields
 from manifoldflow._errors import checked_count, checked_positive
 from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Key, Scalar
-from manifoldflow.linalg._distributed import distributes, num_devices
+from manifoldflow.linalg._distributed import distributes
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
 from manifoldflow.linalg._memory import dense_fits, memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
@@ -243,7 +243,7 @@ class IterativeGramSolve(AbstractGramSolve):
         # In units of the right side: in float32 the squares of small ones are zero.
         size = _tree.size_of(scale * vector)
         right = scale * vector / size
-        right = _mesh.whole(right) if num_devices() > 1 else right
+        right = _mesh.whole(right) if _mesh.num_devices() > 1 else right
         found, num_steps = conjugate_gradients(
             mv, self._equilibrated_precondition, right, rtol, self.max_steps
         )
@@ -307,7 +307,7 @@ class AutoGram(AbstractGram):
         if num_rows**2 <= 3600 * num_coordinates:
             if dense_fits(num_rows, rows.dtype.itemsize, memory):
                 return DenseGram(is_distributed=False)(jacobian)
-            share = memory * num_devices()
+            share = memory * _mesh.num_devices()
             if dense_fits(num_rows, rows.dtype.itemsize, share) and distributes(num_rows):
                 return DenseGram(is_distributed=True)(jacobian)
         return IterativeGram(preconditioner_rank=self.preconditioner_rank)(jacobian)
