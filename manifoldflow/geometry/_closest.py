@@ -42,7 +42,7 @@ def closest_point(
     Examples:
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> ellipse = mf.LevelSet(lambda x: x[0] ** 2 / 4 + x[1] ** 2 - 1)
+        >>> ellipse = mf.models.Ellipsoid([2.0, 1.0]).manifold
         >>> print(mf.closest_point(ellipse, jnp.array([0.0, 2.0])).round(3))
         [0. 1.]
     """

@@ -67,7 +67,9 @@ class LinearRegression(AbstractRegression):
         >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
         >>> model = mf.models.LinearRegression(jnp.array([[1.0, 1.0]]), jnp.array([2.0]))
-        >>> print(model.limit().round(3), model.limit([2.0, 1.0]).round(3))  # nearest fits
+        >>> print(
+        ...     model.limit().round(3), model.limit(jnp.array([2.0, 1.0])).round(3)
+        ... )  # nearest fits
         [1. 1.] [1.5 0.5]
     """
 
