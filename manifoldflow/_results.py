@@ -103,8 +103,8 @@ class RESULTS(eqx.Enumeration):
 
     # `minimize`.
     stalled = (
-        "The gradient stopped falling at the level of rounding, above `gradient_tolerance`. "
-        "Loosen the tolerance, or use float64."
+        "The gradient stopped falling at the level of rounding, above the tolerance that was asked "
+        "for. Loosen the tolerance, or use float64."
     )
 
     # `logarithm_map` and `inverse_retract`.

@@ -94,7 +94,7 @@ def test_before_and_after():
     (axes,) = plotting.plot_before_after(run).axes
     equal("what is positive", [t.get_text() for t in axes.get_yticklabels()], ["trace\n4 → 1"])
     close("share", lines(axes)["after"] + axes.get_lines()[1].get_xdata(), jnp.array([0.25]), 0)
-    equal("title", axes.get_title(loc="left"), "Ended after 7 steps.")
+    equal("title", axes.get_title(loc="left"), "7 steps. Done.")
     with refused(ValueError, "plot_before_after", "positive"):
         plotting.plot_before_after(solution(zero=[0.0, 1.0]))
 

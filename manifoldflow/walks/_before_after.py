@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from manifoldflow._boundary import checked
-from manifoldflow._results import Solution
+from manifoldflow._results import RESULTS, Solution
 
 
 class BeforeAfter(NamedTuple):
@@ -13,12 +13,12 @@ class BeforeAfter(NamedTuple):
 
     Attributes:
         values: name → (before, after), of observables that are single numbers.
-        summary: how the run ended and what it took, a sentence.
+        summary: what the run took and how it ended, in a sentence or two.
 
     Examples:
         >>> import manifoldflow as mf
-        >>> print(mf.walks.BeforeAfter({"trace of G": (4.25, 2.0)}, "Ended after 9 steps."))
-        Ended after 9 steps.
+        >>> print(mf.walks.BeforeAfter({"trace of G": (4.25, 2.0)}, "9 steps. Done."))
+        9 steps. Done.
                          before       after
         trace of G         4.25           2
     """
@@ -63,5 +63,5 @@ def before_after(solution: Solution) -> BeforeAfter:
     observed = {name: np.asarray(seen) for name, seen in solution.observables.items()}
     ends = {name: (seen[0], seen[-1]) for name, seen in observed.items() if seen.ndim == 1}
     values = {name: (float(first), float(last)) for name, (first, last) in ends.items()}
-    how = "Ended" if solution.is_successful else "Failed"
-    return BeforeAfter(values, f"{how} after {int(solution.stats['num_steps'])} steps.")
+    how = RESULTS[solution.result] or "Done."
+    return BeforeAfter(values, f"{int(solution.stats['num_steps'])} steps. {how}")

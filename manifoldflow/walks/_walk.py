@@ -13,9 +13,9 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_positive, described, is_traced
 from manifoldflow._journal import Place
-from manifoldflow._results import delivered_solution, Observables, RESULTS, Solution
+from manifoldflow._results import delivered, Observables, RESULTS, Solution
 from manifoldflow._run import checked_observables
-from manifoldflow._types import Key, Point, Scalar
+from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows import RiemannianGradientFlow, solve, Stationary
 from manifoldflow.geometry import riemannian_gradient
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
@@ -79,8 +79,10 @@ def walk(
         throw: raise when the walk fails.
 
     Returns:
-        A `Solution`; `final` is the new model, `print(walks.before_after(solution))` a table. A
-        budget that is used up is no failure.
+        A `Solution`; `final` is the new model, `print(walks.before_after(solution))` a table that
+        begins with the reason why the walk ended. Its result is `successful` where the walk is
+        stationary, `max_steps_reached` where the budget is used up, and `stalled` where
+        rounding ends all progress: then go on in float64. None of these raises.
 
     Raises:
         ValueError: wrong options; a loss without outputs and no manifold.
@@ -130,7 +132,7 @@ def walk(
             manifold, fn, point, method=_method_of(method, end_time, num_saves),
             gradient_tolerance=tolerance, max_steps=max_steps, **shared,
         )  # fmt: skip
-    return delivered_solution(_ended(solution), throw)
+    return _delivered(_ended(solution), throw)
 
 
 class _Objective(eqx.Module):
@@ -246,11 +248,23 @@ def _method_of(method: Any, end_time: Any, num_saves: int) -> AbstractMethod:
     return RiemannianGradientDescent() if method is None else method
 
 
+def _has_come_far(result: RESULTS) -> Flag:
+    """True for a walk that used up its budget, or came as far as rounding lets it."""
+    return (result == RESULTS.max_steps_reached) | (result == RESULTS.stalled)
+
+
+def _delivered(solution: Solution, throw: bool) -> Solution:
+    """The walk, or an error if it failed; one that came far has not."""
+    as_failure = _tree.where(_has_come_far(solution.result), RESULTS.successful, solution.result)
+    final = delivered(solution.final_coordinates, as_failure, throw)
+    return eqx.tree_at(lambda s: s.final_coordinates, solution, final)
+
+
 def _ended(solution: Solution) -> Solution:
-    """A budget that is used up, and rounding, end a walk as well as stationarity does."""
-    result = solution.result
-    is_spent = (result == RESULTS.max_steps_reached) | (result == RESULTS.stalled)
-    is_fine = is_spent | (result == RESULTS.stopped_early)
+    """The walk with the last point that it reached, also where it is not stationary there."""
+    is_spent, is_stationary = (
+        _has_come_far(solution.result), solution.result == RESULTS.stopped_early
+    )  # fmt: skip
     # Saves that were not reached are NaN.
     is_there = [
         jnp.isfinite(x.reshape(len(x), -1)).all(1) for x in jax.tree.leaves(solution.points)
@@ -264,7 +278,7 @@ def _ended(solution: Solution) -> Solution:
         points=_tree.where(is_spent, last(solution.points), solution.points),
         observables=_tree.where(is_spent, last(solution.observables), solution.observables),
         stats=solution.stats,
-        result=_tree.where(is_fine, RESULTS.successful, result),
+        result=_tree.where(is_stationary, RESULTS.successful, solution.result),
         final_coordinates=_tree.where(is_spent, kept, solution.final_coordinates),
         remainder=eqx.combine(solution.frozen, solution.remainder.tree),
         clock=solution.clock,
