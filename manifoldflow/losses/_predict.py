@@ -40,8 +40,8 @@ def model_output(
             raise
         raise ValueError(
             f"The model fails on one example, {shapes_of(x)}: {str(error).strip()} It is given "
-            "one example at a time, without the axis of all examples: jax.vmap is not needed. A model "
-            "that wants the axis of a batch needs predict=lambda model, x: model(x[None])[0]."
+            "one example at a time, without the axis of all examples: jax.vmap is not needed. A "
+            "model for batches needs predict=lambda model, x: model(x[None])[0]."
         ) from with_few_frames(error)
     if not isinstance(output, jax.Array):
         raise ValueError(
