@@ -296,6 +296,9 @@ class ConstantRows(linalg.AbstractBlock):
     def norms(self):
         return jnp.sum(self.delta**2, 2) * self.num_columns
 
+    def column_norms(self):
+        return jnp.sum(self.rows() ** 2, (0, 1))
+
     def _wide(self, d):
         return jnp.broadcast_to(d[:, None], (len(d), self.num_columns))
 

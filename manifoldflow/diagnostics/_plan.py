@@ -181,6 +181,12 @@ def _advice(flow: AbstractFlow, point: Point, limit: int, num_examples: int) -> 
         memory = max(1, limit // _LESS**power)
         with linalg.device_memory(memory):
             other = _plan(flow, point)
+        if other.total <= limit and other.chunk_size is None:
+            # What fits is then a solver for less memory.
+            return (
+                "ZeroLossManifold(loss, gram=linalg.IterativeGram()) holds no n×n matrix, and takes "
+                f"{other.total / _MB:.4g} MB."
+            )
         if other.total <= limit:
             return (
                 f"`with linalg.device_memory({memory}):` takes {other.chunk_size} examples at a "

@@ -47,8 +47,9 @@ class ShortLimit(eqx.Module):
         at_zero_loss: True if it holds only where residuals vanish, not for other minimisers.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> import manifoldflow as mf
-        >>> limit = mf.noise.ShortLimit(mf.noise.hessian_trace, 0.25, is_ode=True)
+        >>> limit = mf.noise.ShortLimit(mf.noise.hessian_trace, jnp.array(0.25), is_ode=True)
         >>> print(limit.rate, limit.is_ode)
         0.25 True
     """
