@@ -184,7 +184,7 @@ def _advice(flow: AbstractFlow, point: Point, limit: int, num_examples: int) -> 
         if other.total <= limit and other.chunk_size is None:
             # What fits is then a solver for less memory.
             return (
-                "ZeroLossManifold(loss, gram=linalg.IterativeGram()) holds no n×n matrix, and takes "
+                "ZeroLossManifold(loss, gram=linalg.IterativeGram()) holds no n×n matrix and takes "
                 f"{other.total / _MB:.4g} MB."
             )
         if other.total <= limit:
