@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,19 @@ def fastest(call: Callable[[], Any], repeats: int) -> float:
         best = min(best, (time.perf_counter() - began) / calls)
         calls = max(1, min(1000, int(0.02 / best)))
     return best
+
+
+def apart(module: str, smoke: bool) -> dict[str, Any]:
+    """What `measure(smoke)` of a script of this folder gives in a fresh process.
+
+    Peaks of memory never go back, and nothing may touch the device before another process has
+    given it back.
+    """
+    call = f"import json, {module}; print(json.dumps({module}.measure({smoke})))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"the measuring process ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -6,9 +6,6 @@ the 10⁴ outputs. The certificate is ‖Ĵv‖/‖v‖, with Ĵ the Jacobian wh
 memory is the peak of the whole process, interpreter and compiler included.
 """
 
-import json
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -73,13 +70,7 @@ def num_weights(tree: Any) -> int:
 
 def main() -> None:
     arguments = _harness.options(__doc__)
-    call = f"import json, projector; print(json.dumps(projector.measure({arguments.smoke})))"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=_harness.HERE, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"the measuring process ended with {done.returncode}")
-    rows = [json.loads(done.stdout.splitlines()[-1])]
+    rows = [_harness.apart("projector", arguments.smoke)]
     _harness.write("projector", __doc__.splitlines()[0], rows, arguments)
 
 

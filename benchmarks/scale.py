@@ -6,9 +6,7 @@ memory really used is the growth of the process (CPU) or the device's own count 
 drift. Arguments, the compiler and the interpreter are not in either number.
 """
 
-import json
 import pathlib
-import subprocess
 import sys
 import time
 from typing import Any
@@ -86,14 +84,7 @@ def memory(of_process: str, of_device: str) -> int:
 
 def main() -> None:
     arguments = _harness.options(__doc__)
-    # Here nothing touches the device before the other process has given it back.
-    call = f"import json, scale; print(json.dumps(scale.measure({arguments.smoke})))"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=_harness.HERE, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"the measuring process ended with {done.returncode}")
-    rows = [json.loads(done.stdout.splitlines()[-1])]
+    rows = [_harness.apart("scale", arguments.smoke)]
     _harness.write("scale", __doc__.splitlines()[0], rows, arguments)
 
 

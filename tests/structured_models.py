@@ -254,6 +254,29 @@ def batched_weights() -> Case:
     return Case(fn, params, normal(6, 3, 4), labels)
 
 
+def refused_uses() -> Case:
+    """What each use refuses by name keeps explicit rows, which are right all the same."""
+    params = {
+        "signal": normal(0, 1, 1, 8), "groups": normal(1, 2, 1, 3), "table": normal(2, 6, 4),
+        "wide": normal(3, 3, 1), "flat": normal(4, 1, 4), "repeated": normal(5, 4),
+    }  # fmt: skip
+
+    def fn(p, example):
+        x, row = example
+        signal = jax.lax.conv_general_dilated(p["signal"], x[None, None, :3], (1,), "VALID")
+        images = jnp.stack([x, jnp.sin(x)])[:, None]
+        groups = jax.lax.conv_general_dilated(
+            images, p["groups"], (1,), "VALID", batch_group_count=2
+        )
+        part = jax.lax.dynamic_slice(p["table"], (row, 0), (1, 2))
+        product = (p["wide"] @ p["flat"]) @ x[:4]
+        copies = jnp.broadcast_to(p["repeated"], (3, 4)) @ x[:4]
+        return jnp.sin(signal).sum() + groups.sum() ** 2 + part.sum() * product + copies
+
+    inputs = (normal(6, 4, 6), jnp.arange(4))
+    return Case(fn, params, inputs, ("dense rows",) * 6)
+
+
 CASES = {
     "mlp scalar": lambda: mlp("scalar"),
     "mlp ten outputs": lambda: mlp(10),
@@ -282,4 +305,5 @@ CASES = {
     "recurrent": recurrent,
     "nested scans": nested_scans,
     "batched weights": batched_weights,
+    "refused uses": refused_uses,
 }

@@ -181,6 +181,41 @@ def test_a_stochastic_walk_is_sgd_on_its_gradient():
         mf.walk(product(), start, learning_rate=0.1)
 
 
+def test_a_walk_that_rounding_stalls_says_so_and_keeps_its_point():
+    """On a sphere, where no step lowers the gradient to 1e-30 of its first value."""
+    sphere, scales = mf.LevelSet(lambda w: w @ w - 1), jnp.array([-3.0, -1.0, 0.5, 1.0, 2.0, 4.0])
+    objective = lambda w: jnp.sum(scales * w**2) + 0.5 * jnp.sum(w) ** 2 + jnp.sum(w**3)
+    options = {"manifold": sphere, "objective": objective, "max_steps": 1000}
+    start = sphere.project(jnp.array([0.3, -0.8, 0.5, 0.4, -0.6, 0.9]))
+    loss = mf.FunctionLoss(lambda w: (w @ w - 1) ** 2)
+    found = mf.walk(loss, start, stationarity=1e-30, **options)
+    equal("result", bool(found.result == mf.RESULTS.stalled), True)
+    assert not found.is_successful
+    close("final", found.final, mf.walk(loss, start, stationarity=1e-6, **options).final, 1e-5)
+    assert "level of rounding" in str(walks.before_after(found)), walks.before_after(found)
+
+
+def test_a_walk_that_fails_raises_or_gives_nan():
+    """An objective that is NaN where the walk must go, and one that is so from the start on."""
+    objective = lambda w: jnp.where(w[0] > 3.0, jnp.sum(w**2), jnp.nan)
+    options = {"objective": objective, "method": "flow", "end_time": 10.0}
+    with pytest.raises(eqx.EquinoxRuntimeError):
+        mf.walk(product(), jnp.array([4.0, 0.25]), **options)
+    found = mf.walk(product(), jnp.array([4.0, 0.25]), throw=False, **options)
+    assert not found.is_successful and np.isnan(found.final).all(), found.final
+    with refused(ValueError, "walk", "objective", "finite", "nan"):
+        mf.walk(product(), jnp.array([4.0, 0.25]), objective=lambda w: jnp.nan * w[0])
+
+
+def test_the_change_of_outputs_is_measured():
+    """On another manifold they may change: w₀ = 2 with w₁ from ½ to 0 takes w₀w₁ from 1 to 0."""
+    line = mf.LevelSet(lambda w: w[0] - 2.0)
+    options = {"objective": "weight_norm", "manifold": line, "stationarity": 1e-6}
+    found = mf.walk(product(), jnp.array([2.0, 0.5]), **options)
+    change = found.observables["largest change of an output"]
+    close("change", change, jnp.array([0.0, 1.0]), 1e-6)
+
+
 def test_units_do_not_matter():
     """The same way for an objective in other units."""
     start = jnp.array([4.0, 0.25])

@@ -119,6 +119,7 @@ def walk(
     fn = _Objective(objective, loss)
     seen = _observables(loss, point, fn, checked_observables(observe))
     first, slope = _rates(manifold, fn, point)
+    _check_start(objective, first, slope)
     tolerance = stationarity.astype(slope.dtype) * slope
     shared = {"observe": seen, "progress": progress, "checkpoint": checkpoint, "throw": False}
     if isinstance(method, str) and method == "flow":
@@ -132,7 +133,7 @@ def walk(
             manifold, fn, point, method=_method_of(method, end_time, num_saves),
             gradient_tolerance=tolerance, max_steps=max_steps, **shared,
         )  # fmt: skip
-    return _delivered(_ended(solution), throw)
+    return _delivered(_ended(solution, objective.name), throw)
 
 
 class _Objective(eqx.Module):
@@ -201,6 +202,14 @@ def _rates(manifold: AbstractManifold, fn: _Objective, point: Point) -> tuple[Sc
     return fn(point), _tree.norm(riemannian_gradient(manifold, fn, point))
 
 
+def _check_start(objective: AbstractObjective, first: Scalar, slope: Scalar) -> None:
+    if not is_traced((first, slope)) and not (jnp.isfinite(first) and jnp.isfinite(slope)):
+        raise ValueError(
+            f"walk: objective must be finite at the start, with its gradient; the {objective.name} "
+            f"is {float(first):.3g} and ‖P∇F‖ {float(slope):.3g}. Is the model trained and finite?"
+        )
+
+
 def _end_time(objective: AbstractObjective, end_time: Any, first: Scalar, slope: Scalar) -> Any:
     if end_time is not None:
         return end_time
@@ -260,8 +269,11 @@ def _delivered(solution: Solution, throw: bool) -> Solution:
     return eqx.tree_at(lambda s: s.final_coordinates, solution, final)
 
 
-def _ended(solution: Solution) -> Solution:
-    """The walk with the last point that it reached, also where it is not stationary there."""
+def _ended(solution: Solution, objective: str) -> Solution:
+    """The walk with the last point that it reached, also where it is not stationary there.
+
+    Where the objective is NaN it may seem stationary: a constant has no gradient.
+    """
     is_spent, is_stationary = (
         _has_come_far(solution.result), solution.result == RESULTS.stopped_early
     )  # fmt: skip
@@ -273,13 +285,19 @@ def _ended(solution: Solution) -> Solution:
     index = jnp.minimum(jnp.arange(len(solution.times)), reached)
     last = lambda saves: jax.tree.map(lambda x: x[index], saves)
     kept = jax.tree.map(lambda x: x[reached], solution.points)
+    values = solution.observables[objective][index]
+    result = _tree.where(is_stationary, RESULTS.successful, solution.result)
+    is_lost = solution.is_successful & ~jnp.isfinite(values[-1])
+    final = _tree.where(is_spent, kept, solution.final_coordinates)
     return Solution(
         times=_tree.where(is_spent, last(solution.times), solution.times),
         points=_tree.where(is_spent, last(solution.points), solution.points),
         observables=_tree.where(is_spent, last(solution.observables), solution.observables),
         stats=solution.stats,
-        result=_tree.where(is_stationary, RESULTS.successful, solution.result),
-        final_coordinates=_tree.where(is_spent, kept, solution.final_coordinates),
+        result=_tree.where(is_lost, RESULTS.nonfinite, result),
+        final_coordinates=_tree.where(
+            is_lost, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), final), final
+        ),
         remainder=eqx.combine(solution.frozen, solution.remainder.tree),
         clock=solution.clock,
     )
