@@ -11,11 +11,19 @@ import manifoldflow as mf
 from checks import at_most, close, equal, refused
 from processes import finished, start, two_reports
 
-# One for the factors, one for the Gram matrix, and for each product with J or its transpose.
 MOST = 40
+# One for the factors, one for the Gram matrix, and for each product with J or its transpose: with
+# vectors that are not whole, a factorisation sends its columns about, some 30 in all.
+MOST_ALONG_EXAMPLES = {
+    "drift": 8, "project": 20, "limit_map": 28, "stochastic walk": 4, "in chunks": 16
+}  # fmt: skip
 # Of programs with several Jacobians, where each weight and factor is sent as well.
 MOST_OF = {"gram": 15, "limit_map": 110, "in chunks": 145}
 KINDS = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
+
+
+def _most_along_examples(name):
+    return MOST_ALONG_EXAMPLES[name.rpartition(",")[0]]
 
 
 def test_meshes_change_nothing_but_the_messages():
@@ -24,7 +32,7 @@ def test_meshes_change_nothing_but_the_messages():
     assert control["all-to-all"], "rows in chunks without a mesh are sent about, and none was seen"
     for name, (gap, sent) in report.items():
         at_most(f"{name}: relative difference from one device", gap, 1e-10)
-        at_most(f"{name}: messages {sent}", sum(sent.values()), MOST)
+        at_most(f"{name}: messages {sent}", sum(sent.values()), _most_along_examples(name))
         assert set(sent) <= {"all-gather", "all-reduce"}, f"{name}: messages {sent}"
     equal("messages on one device", report["drift, 1 devices"][1], {})
     equal("messages on 2 and 8", report["drift, 2 devices"][1], report["drift, 8 devices"][1])
