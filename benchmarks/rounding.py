@@ -215,10 +215,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = _harness.options(__doc__)
     size, num_steps, max_steps, seeds = (8, 50, 2, 1) if arguments.smoke else (50, 1500, 15, 5)
-    widths = (
-        (Convolutional, 2 if arguments.smoke else 6),
-        (Transformer, 4 if arguments.smoke else 16),
-    )
+    widths = [(Convolutional, 2)] if arguments.smoke else [(Convolutional, 6), (Transformer, 16)]
     rows = []
     for kind, width in widths:
         for seed in range(seeds):
