@@ -31,7 +31,8 @@ _MAX_STEPS = 10_000
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
     """The logarithm ln det(JJᵀ), with derivative tr(K⁻¹·dK).
 
-    It is −inf, with an infinite or undefined derivative, where J loses rank to working precision.
+    It is −inf, with an infinite or undefined derivative, where J loses rank to working precision,
+    and NaN where J is not finite.
     For a constant lower rank use `log_pseudo_determinant(jacobian.gram())`.
 
     Args:
@@ -55,7 +56,9 @@ def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
 def _log_determinant(matrix: Float[Array, "n n"]) -> Scalar:
     factor = cholesky(matrix.T)
     value = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+    value = jnp.where(jnp.isnan(value), -jnp.inf, value)
+    # The factor of a matrix that is not finite tells nothing: it may be NaN as where rank is lost.
+    return jnp.where(jnp.all(jnp.isfinite(matrix)), value, jnp.nan)
 
 
 @_log_determinant.defjvp
