@@ -30,10 +30,10 @@ import _harness
 import manifoldflow as mf
 
 MOMENTUM = 0.9
-STRENGTH = 3e-4
+STRENGTH = 5e-4
 LARGE = {
     "width": 960, "num_examples": 2000, "batch": 250,
-    "num_train": 1000, "num_leg": 100, "most_legs": 20,
+    "num_train": 1000, "num_leg": 150, "most_legs": 20,
 }  # fmt: skip
 SMALL = {
     "width": 32, "num_examples": 100, "batch": 50, "num_train": 200, "num_leg": 20, "most_legs": 3
@@ -169,7 +169,7 @@ def large(
     plain = mf.MinibatchNoise(batch)
     # Below the half, as gradients without the walk take some of it back.
     walk = mf.walks.StochasticWalk(STRENGTH, batch)
-    is_low = lambda seen: seen["trace"] <= 0.4 * before["trace"]
+    is_low = lambda seen: seen["trace"] <= 0.42 * before["trace"]
     walked, num_walk, spent_walk = legs("walk", walk, trained, is_low)
     is_back = lambda seen: seen["loss"] <= before["loss"]
     back, num_back, spent_back = legs("back", plain, walked, is_back)
