@@ -87,6 +87,16 @@ def apart(module: str, smoke: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def kept(name: str, measure: Callable[[], Any]) -> Any:
+    """The numbers of one stage of a long benchmark, from the folder KEPT if they are there."""
+    if "KEPT" not in os.environ:
+        return measure()
+    path = pathlib.Path(os.environ["KEPT"], f"{name}.json")
+    if not path.exists():
+        path.write_text(json.dumps(measure()))
+    return json.loads(path.read_text())
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of one kind as a Markdown table."""
     names = list(rows[0])

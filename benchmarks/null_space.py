@@ -7,9 +7,6 @@ three strengths by the sum of both test accuracies. Images of the test part are 
 training.
 """
 
-import json
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -143,22 +140,12 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def kept(seed: int, sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """The rows of a seed; where the environment has a folder KEPT, those that are there."""
-    if "KEPT" not in os.environ:
-        return one_seed(seed, *sizes)
-    path = pathlib.Path(os.environ["KEPT"], f"null space {seed}.json")
-    if not path.exists():
-        path.write_text(json.dumps(one_seed(seed, *sizes)))
-    return json.loads(path.read_text())
-
-
 def main() -> None:
     arguments = _harness.options(__doc__)
     sizes = (16, 12, 20) if arguments.smoke else (128, 150, 300)
     rows = []
     for seed in range(1 if arguments.smoke else 5):
-        rows += kept(seed, sizes)
+        rows += _harness.kept(f"null space {seed}", lambda seed=seed: one_seed(seed, *sizes))
         print(_harness.table(rows[-5:]), flush=True)
     print("\nMeans over the seeds:\n\n" + _harness.table(summary(rows)))
     _harness.write("null_space", __doc__.splitlines()[0], rows, arguments)

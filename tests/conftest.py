@@ -27,13 +27,14 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.disable()
 
 MANY_MAPS = 10_000
+LONG_TABLE = 4
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--each-law-once",
+        "--fewer-cases",
         action="store_true",
-        help="try each law on one of its manifolds, in turn, and not on all of them",
+        help="try each law on one of its manifolds, in turn, and about half of each long table",
     )
 
 
@@ -44,15 +45,29 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--each-law-once"):
+    if not config.getoption("--fewer-cases"):
         return
-    cases = {}
+    tables = {}
     for item in items:
-        name = getattr(item, "originalname", item.name) if "laws" in item.path.parts else item.name
-        cases.setdefault((item.path, name), []).append(item)
-    chosen = [same[turn % len(same)] for turn, same in enumerate(cases.values())]
+        tables.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    chosen = {item for turn, cases in enumerate(tables.values()) for item in fewer(cases, turn)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    items[:] = [item for item in items if item in chosen]
+
+
+def fewer(cases, turn):
+    """Some cases of a test. All where each case is the only test of something."""
+    if "laws" in cases[0].path.parts:
+        return [cases[turn % len(cases)]]
+    if len(cases) < LONG_TABLE or cases[0].get_closest_marker("every_case"):
+        return cases
+    rows = {}
+    for case in cases:
+        rows.setdefault(repr(list(case.callspec.params.values())[:-1]), []).append(case)
+    if len(rows) == 1:
+        return cases[turn % 2 :: 2]
+    # Every row, and in turn every value of the last parameter.
+    return [row[(turn + i) % len(row)] for i, row in enumerate(rows.values())]
 
 
 def num_maps():
@@ -62,6 +77,14 @@ def num_maps():
             return sum(1 for _ in maps)
     except OSError:
         return 0
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    """Matplotlib keeps them, and warns of many in whichever test opens the next."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,6 +18,7 @@ PROGRAMS = [program for page in PAGES for program in pages.programs(page)]
 TEXTS = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_example_runs(program, tmp_path):
     """Each stands alone, needs less than a minute, and prints what the page shows."""

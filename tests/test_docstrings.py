@@ -77,6 +77,7 @@ def run_examples(name: str, text: str) -> tuple[int, str]:
     return len(test.examples), said.getvalue()
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("room", ROOMS)
 def test_examples_run(room):
     """Each stands on its own, and gives what it says that it gives."""

@@ -294,6 +294,18 @@ class Circulant(linalg.AbstractPairUse):
         return correlation(delta, other_delta) @ correlation(factor, other_factor)
 
 
+def of_the_same_name():
+    """Another function that is called `circulant`, registered later."""
+
+    @jax.jit
+    def circulant(weight, signal):
+        return weight * signal
+
+    @linalg.register_use(circulant)
+    class Product(Circulant):
+        pass
+
+
 def correlation(x, y):
     """Σ_f of the correlations of x_f and y_f on the circle."""
     waves = jnp.einsum("fw,fw->w", jnp.conj(jnp.fft.rfft(x)), jnp.fft.rfft(y))
@@ -309,6 +321,7 @@ def test_a_new_use_of_a_leaf():
         hidden = jnp.tanh(circulant(p["w"], x))
         return jnp.sin(circulant(jnp.swapaxes(p["v"], 0, 1), hidden)).sum((0, 1))
 
+    of_the_same_name()
     structured = linalg.structured_jacobian(fn, params, signals)
     checks.equal("uses", structured.treatments, {"['v']": "Circulant", "['w']": "Circulant"})
     dense, weights = linalg.dense_jacobian(fn, params, signals), jr.normal(jr.key(3), (9,))

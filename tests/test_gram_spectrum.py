@@ -63,6 +63,14 @@ def test_lost_rank_is_minus_infinity():
     assert value == -jnp.inf or value < -30, f"ln det of a singular matrix: {value}"
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_jacobian_that_is_not_finite_has_not_lost_rank(bad):
+    """−inf would pass for the flattest point of all."""
+    rows = jnp.eye(2).at[0, 0].set(bad)
+    value = linalg.gram_log_determinant(linalg.DenseJacobian(rows))
+    assert jnp.isnan(value), f"ln det: {value}"
+
+
 def test_top_eigenvector():
     loss, model, _ = problem(40)
     jacobian = loss.jacobian(model)

@@ -201,6 +201,7 @@ def member_texts() -> dict[str, str]:
     return {name: mf.RESULTS[getattr(mf.RESULTS, name)] for name in mf.RESULTS._name_to_item}
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", sorted(member_texts()))
 def test_results_name_options_that_are_there(name):
     options = named(member_texts()[name])

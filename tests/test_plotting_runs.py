@@ -4,9 +4,7 @@ import io
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-import pytest
 
 import manifoldflow as mf
 from checks import close, equal, refused
@@ -29,12 +27,6 @@ def solution(clock=None, **observables):
         remainder=None,
         clock=clock,
     )
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def lines(axes):

@@ -22,6 +22,11 @@ def predict(p, x):
     return jnp.sum(p["out"] * hidden)
 
 
+def example_loss(p, x):
+    """Of a network with a symmetry."""
+    return (jnp.sum(p["out"] * jnp.sum(p["in"] * x, axis=1)) - 1) ** 2
+
+
 INPUTS = jr.normal(jr.key(0), (3, 2))
 POINT = {"in": jr.normal(jr.key(1), (4, 2)), "out": jr.normal(jr.key(2), (4,))}
 LOSS = mf.LeastSquares(INPUTS, jnp.array([0.1, -0.2, 0.3]), predict=predict)
@@ -44,6 +49,19 @@ HOT = {
     "minimize": lambda p: mf.minimize(GAMMA, LOSS.trace_gauss_newton, p, throw=False).points,
     "exponential_map": lambda p: mf.exponential_map(GAMMA, p, p, throw=False),
     "MinimizerManifold": lambda p: mf.MinimizerManifold(LOSS, 3).project(p, throw=False),
+    "gradient of eigh": jax.grad(
+        lambda p: jnp.sum(mf.linalg.eigh(p["out"] * p["out"][:, None])[1][0])
+    ),
+    "second derivative of λ_max": lambda p: jax.jvp(
+        jax.grad(lambda q: mf.linalg.gram_largest_eigenvalue(LOSS.jacobian(q))), (p,), (p,)
+    ),
+    "noise_equilibrium": lambda p: mf.symmetry.noise_equilibrium(
+        mf.symmetry.ExponentialSymmetry({"in": 1.0, "out": -1.0}),
+        example_loss,
+        p,
+        INPUTS,
+        noise_scale=0.1,
+    ),
     **{f"drift, {name}": flow.drift for name, flow in FLOWS.items()},
 }
 

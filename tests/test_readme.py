@@ -12,6 +12,7 @@ def test_there_is_an_example():
     assert PROGRAMS, "README.md has no python block"
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
 def test_example_runs(number, tmp_path):
     """Every block stands alone, needs less than a minute, and prints what is shown."""

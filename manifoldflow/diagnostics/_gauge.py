@@ -98,8 +98,8 @@ def least_norm(
         pairs = [pair for pair in pairs if pair.look(*found[pair], tolerance)]
     if outputs is None or not pairs:
         raise ValueError(
-            "no rescaling was found: none of the model's equinox.nn.Linear layers is followed by "
-            "a homogeneous activation, as ReLU, and another one"
+            "no rescaling was found: it is looked for between two equinox.nn.Linear layers with a "
+            "homogeneous activation, as ReLU, in between; layers of other libraries are not known"
         )
     for by_neuron in (True, False):
         moved = [_map(np.array, layer) for layer in layers]

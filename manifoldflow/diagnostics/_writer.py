@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from manifoldflow import _tree
-from manifoldflow._errors import name_of, refuse_nonfinite
+from manifoldflow._errors import name_of, of_jax, refuse_nonfinite
 from manifoldflow._results import RESULTS
 from manifoldflow._types import Key, Point
 from manifoldflow.diagnostics._chunks import Chunks, GaussNewton, Gradient
@@ -113,10 +113,10 @@ class Writer:
         except (ValueError, eqx.EquinoxRuntimeError) as error:
             self.leave_out(name, str(error).splitlines()[0])
         except (TypeError, NotImplementedError) as error:
-            # JAX's own words for a model with jax.custom_vjp; any other one is a mistake.
-            if "forward-mode" not in str(error) and "custom_lin" not in str(error):
+            # What is known is a model without second derivatives; any other error is a mistake.
+            if (reason := of_jax(error)) is None:
                 raise
-            self.leave_out(name, "a jax.custom_vjp in the model has no derivatives forwards")
+            self.leave_out(name, reason)
 
     def add(
         self, name: str, value: Any, error: Any, how: str, num_samples: int | None = None

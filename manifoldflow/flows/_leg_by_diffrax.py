@@ -37,6 +37,7 @@ def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
             _terms_of(point, task),
             solver,
             here.time,
+            # Over no time where it has ended: under `vmap` legs are run for all members.
             _tree.where(here.is_going, end, here.time),
             step,
             here.coordinates,
@@ -47,11 +48,13 @@ def leg_by_diffrax(task: Task, here: Here, number: Any, end: Scalar) -> Here:
             adjoint=options.adjoint,
             event=dfx.Event(_Until(task)) if has_event else None,
             max_steps=_max_steps_of(options),
+            # An error would stop all members of a batch, and keep the program out of the cache.
             throw=False,
             progress_meter=task.meter,
         )
     assert solution.ts is not None and solution.ys is not None
     moved = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+    # Times in float64 make Diffrax promote a state in float32.
     moved = _tree.cast_like(moved, here.coordinates)
     stats = added(here.stats, _stats(solution, options))
     result = _result(solution, moved, stats, options)
@@ -84,6 +87,7 @@ def _without_marker_warning() -> Iterator[None]:
 class _Until(eqx.Module):
     task: Task
 
+    # Diffrax calls it by keyword where it looks for the time of an event: the names are its own.
     def __call__(self, t: Scalar, y: Coordinates, args: Any, **kwargs: Any) -> Flag:
         del t, args, kwargs
         task = self.task
@@ -150,6 +154,7 @@ def _max_steps_of(options: Options) -> int:
 def _result(
     solution: dfx.Solution, moved: Coordinates, stats: dict[str, Array], options: Options
 ) -> RESULTS:
+    # The end is looked at as well: Diffrax calls equal steps successful where they led to NaN.
     ours = from_diffrax(solution.result, moved)
     # Steps whose number was asked for are not counted.
     if options.noise is None or options.noise.is_adaptive:

@@ -153,6 +153,7 @@ def solve(
     )
     if noise is not None:
         check_can_move(flow, point)
+    # In the dtype of the point: a Python number is float64 under x64, and would promote the state.
     end_time = jnp.asarray(end_time, dtype)
     if checkpoint is None:
         start = started(flow, point, max_steps)

@@ -268,6 +268,8 @@ def _follow(
 
         def is_trying(trial: tuple) -> Flag:
             _, ratio, _, next_size = trial
+            # Steps that much shorter than the fastest time scale are not refused for their length:
+            # without this bound the loop would go on for ever.
             return ~is_there & (ratio > 1) & (next_size * size > 1e-12)
 
         def attempt(trial: tuple) -> tuple:

@@ -160,6 +160,7 @@ class DenseGramSolve(AbstractGramSolve):
         return jax.lax.custom_linear_solve(mv, vector, solve, symmetric=True)
 
     def damped(self, damping: Scalar) -> "DenseGramSolve":
+        # A damping in float64 would make a float32 factor one of float64.
         damping = damping.astype(self.triangle.dtype)
         return DenseGramSolve.of(self.triangle, self.row_scale, damping)
 
@@ -322,6 +323,7 @@ def _first_positive(
         factor = factorise(shift)
         return jnp.maximum(10 * shift, smallest).astype(scale.dtype), factor, tries + 1
 
+    # A loop, and not all rungs at once: mostly the first factorisation is the only one.
     start = (jnp.asarray(first, scale.dtype), nothing, jnp.asarray(0))
     return jax.lax.while_loop(failed, again, start)[1]
 

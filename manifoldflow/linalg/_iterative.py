@@ -121,6 +121,8 @@ def nystroem_sketch(
     probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
     probes, _ = jnp.linalg.qr(probes)
     images = jax.lax.map(product, probes.T).T
+    # The core of a matrix of low rank is singular, and its Cholesky factor would be NaN. The shift
+    # prevents that, and is taken off the eigenvalues in the end.
     shift = _precision.eps_of_dtype(structure) * jnp.linalg.norm(images)
     images = images + shift * probes
     core = _precision.matmul(probes.T, images)
@@ -259,6 +261,7 @@ class IterativeGramSolve(AbstractGramSolve):
 
     def _equilibrated_precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         if self.inverse is not None:
+            # The inverse is of K as it is, the iteration for rows of length one.
             norms = 1 / jnp.where(self.row_scale > 0, self.row_scale, 1)
             return norms * _precision.matmul(self.inverse, norms * vector)
         return vector if self.sketch is None else self.sketch.precondition(vector, self._shift)

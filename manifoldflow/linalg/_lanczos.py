@@ -85,6 +85,8 @@ def lanczos(
     def grown(index: Int[Array, ""], basis: _Basis) -> _Basis:
         """The basis with one more vector, and one more column of the matrix."""
         source = index - band
+        # At random: a start that is normal to an eigenvector would never find it. One key for
+        # all, so that the same operator has the same eigenvalues to the last bit.
         drawn = jr.normal(jr.fold_in(jr.key(0), index), like.shape, like.dtype)
         image = product(basis.vectors[jnp.maximum(source, 0)])
         vector = jnp.where(source < 0, drawn, image)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from manifoldflow import _precision
 from manifoldflow._boundary import checked
 from manifoldflow._errors import described
 from manifoldflow._signatures import shown
@@ -71,6 +72,7 @@ def one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# `one_by_one` has no reverse mode: `eigh` is given its derivatives below.
 @one_by_one
 def _eigh(matrix: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(matrix)
@@ -117,16 +119,20 @@ def _differentiable_eigh(matrix: Array) -> tuple[Array, Array]:
 def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
     values, vectors = _differentiable_eigh(*primals)
     (change,) = tangents
-    inside = vectors.T @ ((change + change.T) / 2) @ vectors
+    # `jnp.linalg.eigh` takes the symmetric part of its matrix, so that only that of A' counts.
+    symmetric = (change + change.T) / 2
+    inside = _precision.matmul(_precision.matmul(vectors.T, symmetric), vectors)
+    # 1/1 − 1 on the diagonal, where the gap is 0 and 1/0 times 0 would be NaN.
     one = jnp.eye(len(values), dtype=values.dtype)
     gaps = values[None, :] - values[:, None]
     turn = inside * (1 / (one + gaps) - one)
-    return (values, vectors), (jnp.diag(inside), vectors @ turn)
+    return (values, vectors), (jnp.diag(inside), _precision.matmul(vectors, turn))
 
 
 @one_by_one
 def cholesky(matrix: Array) -> Array:
     """The factor L of LLᵀ, by the lower triangle of a matrix; NaN if not positive definite."""
+    # Symmetrising would mix in the other triangle, which need not hold numbers of the matrix.
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 

@@ -20,9 +20,10 @@ from manifoldflow._types import Flag, Scalar, Tangent
 from manifoldflow.linalg._gram import AbstractGramSolve
 from manifoldflow.linalg.jacobian import AbstractJacobian
 
+# Conjugate gradients in float32 take two to ten, plain corrections in float64 two.
 _MAX_ITERATIONS = 12
 _NUM_PLAIN = 3
-_LONGEST = 30
+_LONGEST = 30  # the longest step that is believed, in units of what the factor foresees
 
 
 @checked
@@ -236,6 +237,7 @@ def _refined(
             state.num_steps + 1,
         )
 
+    # An infinite size before the first step: its direction then has no part of an earlier one.
     zeros, infinity = jnp.zeros_like(right), jnp.asarray(jnp.inf, right.dtype)
     zero, is_plain = jnp.asarray(0), jnp.asarray(eps < 1e-10)
     start = _State(zeros, right, zeros, infinity, zeros, infinity, is_plain, zero, zero)

@@ -31,7 +31,8 @@ _MAX_STEPS = 10_000
 def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
     """The logarithm ln det(JJᵀ), with derivative tr(K⁻¹·dK).
 
-    It is −inf, with an infinite or undefined derivative, where J loses rank to working precision.
+    It is −inf, with an infinite or undefined derivative, where J loses rank to working precision,
+    and NaN where J is not finite.
     For a constant lower rank use `log_pseudo_determinant(jacobian.gram())`.
 
     Args:
@@ -55,7 +56,9 @@ def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
 def _log_determinant(matrix: Float[Array, "n n"]) -> Scalar:
     factor = cholesky(matrix.T)
     value = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+    value = jnp.where(jnp.isnan(value), -jnp.inf, value)
+    # The factor of a matrix that is not finite tells nothing: it may be NaN as where rank is lost.
+    return jnp.where(jnp.all(jnp.isfinite(matrix)), value, jnp.nan)
 
 
 @_log_determinant.defjvp
@@ -65,6 +68,7 @@ def _log_determinant_jvp(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
     return _log_determinant(matrix), jnp.sum(inverse * change)
 
 
+# Solves by `one_by_one` have no reverse mode of their own.
 @jax.custom_jvp
 def _inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return cho_solve(cholesky(matrix.T), jnp.eye(len(matrix), dtype=matrix.dtype))
@@ -209,14 +213,14 @@ def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     vector = _top_eigenvector(jacobian)
     product = lambda j: j.mv(j.transpose_mv(vector))
     image, image_dot = eqx.filter_jvp(product, (jacobian,), (change,))
-    eigenvalue = jnp.vdot(vector, image)
+    eigenvalue = _precision.vdot(vector, image)
 
     def mv(w: Float[Array, " n"]) -> Float[Array, " n"]:
         # On u itself the operator is λ, so that it is positive definite on everything.
-        alone = eigenvalue * jnp.vdot(vector, w) * vector
+        alone = eigenvalue * _precision.vdot(vector, w) * vector
         return eigenvalue * w - jacobian.mv(jacobian.transpose_mv(w)) + alone
 
-    rhs = image_dot - jnp.vdot(vector, image_dot) * vector
+    rhs = image_dot - _precision.vdot(vector, image_dot) * vector
     structure = jax.ShapeDtypeStruct(rhs.shape, rhs.dtype)
     operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
     eps = _precision.eps_of_dtype(rhs)

@@ -139,6 +139,7 @@ def _projected(projector: TangentProjector, vector: Tangent) -> Tangent:
 
     values = jacobian.mv(unit)
     zero = jnp.asarray(0)
+    # An infinite size before the first step: its direction then has no part of an earlier one.
     infinite = jnp.asarray(jnp.inf, values.dtype)
     least = _certificate(projector, values, unit)
     start = _State(unit, jnp.zeros_like(values), infinite, values, unit, least, zero, zero)

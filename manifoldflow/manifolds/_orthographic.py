@@ -62,7 +62,8 @@ def orthographic_retract(
         defect = _tree.norm(lift)
         back = base.pseudo_inverse(base.mv(lift))  # P⊥ of the lift
         moved = _tree.subtract(state.coordinates, back)
-        # At the floor of rounding, or on the way out: keep what is there.
+        # At the floor of rounding, or on the way out: keep what is there. Written so that a defect
+        # of NaN, for which every comparison is False, ends the search too.
         is_done = (defect <= floors.target) | ~(defect <= 0.9 * state.found.defect)
         return _State(
             _tree.where(is_done, state.coordinates, moved),

@@ -233,6 +233,7 @@ def _judged(manifold: AbstractManifold, landed: Point, other: Point, info: Info)
     target, _ = manifold.split(other)
     miss = _tree.norm(_tree.subtract(found, target))
     tol = 100 * _tree.eps_of(target) ** (2 / 3) * _tree.norm(target)
+    # Not `miss > tol`, which is False where the miss is NaN.
     missed = info.is_successful & ~(miss <= tol)
     result = _tree.where(missed, RESULTS.not_retracted, info.result)
     return eqx.tree_at(lambda i: (i.result, i.defect), info, (result, miss))

@@ -305,10 +305,10 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
         trial = jnp.clip(state.at + stretch * newton, -bound, bound)
         local = orbit(trial)
         step = trial - state.at
-        slope = jnp.dot(state.local.drift, step)
+        slope = _precision.vdot(state.local.drift, step)
         allowed = state.local.potential * (1 + 8 * eps) - 1e-4 * slope
         is_good = (_is_finite(local) & (local.potential <= allowed)) | is_last
-        goes_on = jnp.dot(local.drift, step) > slope / 2
+        goes_on = _precision.vdot(local.drift, step) > slope / 2
         grown = jnp.where(goes_on, 2 * stretch, 1)
         at = jnp.where(is_good, trial, state.at)
         local = _tree.where(is_good, local, state.local)

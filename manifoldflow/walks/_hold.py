@@ -168,6 +168,7 @@ def _held_step(
 
     def is_too_long(found: tuple[Scalar, Tangent, Scalar]) -> Array:
         share, _, change = found
+        # Not `change > bound`, which is False, and so the end of it, where the change is NaN.
         return ~(change <= bound) & (share > 2.0**-_MOST_HALVINGS)
 
     whole = tried(jnp.ones((), jnp.float32))

@@ -138,7 +138,8 @@ Use = TypeVar("Use", bound=type[AbstractUse])
 RULES: dict[str, Rule] = {}
 """By primitive: how an equation is evaluated when a leaf enters it."""
 
-FUNCTIONS: dict[str, tuple[Callable[..., Any], type[AbstractUse]]] = {}
+# A list, the last one first: functions of one name, as in two files, do not displace each other.
+FUNCTIONS: dict[str, list[tuple[Callable[..., Any], type[AbstractUse]]]] = {}
 """By name: functions under `jax.jit` and the use that they make of their arguments."""
 
 
@@ -210,7 +211,7 @@ def register_use(operation: str | Callable[..., Any]) -> Callable[[Use], Use]:
         if isinstance(operation, str):
             RULES[operation] = lambda interpreter, eqn, inputs: met(interpreter, eqn, inputs, kind)
         else:
-            FUNCTIONS[operation.__name__] = operation, kind
+            FUNCTIONS.setdefault(operation.__name__, []).insert(0, (operation, kind))
         return kind
 
     return register
@@ -314,11 +315,8 @@ def _check_products(found: Recognised, equation: Equation, index: int) -> None:
 
 def function_use(eqn: Any) -> type[AbstractUse] | None:
     """The use registered for a jitted function, if this call runs that function's program."""
-    registered = FUNCTIONS.get(eqn.params.get("name"))
-    if registered is None:
-        return None
-    fn, kind = registered
-    return kind if is_call_of(fn, eqn) else None
+    registered = FUNCTIONS.get(eqn.params.get("name"), [])
+    return next((kind for fn, kind in registered if is_call_of(fn, eqn)), None)
 
 
 def is_call_of(fn: Callable[..., Any], eqn: Any) -> bool:
