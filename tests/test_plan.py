@@ -8,7 +8,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
-from manifoldflow import linalg
+from manifoldflow import diagnostics, linalg
 from manifoldflow.diagnostics import _program
 from plan_programs import ITEM, NUM_EXAMPLES, WIDTH
 from processes import finished, start, two_reports
@@ -41,10 +41,10 @@ def test_every_device_has_its_share_of_the_examples(plans):
 
 def test_messages_are_counted_and_have_the_sizes_of_what_they_carry(plans):
     equal("on one device", plans[1]["planned messages"], {})
-    # Both factors of every row, and the Gram matrix; some factors may come twice.
+    # Both factors of every row, and the Gram matrix; a bias has the factor of its weight.
     factors = 4 + 2 * WIDTH + 2 * WIDTH + 1
     least = (NUM_EXAMPLES**2 + NUM_EXAMPLES * factors) * ITEM
-    most = least + NUM_EXAMPLES * (2 * WIDTH + 1 + 10) * ITEM
+    most = least + NUM_EXAMPLES * (1 + 10) * ITEM
     num_parameters = 4 * WIDTH + WIDTH + WIDTH**2 + WIDTH + WIDTH + 1
     for count in (2, 4, 8):
         plan = plans[count]
@@ -73,6 +73,13 @@ def test_processes_bring_all_examples_or_their_shares():
             at_most(f"difference from one process, {name}", report[name]["gap"], 1e-12)
     last = f"index ({NUM_EXAMPLES - 1},)"
     assert "refused" not in reports[0] and last in reports[1]["refused"], reports
+
+
+def test_the_program_takes_memory_as_well():
+    needed = diagnostics.Plan(arguments=2**20, drift=2**21, result=0, dense_jacobian=0)
+    with_program = needed._replace(program=2**22)
+    equal("total", with_program.total - needed.total, 2**22)
+    assert "program" not in str(needed) and "program" in str(with_program), str(with_program)
 
 
 def test_loops_that_say_how_often_they_run_count_as_often():

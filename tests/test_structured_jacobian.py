@@ -271,6 +271,32 @@ def test_pieces_and_large_dense_rows(monkeypatch):
         assert_close("value and gradient", both(case.params, True), both(case.params, False))
 
 
+HIDDEN = {
+    "added": (lambda p, h: h + p["b"], ((0, 2),)),
+    "subtracted": (lambda p, h: h - p["b"], ()),
+    "scaled": (lambda p, h: h + 2 * p["b"], ()),
+    "added to the output as well": (lambda p, h: h + p["b"], ()),
+    "broadcast": (lambda p, h: h + p["b"][:1], ()),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_bias_shares_the_factor_of_its_weight(name):
+    add, twins = HIDDEN[name]
+    more = 1.0 if "output" in name else 0.0
+
+    def fn(params, x):
+        hidden = jnp.tanh(add(params, params["w"] @ x))
+        return params["v"] @ (hidden + (more * params["b"] if more else 0.0))
+
+    params = {"b": normal(0, 4), "v": normal(1, 2, 4), "w": normal(2, 4, 3)}
+    found = structured_jacobian(fn, params, normal(3, 5, 3))
+    other = structured_jacobian(fn, params, normal(4, 6, 3))
+    assert found.twins == twins
+    assert_close("gram", found.gram(), found.as_matrix() @ found.as_matrix().T)
+    assert_close("cross gram", found.cross_gram(other), found.as_matrix() @ other.as_matrix().T)
+
+
 def test_dtype_follows_the_parameters():
     case = mlp(10)
     single = jax.tree.map(lambda x: x.astype(jnp.float32), case.params)

@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         traffic: bytes that a device reads from its memory and writes to it, counted likewise.
         chunk_size: the examples whose rows are formed at a time; None where all are at once.
         num_examples: the examples of the loss; 0 where it has none.
+        program: bytes of machine code, which accelerators hold as well; 0 on CPUs.
 
     Examples:
         >>> from manifoldflow import diagnostics
@@ -57,11 +58,12 @@ class Plan(NamedTuple):
     traffic: float = 0.0
     chunk_size: int | None = None
     num_examples: int = 0
+    program: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes on each device: arguments, temporary memory and result."""
-        return self.arguments + self.drift + self.result
+        """Bytes on each device: arguments, temporary memory, result and program."""
+        return self.arguments + self.drift + self.result + self.program
 
     def __str__(self) -> str:
         share = (
@@ -73,6 +75,7 @@ class Plan(NamedTuple):
             f"{'arguments':<16}{_mb(self.arguments)}" + (f"   {share}" if is_spread else ""),
             f"{'drift':<16}{_mb(self.drift)}   temporary, at the peak",
             f"{'result':<16}{_mb(self.result)}",
+            *([f"{'program':<16}{_mb(self.program)}"] if self.program else []),
             f"{'total':<16}{_mb(self.total)}",
         ]
         for kind, count, size in self.messages:
@@ -158,6 +161,7 @@ def _plan(flow: AbstractFlow, point: Point) -> Plan:
         traffic=found.traffic,
         chunk_size=chunk_size,
         num_examples=num_examples,
+        program=memory.generated_code_size_in_bytes,
     )
 
 

@@ -40,9 +40,9 @@ from manifoldflow.linalg._iterative import (
 from manifoldflow.linalg._lapack import (
     eigh as eigh,
     one_by_one as one_by_one,
-    positive_solver as positive_solver,
 )
 from manifoldflow.linalg._memory import device_memory as device_memory
+from manifoldflow.linalg._positive import positive_solver as positive_solver
 from manifoldflow.linalg._projection import (
     normal_component as normal_component,
     pseudo_inverse_mv as pseudo_inverse_mv,

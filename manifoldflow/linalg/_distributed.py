@@ -4,7 +4,8 @@ The unknowns are eliminated in blocks, one of each device in turn, which relabel
 nothing: all devices stay busy to the end. A block column of the factor is what is left of the
 matrix less products with the rows of the factor that belong to the block: each step sends these
 rows to all devices, in one message, and the block on the diagonal in another. A loop over the
-steps makes the program, which does not grow with n.
+steps makes the program, which does not grow with n. Blocks on the diagonal are kept inverted: a
+triangular solve takes a compiler for TPUs as long as ten products.
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ from manifoldflow._types import Flag
 from manifoldflow.linalg._lapack import cho_solve, cholesky
 
 _BLOCK = 128
-# XLA's own factorisation for TPUs is written out in full: at this size it takes 7 s to compile.
-_LARGE = 1024
+# XLA's own factorisation for TPUs is written out in full. At this size it compiles as long as one
+# in blocks, to three times the code; at twice the size it takes twice as long, then 49 s.
+_LARGE = 512
 # So many tiles along a share of rows, and as many along the columns. Products are made of those
 # that the factor fills so far: a third of all, and a little more.
 _TILES = 8
@@ -100,8 +102,8 @@ def _filled(array: Array, length: int) -> Array:
 class DistributedFactor(eqx.Module):
     """L with L Lᵀ = A in the order of elimination, NaN from where A is not positive definite on."""
 
-    rows: Float[Array, "filled filled"]  # over all devices
-    diagonal: Float[Array, "steps block block"]  # on each
+    rows: Float[Array, "filled filled"]  # over all devices; inverse blocks on the diagonal
+    inverses: Float[Array, "steps block block"]  # these blocks, on each
     layout: _Layout = eqx.field(static=True)
 
     @classmethod
@@ -115,7 +117,7 @@ class DistributedFactor(eqx.Module):
 
     @property
     def has_failed(self) -> Flag:
-        return ~jnp.isfinite(self.diagonal[-1, -1, -1])
+        return ~jnp.isfinite(self.inverses[-1, -1, -1])
 
     def solve(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
         """A⁻¹w, of whole vectors; NaN all over if A is not positive definite."""
@@ -126,7 +128,7 @@ class DistributedFactor(eqx.Module):
             out_specs=whole,
             axis_names=set(all_axes()),
         )
-        return self.layout.flat(solve(self.rows, self.diagonal, self.layout.blocks(right)))
+        return self.layout.flat(solve(self.rows, self.inverses, self.layout.blocks(right)))
 
 
 def distributed_cholesky(
@@ -154,15 +156,15 @@ def distributed_cholesky(
     # What fills the last blocks up has ones on the diagonal.
     is_filled_in = layout.blocks(jnp.ones_like(shift)) == 0
     shifts = jnp.where(is_filled_in, 1, layout.blocks(shift))
-    rows, diagonal = factorise(_mesh.over_all(matrix), layout.blocks(scale), shifts)
-    return DistributedFactor(rows, diagonal, layout)
+    rows, inverses = factorise(_mesh.over_all(matrix), layout.blocks(scale), shifts)
+    return DistributedFactor(rows, inverses, layout)
 
 
 def dense_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """As `cholesky`; on TPUs large ones in blocks as well, by one device alone.
+    """As `cholesky`, for `dense_cho_solve`; on TPUs large ones in blocks, by one device alone.
 
     There XLA writes its own factorisation out: 49 s to compile at n = 2,048, and four times that
-    for twice as many rows.
+    for twice as many rows. In blocks, those on the diagonal are inverted.
     """
     if len(matrix) < _LARGE:
         return cholesky(matrix)
@@ -181,10 +183,10 @@ def _cholesky_alone(matrix: Array) -> Array:
     ones = jnp.ones(len(matrix), matrix.dtype)
     blocks = layout.blocks(ones)
     symmetric = jnp.tril(matrix) + jnp.tril(matrix, -1).T
-    rows, diagonal = _factorise(layout, symmetric, blocks, jnp.where(blocks == 0, 1, 0.0))
+    rows, inverses = _factorise(layout, symmetric, blocks, jnp.where(blocks == 0, 1, 0.0))
     lower = rows[: len(matrix), : len(matrix)]
     # As LAPACK: NaN all over.
-    return jnp.where(jnp.isfinite(diagonal[-1, -1, -1]), lower, jnp.nan)
+    return jnp.where(jnp.isfinite(inverses[-1, -1, -1]), lower, jnp.nan)
 
 
 def _solve_alone(factor: Array, right: Array) -> Array:
@@ -194,8 +196,8 @@ def _solve_alone(factor: Array, right: Array) -> Array:
     rows = jnp.pad(factor, (0, missing)) + jnp.diag(ones)
     steps, block = layout.num_steps, layout.block
     numbers = jnp.arange(steps)
-    diagonal = rows.reshape(steps, block, steps, block)[numbers, :, numbers]
-    return layout.flat(_solve(layout, rows, diagonal, layout.blocks(right)))
+    inverses = rows.reshape(steps, block, steps, block)[numbers, :, numbers]
+    return layout.flat(_solve(layout, rows, inverses, layout.blocks(right)))
 
 
 def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tuple[Array, Array]:
@@ -212,7 +214,7 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
     start = own(scale)[:, None] * matrix + jnp.where(on_diagonal, own(shift)[:, None], 0)
 
     def step(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows, diagonal = state
+        rows, inverses = state
         index, owner = number // layout.num_shares, number % layout.num_shares
         tile = index // (layout.num_own // layout.num_tiles)
         mine = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
@@ -235,29 +237,30 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
         column = jax.lax.fori_loop(tile, layout.num_tiles, below, column)
         square = jax.lax.dynamic_slice_in_dim(column, index * block, block)
         factor = cholesky(from_owner(square, owner))
-        column = jax.lax.linalg.triangular_solve(factor, column, lower=True, transpose_a=True)
+        inverse = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+        column = _precision.matmul(column, inverse.T)
         column = jnp.where(position[:, None] >= (number + 1) * block, column, 0)
         own = jax.lax.dynamic_slice_in_dim(column, index * block, block)
-        own = jnp.where(here == owner, factor, own)
+        own = jnp.where(here == owner, inverse, own)
         column = jax.lax.dynamic_update_slice_in_dim(column, own, index * block, 0)
         rows = jax.lax.dynamic_update_slice_in_dim(rows, column, number * block, 1)
-        return rows, diagonal.at[number].set(factor)
+        return rows, inverses.at[number].set(inverse)
 
-    diagonal = jnp.zeros((layout.num_steps, block, block), start.dtype)
-    return jax.lax.fori_loop(0, layout.num_steps, step, (start, diagonal))
+    identity = jnp.eye(block, dtype=start.dtype)
+    inverses = jnp.zeros((layout.num_steps, block, block), start.dtype)
+    return jax.lax.fori_loop(0, layout.num_steps, step, (start, inverses))
 
 
-def _solve(layout: _Layout, rows: Array, diagonal: Array, right: Array) -> Array:
+def _solve(layout: _Layout, rows: Array, inverses: Array, right: Array) -> Array:
     """The work of one device on its rows of the factor; `right` in the order of elimination."""
     block, here = layout.block, layout.here()
     column = lambda number: jax.lax.dynamic_slice_in_dim(rows, number * block, block, 1)
-    solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
     def forward(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, found = state  # of our rows, of all
         index, owner = number // layout.num_shares, number % layout.num_shares
         part = layout.from_owner(left[index], owner)
-        part = solve(diagonal[number], part[None], transpose_a=True)[0]
+        part = _precision.matmul(inverses[number], part)
         left = left - _precision.matmul(column(number), part).reshape(left.shape)
         return left, found.at[number].set(part)
 
@@ -266,7 +269,7 @@ def _solve(layout: _Layout, rows: Array, diagonal: Array, right: Array) -> Array
         number = layout.num_steps - 1 - back
         index, owner = number // layout.num_shares, number % layout.num_shares
         part = layout.sum(_precision.matmul(own.reshape(-1), column(number)))
-        part = solve(diagonal[number], (found[number] - part)[None])[0]
+        part = _precision.matmul(found[number] - part, inverses[number])
         own = own.at[index].set(jnp.where(here == owner, part, own[index]))
         return own, found.at[number].set(part)
 

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -27,7 +27,8 @@ from manifoldflow._errors import numbers
 from manifoldflow.linalg.jacobian import _taps
 from manifoldflow.linalg.jacobian._block import AbstractBlock
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
-from manifoldflow.linalg.jacobian._sums import block_of, label_of
+from manifoldflow.linalg.jacobian._sums import block_of, label_of, twins_of
+from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_rows import DENSE_ROWS, RowBlock
 
 
@@ -51,6 +52,8 @@ class StructuredJacobian(AbstractJacobian):
     leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
     labels: tuple[tuple[str, str], ...] = eqx.field(static=True)
+    # Biases and the weights whose δ is their row: it is sent and multiplied once for both.
+    twins: tuple[tuple[int, int], ...] = eqx.field(static=True, default=())
 
     @property
     def treatments(self) -> dict[str, str]:
@@ -120,14 +123,28 @@ class StructuredJacobian(AbstractJacobian):
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
         total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
+        twins = self._twins_with(other)
         for layer in self._layers():
-            # At once, since a weight and its bias share a factor.
-            pairs = [(self.blocks[leaf], other.blocks[leaf]) for leaf in layer]
-            for blocks, partners in _mesh.in_turn(total, pairs):
-                for block, partner in zip(_mesh.rows_cut(blocks), _mesh.columns_cut(partners)):
+            own = [leaf for leaf in layer if leaf not in twins]
+            pairs = [(self.blocks[leaf], other.blocks[leaf]) for leaf in own]
+            for leaf, (blocks, partners) in zip(own, _mesh.in_turn(total, pairs)):
+                blocks, partners = _mesh.rows_cut(blocks), _mesh.columns_cut(partners)
+                if leaf in twins.values():
+                    weights = (cast(OuterBlock, found[0]) for found in (blocks, partners))
+                    deltas = [(RowBlock(weight.delta),) for weight in weights]
+                    blocks, partners = blocks + deltas[0], partners + deltas[1]
+                for block, partner in zip(blocks, partners):
                     total = total + block.cross_gram(partner).reshape(total.shape)
             total = _mesh.in_blocks(total)
         return total
+
+    def _twins_with(self, other: "StructuredJacobian") -> dict[int, int]:
+        """The biases, with their weights, that are left out where rows of the two are multiplied.
+
+        One for each weight: a second one has rows of its own.
+        """
+        shared = {weight: bias for bias, weight in self.twins if (bias, weight) in other.twins}
+        return {bias: weight for weight, bias in shared.items()}
 
     def _layers(self) -> list[list[int]]:
         """The numbers of the leaves that have one place in the point, as a weight and its bias."""
@@ -145,10 +162,13 @@ class StructuredJacobian(AbstractJacobian):
         """Each device has its own rows, and gets the factors of its columns."""
         if not self._is_spread:
             return self._products(other)
-        rows = _mesh.in_one(_mesh.rows_cut, self.blocks)
-        columns = _mesh.in_one(_mesh.columns_cut, other.blocks)
-        mine = dataclasses.replace(self, blocks=rows)
-        return mine._products(dataclasses.replace(other, blocks=columns))
+        twins = self._twins_with(other)
+
+        def sent(jacobian: "StructuredJacobian", place: Any) -> "StructuredJacobian":
+            blocks = [() if i in twins else found for i, found in enumerate(jacobian.blocks)]
+            return dataclasses.replace(jacobian, blocks=_mesh.in_one(place, blocks))
+
+        return sent(self, _mesh.rows_cut)._products(sent(other, _mesh.columns_cut))
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
@@ -251,20 +271,20 @@ def structured_jacobian(
     with _precision.full_precision():  # the model's own products as well
         model = _taps.trace(fn, params, inputs)  # an error of the model's own is not caught
         try:
-            blocks, labels = _structured_blocks(model, structures, leaves, columns)
+            blocks, labels, twins = _structured_blocks(model, structures, leaves, columns)
         except Exception:
             # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
-            blocks, labels = _row_blocks(model, leaves, columns)
+            blocks, labels, twins = _row_blocks(model, leaves, columns)
     blocks = _mesh.rows_and_widths_cut(blocks)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = tuple(zip(paths, labels, strict=True))
     return StructuredJacobian(
-        tuple(blocks), num_examples, model.num_outputs, structures, treedef, named
+        tuple(blocks), num_examples, model.num_outputs, structures, treedef, named, twins
     )
 
 
 def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns: Any) -> Any:
-    """Blocks and label of every leaf, from its uses in the model's jaxpr."""
+    """Blocks and label of every leaf, from its uses in the model's jaxpr, and their twins."""
     uses = model.uses(structures)
     read = lambda column: _taps.read_taps(model, uses, leaves, column)
     deltas, rows, records = jax.vmap(read)(columns)
@@ -280,13 +300,13 @@ def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns
             label = label_of(uses.sites, found, groups)
         blocks.append(found)
         labels.append(label)
-    return blocks, labels
+    return blocks, labels, twins_of(uses, deltas, records, blocks)
 
 
 def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
     """The same with explicit rows for every leaf, without a look at the jaxpr."""
     rows = jax.vmap(lambda column: _taps.read_rows(model, leaves, column))(columns)
-    return [(RowBlock(row),) for row in rows], [DENSE_ROWS] * len(leaves)
+    return [(RowBlock(row),) for row in rows], [DENSE_ROWS] * len(leaves), ()
 
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:

@@ -13,13 +13,14 @@ from manifoldflow.linalg.jacobian._block import (
     LeafView,
 )
 from manifoldflow.linalg.jacobian._interpreter import Record, Site
-from manifoldflow.linalg.jacobian._taps import Group
+from manifoldflow.linalg.jacobian._taps import Group, Uses
 from manifoldflow.linalg.jacobian._use import AbstractElementwise, AbstractMatrixUse
 from manifoldflow.linalg.jacobian._use_convolution import Convolution
 from manifoldflow.linalg.jacobian._use_look_up import LookUpBlock
-from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
+from manifoldflow.linalg.jacobian._use_matrix_product import MatrixProduct, OuterBlock
 from manifoldflow.linalg.jacobian._use_pairs import PairBlock
 from manifoldflow.linalg.jacobian._use_rows import RowBlock
+from manifoldflow.linalg.jacobian._use_shift import Shift
 
 
 def block_of(
@@ -91,3 +92,30 @@ def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
             (kind,) = kinds
             names.append(kind.__name__ + summed)
     return " + ".join(dict.fromkeys(names)) or "unused"
+
+
+def twins_of(uses: Uses, deltas: Any, records: Any, blocks: Any) -> tuple[tuple[int, int], ...]:
+    """The biases whose rows are the δ of a weight: the numbers of the two leaves."""
+
+    def by_delta(use: type, kind: type) -> dict[tuple[int, Any], int]:
+        found = {}
+        for leaf, groups in uses.groups.items():
+            # Several uses are a sum, and no longer one δ.
+            index = groups[0].sites[0] if [len(group.sites) for group in groups] == [1] else None
+            if index is None or leaf in uses.opaque:
+                continue
+            site, (block,) = uses.sites[index], blocks[leaf]
+            is_plain = not site.steps and records[index].scale is None and deltas[index].ndim == 3
+            if is_plain and type(site.use) is use and isinstance(block, kind):
+                is_outer = isinstance(block, OuterBlock)
+                numbers = block.delta if is_outer else block.rows()
+                # Of the same object: the backward pass hands it to both. A bias that is sliced or
+                # repeated has other rows.
+                if numbers.size == deltas[index].size and (is_outer or not site.view):
+                    found[id(deltas[index]), numbers.dtype] = leaf
+        return found
+
+    weights = by_delta(MatrixProduct, OuterBlock)
+    return tuple(
+        (bias, weights[key]) for key, bias in by_delta(Shift, RowBlock).items() if key in weights
+    )

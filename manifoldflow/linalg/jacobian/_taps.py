@@ -199,7 +199,10 @@ def read_taps(
 
     output, pullback, records = jax.vjp(tapped, zeros, dense, has_aux=True)
     if output.size == 1:  # no need for a batched backward pass
-        deltas, rows = jax.tree.map(lambda x: x[None], pullback(jnp.ones_like(output)))
+        found = pullback(jnp.ones_like(output))
+        # Those of a weight and of its bias stay one array.
+        one = {id(x): x[None] for x in jax.tree.leaves(found)}
+        deltas, rows = jax.tree.map(lambda x: one[id(x)], found)
     else:
         deltas, rows = jax.vmap(pullback)(jnp.eye(output.size, dtype=output.dtype))
     return deltas, rows, records
