@@ -145,6 +145,7 @@ def noise_options(
     step_size = end_time / 1000 if step_size is None else float(step_size)
     if not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive and finite; got {step_size}.")
+    # 2.1/0.3 is above 7 in floating point, and would be rounded up to 8 steps.
     num_steps = max(1, math.ceil(longest / step_size * (1 - 1e-6)))
     return NoiseOptions(key, num_steps, is_adaptive)
 

@@ -115,6 +115,7 @@ def subsampled_drift(
     spread = squares - num_groups * _tree.inner(mean, mean)
     # Drawn without replacement, all of the examples leave no error.
     left = 1 - num_examples / total
+    # The spread is a difference of almost equal sums, which rounding can make negative.
     variance = left * jnp.maximum(spread, 0) / (num_groups * (num_groups - 1))
     rate = limit.rate.astype(variance.dtype)
     tangent = flow.manifold.normal_space(point).tangent(mean) if projected else mean

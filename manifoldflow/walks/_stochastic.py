@@ -164,6 +164,7 @@ def _step(coordinates: Coordinates, unit: Tangent, relative: Any) -> Scalar:
     It is a change by `relative` in the weights that g changes: in each of two layers of which one
     is large and has small gradients.
     """
+    # Sums over all weights have no digit left in half precision.
     wide = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     coordinates, unit = jax.tree.map(wide, coordinates), jax.tree.map(wide, unit)
     square = _tree.inner(unit, unit)
