@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -28,6 +28,7 @@ from manifoldflow.linalg.jacobian import _taps
 from manifoldflow.linalg.jacobian._block import AbstractBlock
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
 from manifoldflow.linalg.jacobian._sums import block_of, label_of, twins_of
+from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_rows import DENSE_ROWS, RowBlock
 
 
@@ -129,7 +130,8 @@ class StructuredJacobian(AbstractJacobian):
             for leaf, (blocks, partners) in zip(own, _mesh.in_turn(total, pairs)):
                 blocks, partners = _mesh.rows_cut(blocks), _mesh.columns_cut(partners)
                 if leaf in twins.values():
-                    deltas = [(RowBlock(found[0].delta),) for found in (blocks, partners)]
+                    weights = (cast(OuterBlock, found[0]) for found in (blocks, partners))
+                    deltas = [(RowBlock(weight.delta),) for weight in weights]
                     blocks, partners = blocks + deltas[0], partners + deltas[1]
                 for block, partner in zip(blocks, partners):
                     total = total + block.cross_gram(partner).reshape(total.shape)
