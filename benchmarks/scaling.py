@@ -219,7 +219,8 @@ def foreseen(path: pathlib.Path, timeout: float) -> list[dict[str, Any]]:
             known[name] = row | {"failed": f"no program after {timeout:.0f} s"}
         print(name, known[name].get("failed", known[name].get("GB a chip")), flush=True)
         path.write_text(json.dumps(known, indent=1) + "\n")
-    return [with_bounds(row) for row in known.values()]
+    order = lambda row: (row["chip"], row["n"], row["width"], row["chips"])
+    return [with_bounds(row) for row in sorted(known.values(), key=order)]
 
 
 def ending(text: str) -> str:
@@ -269,8 +270,12 @@ def picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Memory and the bound on the time against the number of chips, for the size that all have."""
     import matplotlib.pyplot as plt
 
+    from manifoldflow import plotting
+
+    plt.style.use("manifoldflow.plotting.talk")
+    colours = plotting.Colour.LIMIT, plotting.Colour.SGD, plotting.Colour.GRADIENT_FLOW
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for chip, colour in zip(CHIPS, ("tab:blue", "tab:orange", "tab:green")):
+    for chip, colour in zip(CHIPS, colours):
         is_mine = lambda row: row["chip"] == chip and isinstance(row["GB a chip"], float)
         mine = [row for row in rows if is_mine(row) and row["n"] == NUMBERS["1e4"]]
         mine = [row for row in mine if 9e7 < row["D"] < 1.2e8]
@@ -283,10 +288,11 @@ def picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         for name, style in {"compute": "o-", "memory": "s--", "network": "^:"}.items():
             values = [row[f"{name} ms"] for row in mine]
             right.loglog(chips, values, style, color=colour, label=f"{chip}, {name}")
-    left.set(xlabel="chips", ylabel="memory of one chip / GB", title="dotted: what a chip has")
-    right.set(xlabel="chips", ylabel="time of one drift, at least / ms", title="by what limits it")
+    left.set(xlabel="chips", ylabel="memory of one chip / GB", title="Used, and there (dotted)")
+    right.set(xlabel="chips", ylabel="time of one drift / ms", title="Bounds from below")
     for axes in (left, right):
         axes.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])
+        axes.set_xticks([], minor=True)
         axes.legend(fontsize=9, ncols=1 if axes is left else 2)
     figure.savefig(path, dpi=150)
 
