@@ -17,6 +17,7 @@ from manifoldflow._jit import jit_part
 from manifoldflow._types import Flag, Key, Scalar
 from manifoldflow.linalg._distributed import distributes
 from manifoldflow.linalg._gram import AbstractGram, AbstractGramSolve, DenseGram, row_scale
+from manifoldflow.linalg._lapack import one_by_one
 from manifoldflow.linalg._memory import dense_fits, memory_budget
 from manifoldflow.linalg.jacobian import AbstractJacobian
 
@@ -119,17 +120,31 @@ def nystroem_sketch(
     """The randomised Nyström approximation of a matrix from `rank` products with it."""
     rank = min(rank, structure.shape[0])
     probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
-    probes, _ = jnp.linalg.qr(probes)
+    probes = _orthonormal(probes)
     images = jax.lax.map(product, probes.T).T
     # The core of a matrix of low rank is singular, and its Cholesky factor would be NaN. The shift
     # prevents that, and is taken off the eigenvalues in the end.
     shift = _precision.eps_of_dtype(structure) * jnp.linalg.norm(images)
     images = images + shift * probes
     core = _precision.matmul(probes.T, images)
-    factor = jnp.linalg.cholesky((core + core.T) / 2)
+    vectors, singular = _root(images, (core + core.T) / 2)
+    return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
+
+
+@one_by_one
+def _orthonormal(probes: Float[Array, "n rank"]) -> Float[Array, "n rank"]:
+    return jnp.linalg.qr(probes)[0]
+
+
+@one_by_one
+def _root(
+    images: Float[Array, "n rank"], core: Float[Array, "rank rank"]
+) -> tuple[Float[Array, "n rank"], Float[Array, " rank"]]:
+    """The left singular vectors and the singular values of B·L⁻ᵀ, with LLᵀ the core."""
+    factor = jnp.linalg.cholesky(core)
     root = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
     vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
-    return Sketch(vectors, jnp.maximum(singular**2 - shift, 0))
+    return vectors, singular
 
 
 def conjugate_gradients(
