@@ -79,6 +79,8 @@ def _in_force(mesh: Mesh) -> Iterator[Mesh]:
 def axes_in_force() -> dict[str, int]:
     """The axes in force that are ours, with their sizes, in the order of the mesh."""
     here = jax.sharding.get_abstract_mesh()
+    # Within `shard_map` our axes are of type Manual, and a constraint that names one is an error.
+    # There everything counts as on one device.
     return {n: here.shape[n] for n in here.axis_names if n in ours(here.auto_axes)}
 
 

@@ -42,6 +42,8 @@ def _names(array: Any, sizes: dict[str, int], *, first: int = 0) -> list[tuple[s
         fits = [axis for axis, part in enumerate(parts) if part and part % sizes[name] == 0]
         if fits:
             longest = max(fits, key=lambda axis: parts[axis])
+            # An axis may be cut twice, so that a bias, which has one axis, is spread over all
+            # devices too.
             names[longest] += (name,)
             parts[longest] //= sizes[name]
     return names

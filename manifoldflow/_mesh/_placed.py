@@ -94,6 +94,7 @@ def _placed_leaf(leaf: Any, sharding: NamedSharding) -> Any:
         is_here = leaf.sharding.device_set == sharding.device_set
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf) if is_here else leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        # The callback below gives NumPy arrays, and there are none of keys.
         data = _placed_leaf(jr.key_data(leaf), sharding)
         return jr.wrap_key_data(data, impl=jr.key_impl(leaf))
     values = np.asarray(leaf)

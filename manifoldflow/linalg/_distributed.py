@@ -43,7 +43,11 @@ def distributes(num_rows: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """n numbers in blocks, `num_own` for every device, filled up with some more."""
+    """n numbers in blocks, `num_own` for every device, filled up with some more.
+
+    Step s eliminates block s // num_shares of device s % num_shares. This is the *order of
+    elimination*; columns and vectors are in it, while rows stay where they are.
+    """
 
     axes: tuple[str, ...]
     num_shares: int
@@ -60,6 +64,7 @@ class _Layout:
         share = size // num_shares
         num_tiles = min(_TILES, -(-share // block))
         num_own = -(-share // (block * num_tiles)) * num_tiles
+        # Blocks may be smaller than asked for: so next to nothing is filled up.
         return cls(axes, num_shares, share, num_own, -(-share // num_own), num_tiles)
 
     @property
@@ -79,6 +84,7 @@ class _Layout:
 
     def from_owner(self, array: Array, owner: Array) -> Array:
         """The part that one device has, on all devices."""
+        # A sum to which all others give zeros. By `where`, since 0·NaN would be NaN.
         return self.sum(jnp.where(self.here() == owner, array, 0)) if self.axes else array
 
     def blocks(self, array: Array) -> Float[Array, "... own device row"]:
@@ -117,6 +123,7 @@ class DistributedFactor(eqx.Module):
 
     @property
     def has_failed(self) -> Flag:
+        # A block that fails makes all later ones NaN, so that the last number tells.
         return ~jnp.isfinite(self.inverses[-1, -1, -1])
 
     def solve(self, right: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -168,6 +175,7 @@ def dense_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """
     if len(matrix) < _LARGE:
         return cholesky(matrix)
+    # Not by `jax.default_backend()`: programs for TPUs are compiled on machines without one.
     return jax.lax.platform_dependent(matrix, tpu=_cholesky_alone, default=cholesky)
 
 
@@ -182,8 +190,10 @@ def _cholesky_alone(matrix: Array) -> Array:
     layout = _Layout.of(len(matrix), ())
     ones = jnp.ones(len(matrix), matrix.dtype)
     blocks = layout.blocks(ones)
+    # `_factorise` reads both triangles, callers of `cholesky` fill the lower one only.
     symmetric = jnp.tril(matrix) + jnp.tril(matrix, -1).T
     rows, inverses = _factorise(layout, symmetric, blocks, jnp.where(blocks == 0, 1, 0.0))
+    # With one device the order of elimination is that of the rows, and what fills up is behind.
     lower = rows[: len(matrix), : len(matrix)]
     # As LAPACK: NaN all over.
     return jnp.where(jnp.isfinite(inverses[-1, -1, -1]), lower, jnp.nan)
@@ -196,12 +206,18 @@ def _solve_alone(factor: Array, right: Array) -> Array:
     rows = jnp.pad(factor, (0, missing)) + jnp.diag(ones)
     steps, block = layout.num_steps, layout.block
     numbers = jnp.arange(steps)
+    # On the diagonal of the factor stand inverse blocks already, see `_factorise`.
     inverses = rows.reshape(steps, block, steps, block)[numbers, :, numbers]
     return layout.flat(_solve(layout, rows, inverses, layout.blocks(right)))
 
 
 def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tuple[Array, Array]:
-    """The work of one device on its rows of the matrix; columns in the order of elimination."""
+    """The work of one device on its rows of the matrix; columns in the order of elimination.
+
+    With block columns Aₖ of the matrix and Lₖ of the factor, step k is
+
+        Aₖ − Σ_{j<k} Lⱼ (row k of Lⱼ)ᵀ  =: Cₖ,    L_kk = chol(row k of Cₖ),    Lₖ = Cₖ L_kk⁻ᵀ.
+    """
     block, width = layout.block, layout.block * layout.num_own // layout.num_tiles
     here, from_owner = layout.here(), layout.from_owner
     flat = lambda blocks: blocks.reshape(*blocks.shape[:-3], -1)
@@ -219,6 +235,7 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
         tile = index // (layout.num_own // layout.num_tiles)
         mine = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
         panel = from_owner(mine, owner)
+        # From here on the columns still hold the matrix, and not the factor.
         panel = jnp.where(jnp.arange(num_all) < number * block, panel, 0)
 
         def below(down: Array, column: Array) -> Array:
@@ -227,6 +244,8 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
                 size = (width, width * layout.num_shares)
                 factor = jax.lax.dynamic_slice(rows, at, size)
                 other = jax.lax.dynamic_slice_in_dim(panel, at[1], size[1], 1)
+                # Rows above block k meet inverses on the diagonal here, and come out wrong. They
+                # are set to zero below.
                 return left - _precision.matmul(factor, other.T)
 
             left = jax.lax.dynamic_slice_in_dim(column, down * width, width)
@@ -234,6 +253,9 @@ def _factorise(layout: _Layout, matrix: Array, scale: Array, shift: Array) -> tu
             return jax.lax.dynamic_update_slice_in_dim(column, left, down * width, 0)
 
         column = jax.lax.dynamic_slice_in_dim(rows, number * block, block, 1)
+        # Tiles above are done, and those to the right are zero in `panel`: bounds that are traced
+        # save two thirds of the products, and forbid reverse mode, which nobody needs: callers
+        # differentiate the solves.
         column = jax.lax.fori_loop(tile, layout.num_tiles, below, column)
         square = jax.lax.dynamic_slice_in_dim(column, index * block, block)
         factor = cholesky(from_owner(square, owner))
@@ -264,6 +286,8 @@ def _solve(layout: _Layout, rows: Array, inverses: Array, right: Array) -> Array
         left = left - _precision.matmul(column(number), part).reshape(left.shape)
         return left, found.at[number].set(part)
 
+    # With Lᵀ a block of the result needs the rows of all devices: each adds up its own, and these
+    # sums are sent, which are as small as the parts that go round in `forward`.
     def backward(back: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         own, found = state
         number = layout.num_steps - 1 - back

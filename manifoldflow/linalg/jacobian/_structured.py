@@ -91,6 +91,8 @@ class StructuredJacobian(AbstractJacobian):
         results = []
         for leaf, blocks in zip(self.leaves, self.blocks, strict=True):
             shape = shape_fn(leaf)
+            # Without an order XLA may gather all layers first, and a device then holds the whole
+            # model.
             blocks = _mesh.in_turn(results[-1:], blocks)
             parts = [fn(block).reshape(shape).astype(leaf.dtype) for block in blocks]
             total = sum(parts[1:], parts[0]) if parts else jnp.zeros(shape, leaf.dtype)
@@ -131,6 +133,8 @@ class StructuredJacobian(AbstractJacobian):
                 blocks, partners = _mesh.rows_cut(blocks), _mesh.columns_cut(partners)
                 if leaf in twins.values():
                     weights = (cast(OuterBlock, found[0]) for found in (blocks, partners))
+                    # The bias is left out of `own`: its product δ·δ is made here, from the array of
+                    # its weight. The compiler then sees that both are one product.
                     deltas = [(RowBlock(weight.delta),) for weight in weights]
                     blocks, partners = blocks + deltas[0], partners + deltas[1]
                 for block, partner in zip(blocks, partners):
@@ -148,6 +152,7 @@ class StructuredJacobian(AbstractJacobian):
 
     def _layers(self) -> list[list[int]]:
         """The numbers of the leaves that have one place in the point, as a weight and its bias."""
+        # The names decide in which order layers are gathered, never a number of the result.
         places = [re.sub(r"(\.\w+|\[[^\]]*\])$", "", path) for path, _ in self.labels]
         return [
             list(layer)
@@ -165,6 +170,7 @@ class StructuredJacobian(AbstractJacobian):
         twins = self._twins_with(other)
 
         def sent(jacobian: "StructuredJacobian", place: Any) -> "StructuredJacobian":
+            # Rows that come with those of the weight are not sent a second time.
             blocks = [() if i in twins else found for i, found in enumerate(jacobian.blocks)]
             return dataclasses.replace(jacobian, blocks=_mesh.in_one(place, blocks))
 
@@ -178,6 +184,7 @@ class StructuredJacobian(AbstractJacobian):
             return self.cross_gram(self)
         for start, stop in cuts:
             rest = self.examples(start, self.num_examples)
+            # K is symmetric: the examples before `start` have met these rows already.
             strip = self.examples(start, stop).cross_gram(rest)
             strips.append(jnp.pad(strip, ((0, 0), (num_rows - strip.shape[1], 0))))
         return jnp.concatenate(strips)
@@ -275,6 +282,7 @@ def structured_jacobian(
         except Exception:
             # Of the jaxpr only what is understood helps: all else is JAX's to differentiate.
             blocks, labels, twins = _row_blocks(model, leaves, columns)
+    # Without this word XLA would find a cut of the factors for each product by itself.
     blocks = _mesh.rows_and_widths_cut(blocks)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     named = tuple(zip(paths, labels, strict=True))
@@ -287,6 +295,8 @@ def _structured_blocks(model: _taps.Model, structures: Any, leaves: Any, columns
     """Blocks and label of every leaf, from its uses in the model's jaxpr, and their twins."""
     uses = model.uses(structures)
     read = lambda column: _taps.read_taps(model, uses, leaves, column)
+    # The model is traced for one example and mapped over them here. In the jaxpr of a batch no axis
+    # says which one counts the examples.
     deltas, rows, records = jax.vmap(read)(columns)
     blocks, labels, reasons = [], [], dict(uses.reasons)
     for index, leaf in enumerate(leaves):

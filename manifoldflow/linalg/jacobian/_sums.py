@@ -31,6 +31,7 @@ def block_of(
     for index in group.sites:
         blocks.append(_read(sites[index], deltas[index], records[index], leaf))
     block = _sum_of_blocks(blocks, group.swapped)
+    # Only after the sum: which form is the smaller one depends on the number of all positions.
     return block.compact() if isinstance(block, OuterBlock | PairBlock) else block
 
 
@@ -53,6 +54,7 @@ def _read(site: Site, delta: Array, record: Record, leaf: Array) -> AbstractBloc
     block = jax.vmap(one, in_axes=(2, 1))(delta, record)
     if isinstance(block, AbstractPositionBlock):
         return block.merged()
+    # These rows have the size of the leaf. Kept apart, they would cost that for every step.
     return RowBlock(jnp.sum(jax.vmap(lambda block: block.rows())(block), 0))
 
 
@@ -95,9 +97,14 @@ def label_of(sites: Any, blocks: tuple[Any, ...], groups: Any) -> str:
 
 
 def twins_of(uses: Uses, deltas: Any, records: Any, blocks: Any) -> tuple[tuple[int, int], ...]:
-    """The biases whose rows are the δ of a weight: the numbers of the two leaves."""
+    """The biases whose rows are the δ of a weight, as pairs of leaves: (bias, weight).
 
-    def by_delta(use: type, kind: type) -> dict[tuple[int, Any], int]:
+    In z = W·a + b the row of W is δ ⊗ a and the row of b is δ, the same numbers: the two are twins.
+    What is sent or multiplied for one of them serves both.
+    """
+
+    def leaf_by_delta(use: type, kind: type) -> dict[tuple[int, Any], int]:
+        """The leaves with one use of this type, by the array that is their δ."""
         found = {}
         for leaf, groups in uses.groups.items():
             # Several uses are a sum, and no longer one δ.
@@ -105,17 +112,21 @@ def twins_of(uses: Uses, deltas: Any, records: Any, blocks: Any) -> tuple[tuple[
             if index is None or leaf in uses.opaque:
                 continue
             site, (block,) = uses.sites[index], blocks[leaf]
+            # Steps of a scan, a scale (z = y − b) and positions change δ on the way to the block.
             is_plain = not site.steps and records[index].scale is None and deltas[index].ndim == 3
             if is_plain and type(site.use) is use and isinstance(block, kind):
                 is_outer = isinstance(block, OuterBlock)
                 numbers = block.delta if is_outer else block.rows()
-                # Of the same object: the backward pass hands it to both. A bias that is sliced or
-                # repeated has other rows.
+                # A bias that is sliced or repeated has other rows than δ.
                 if numbers.size == deltas[index].size and (is_outer or not site.view):
+                    # Whether two traced arrays have equal numbers cannot be asked, but whether they
+                    # are one object can: an addition hands its cotangent on to both terms as it
+                    # is. A pair that is missed (a JAX that copies) costs time only. No array is
+                    # freed meanwhile, so that no number of an object is used twice. The dtype is in
+                    # the key because a leaf may round δ to its own.
                     found[id(deltas[index]), numbers.dtype] = leaf
         return found
 
-    weights = by_delta(MatrixProduct, OuterBlock)
-    return tuple(
-        (bias, weights[key]) for key, bias in by_delta(Shift, RowBlock).items() if key in weights
-    )
+    weights = leaf_by_delta(MatrixProduct, OuterBlock)
+    biases = leaf_by_delta(Shift, RowBlock)
+    return tuple((bias, weights[delta]) for delta, bias in biases.items() if delta in weights)
