@@ -79,6 +79,7 @@ def _checked_function(
     fn: Function, left_out: tuple[str, ...], is_concrete: bool = False
 ) -> Function:
     signature = inspect.signature(fn)
+    # Before the annotations are put in short words, for `help` alone.
     wanted = {name: p.annotation for name, p in signature.parameters.items()}
     signature = readable(signature)
     name = fn.__qualname__.removesuffix(".__init__")

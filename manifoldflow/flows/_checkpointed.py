@@ -86,6 +86,7 @@ class _Solve(AbstractRun[Here]):
     def legs(self, state: Here, journal: Journal) -> Iterator[Leg]:
         ends = self.task.options.legs(self.times, self.task.end_time)
         for number in range(max(journal.num_done, 1), len(ends)):
+            # The number as an array: all legs are then one program.
             here, row = _leg(self.task, state, jnp.asarray(number - 1), ends[number])
             leg = self._leg_to(number, here, row)
             state = leg.state
@@ -161,6 +162,7 @@ def _identity(
 
 
 def _recipe(solver: dfx.AbstractSolver) -> tuple[Any, ...]:
+    # Diffrax keeps a tableau on the class, where the fields of the solver do not show it.
     return solver, getattr(solver, "tableau", None), type(solver).step
 
 

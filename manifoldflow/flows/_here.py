@@ -62,6 +62,7 @@ def first_step(times: Array, end_time: Scalar, options: Options) -> Scalar:
     A better guess would need the drift, which is most of what has to be compiled. Later saves
     have no say, so that a solve that was asked for fewer can go on to them.
     """
+    # A size of steps is a choice: a derivative through it would be spurious.
     if options.noise is not None:
         return jax.lax.stop_gradient(end_time / 1000)
     step = (times[1] - times[0]) / 1000

@@ -179,6 +179,7 @@ class IterationLimit(AbstractDiffusion):
         rank, size = int(spaces.rank), float(spaces.size)
         defect = float(_tree.norm(product(spaces.inverse, here.field)))
         cosine = float(spaces.cosine)
+        # By NumPy: not every backend of JAX has eigenvalues of general matrices.
         rates = np.sort_complex(np.linalg.eigvals(np.asarray(here.jacobian, np.float64)))
         # Those of the kernel are the nearest to zero.
         off = rates[np.argsort(np.abs(rates))[len(rates) - rank :]]
@@ -226,6 +227,7 @@ def _drift(flow: IterationLimit, point: Point) -> tuple[Tangent, Flag]:
     normal, is_stable = spaces.lyapunov_solve(sigma)
     mixed = product(spaces.inverse, sigma, tangent.T)
     flat = product(tangent, sigma, tangent.T)
+    # 2·sym(A^#Π̄ΣΠᵀ), with A^#Π̄ = A^#: the ½ of both sums comes at the end.
     bent, pushed = _contracted(here, jnp.stack([flat, normal + mixed + mixed.T]))
     total = -(product(spaces.inverse, bent) + product(tangent, pushed)) / 2
     if flow.slow_drift is not None:

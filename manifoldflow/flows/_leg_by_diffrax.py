@@ -125,6 +125,8 @@ def _controller_of(
     if options.step_size is not None:
         return EqualSteps(options.step_size), None
     if noise is None:
+        # Not forced below: where no step is short enough the solve fails, and does not go on with
+        # an error that was refused.
         smallest = _precision.eps_of_dtype(end) * task.end_time
         controller = dfx.PIDController(
             options.rtol, options.atol, dtmin=smallest, force_dtmin=False

@@ -75,6 +75,7 @@ def scaling_limit(
         late = linalg.sum_terms(term, len(gram), _together(coordinates))
         slopes = jax.tree.map(lambda v: _slope(update.preconditioner, v), known)
         total = _tree.add(total, _times(slopes, late))
+    # Both terms have the factor ½c·scale, see above.
     factor = _tree.where(is_fine, -strength / 2, jnp.nan)
     return OwnLimit(_tree.scale(factor, project(total)), project, is_fine)
 

@@ -30,6 +30,7 @@ def started(flow: AbstractFlow, point: Point, max_steps: int) -> Start:
     """The start of a flow, by a program of its own that other flows need not compile again."""
     if flow.manifold is None:
         return Start(point, successful())
+    # `max_steps` is meant for the flow: a small one must not end the search for its start.
     landed, info = flow.manifold.project_with_info(point, max_steps=max(100, max_steps))
     return Start(landed, info.result)
 

@@ -214,6 +214,7 @@ def _limit_jvp(
         loss, loss_dot = manifold.loss, None if manifold_dot is None else manifold_dot.loss
 
         def moved() -> Tangent:
+            # Held fixed: A keeps the steps stable, and the flow does not depend on it.
             frozen = stiffness(loss, _tree.join(x, remainder))
 
             def step(loss: AbstractLoss, x: Coordinates, remainder: Point) -> Coordinates:
@@ -223,6 +224,7 @@ def _limit_jvp(
 
         # Else reverse mode would keep all that is inside of every step, and not its start alone.
         moved = jax.checkpoint(moved, prevent_cse=False)
+        # A scan has a fixed length, or it could not be transposed: turns after the end do nothing.
         return jax.lax.cond(index < end.num_steps, moved, lambda: tangent), None
 
     records = (history.coordinates, history.step_sizes, jnp.arange(max_steps))

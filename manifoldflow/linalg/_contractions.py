@@ -58,6 +58,7 @@ def contract_hessians(
     frozen = jacobian_fn(coordinates)
 
     def weighted(x: Coordinates) -> Array:
+        # tr(A·C) = Σ Aᵢⱼ Cⱼᵢ: hence the transpose.
         return jnp.sum(jacobian_fn(x).cross_gram(frozen) * coefficients.T)
 
     return jax.grad(weighted)(coordinates)
@@ -153,6 +154,8 @@ def second_derivative_sum(
 
     def term(index: Int[Array, ""]) -> PyTree[Array]:
         u = column(left, index)
+        # One factor on both sides is the usual case. Whether two operators are equal cannot be
+        # asked of traced arrays, but whether they are one can.
         v = u if right is left else column(right, index)
 
         def along(x: Coordinates) -> PyTree[Array]:

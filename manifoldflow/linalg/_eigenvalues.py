@@ -171,6 +171,8 @@ def _largest(
         )
     vectors = jax.lax.stop_gradient(vectors)
     images = jax.vmap(lambda v: project(product(v)))(vectors)
+    # Rayleigh quotients, and not the values of the search: their error is of second order in that
+    # of the vectors, and the derivative goes through them.
     values = jnp.sum(vectors * images, axis=1)
     return judged(values, images - values[:, None] * vectors, scale, num_steps + num, eps)
 
@@ -186,6 +188,8 @@ def judged(
     residuals = jax.lax.stop_gradient(jnp.linalg.norm(left, axis=1))
     is_found = jnp.all(residuals <= target(eps, values, scale))
     result = _tree.where(is_found, RESULTS.successful, RESULTS.not_converged)
+    # Last: NaN fails the comparison above as well, and would pass for a search that ran out of
+    # steps.
     is_finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(residuals))
     result = _tree.where(is_finite, result, RESULTS.nonfinite)
     return Eigenvalues(values, residuals, result, jnp.asarray(num_steps, int))
@@ -228,5 +232,6 @@ def effective_rank(eigenvalues: Float[Array, " n"]) -> Scalar:
     values = jnp.maximum(eigenvalues, 0)
     shares = values / jnp.sum(values)
     positive = shares > 0
+    # ln 0 has an infinite derivative, and 0·∞ is NaN: hence two `where`s, one inside.
     logs = jnp.where(positive, jnp.log(jnp.where(positive, shares, 1)), 0)
     return jnp.exp(-jnp.sum(shares * logs))

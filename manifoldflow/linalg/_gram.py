@@ -180,6 +180,8 @@ class DistributedGramSolve(AbstractGramSolve):
     def of(
         cls, matrix: Float[Array, "n n"], norms_squared: Float[Array, " n"], damping: Scalar
     ) -> "DistributedGramSolve":
+        # Derivatives are told by the equation in `solve`; the ladder is a loop without reverse
+        # mode.
         frozen, scale = jax.lax.stop_gradient(matrix), row_scale(norms_squared)
         shift_of_rows = _shift_of(scale, damping)
         factor = _first_positive(
@@ -311,6 +313,7 @@ def _first_positive(
     """The factor with the smallest shift μ of a short ladder that succeeds."""
     size, eps = len(scale), _precision.eps_of_dtype(scale)
     # In float32 5·eps·n would already cost accuracy: first try without.
+    # 5·eps·tr K: the trace of a matrix with rows of length one is n.
     smallest = 5 * eps * size
     first = smallest if eps < 1e-10 else 0.0
 
@@ -324,6 +327,8 @@ def _first_positive(
         return jnp.maximum(10 * shift, smallest).astype(scale.dtype), factor, tries + 1
 
     # A loop, and not all rungs at once: mostly the first factorisation is the only one.
+    # `nothing` counts as failed, so that the loop makes the first factor too: one copy in the
+    # program.
     start = (jnp.asarray(first, scale.dtype), nothing, jnp.asarray(0))
     return jax.lax.while_loop(failed, again, start)[1]
 

@@ -62,6 +62,7 @@ class IterativeGram(AbstractGram):
             checked_positive("IterativeGram: rtol", self.rtol)
 
     def __call__(self, jacobian: AbstractJacobian) -> "IterativeGramSolve":
+        # What prepares the solves has no derivative: that of a solve is told by its equation.
         norms_squared = jax.lax.stop_gradient(jacobian.row_norms_squared())
         still = frozen(jacobian)
         wants_sketch = self.inverse is None and self.preconditioner_rank > 0
@@ -110,6 +111,8 @@ class Sketch(eqx.Module):
     def precondition(self, vector: Float[Array, " n"], shift: Scalar) -> Float[Array, " n"]:
         """(U diag(λ) Uᵀ + λ_r(I − UUᵀ) + shift)⁻¹ w, up to a factor."""
         inside = _precision.matmul(self.vectors.T, vector)
+        # Times λ_r + shift, which leaves the complement of U as it is. Conjugate gradients do not
+        # see a factor.
         weights = (self.values[-1] + shift) / (self.values + shift) - 1
         return vector + _precision.matmul(self.vectors, weights * inside)
 
@@ -121,6 +124,7 @@ def nystroem_sketch(
     rank = min(rank, structure.shape[0])
     probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
     probes = _orthonormal(probes)
+    # One after the other: each product is a pass through the whole model.
     images = jax.lax.map(product, probes.T).T
     # The core of a matrix of low rank is singular, and its Cholesky factor would be NaN. The shift
     # prevents that, and is taken off the eigenvalues in the end.
@@ -268,6 +272,7 @@ class IterativeGramSolve(AbstractGramSolve):
 
     @property
     def _shift(self) -> Scalar:
+        # 5·eps·tr K, since rows of length one have the trace n: as the first rung of a dense solve.
         return self.damping + 5 * _precision.eps_of_dtype(self.row_scale) * len(self.row_scale)
 
     def precondition(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -322,8 +327,10 @@ class AutoGram(AbstractGram):
         rows = jacobian.out_structure()
         num_rows, num_coordinates = rows.size, _tree.size(jacobian.in_structure())
         memory = memory_budget() if self.memory is None else self.memory
+        # n ≤ 60·√D, in integers.
         if num_rows**2 <= 3600 * num_coordinates:
             if dense_fits(num_rows, rows.dtype.itemsize, memory):
+                # Said outright: by itself `DenseGram` would ask the device, and not `memory`.
                 return DenseGram(is_distributed=False)(jacobian)
             share = memory * _mesh.num_devices()
             if dense_fits(num_rows, rows.dtype.itemsize, share) and distributes(num_rows):

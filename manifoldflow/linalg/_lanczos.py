@@ -78,6 +78,7 @@ def lanczos(
     """
     band = min(num + 1, dimension)
     length = min(dimension, max(_SHORTEST, min(_LONGEST, _MEMORY // like.size)))
+    # Whole bands throughout, since residuals are read from the last one.
     length = band * max(3, -(-length // band))
     kept = band * max(1, length // (3 * band))
     stride = band * max(1, _SHORTEST // band)
@@ -132,6 +133,7 @@ def lanczos(
     def restarted(basis: _Basis, values: Array, rotations: Array, stop: Int[Array, ""]) -> _Basis:
         """The basis with the best Ritz vectors, and the last band, in place of all vectors."""
         vectors = _precision.matmul(rotations[:, :kept].T, basis.vectors)
+        # Ritz vectors have length one, or zero where there was no further direction.
         is_there = jnp.linalg.norm(vectors, axis=1) > 0.5
         vectors = jnp.where(is_there[:, None], vectors, 0)
         values = jnp.where(is_there, values[:kept], 0)
@@ -145,6 +147,8 @@ def lanczos(
         )
 
     def is_going(basis: _Basis) -> Array:
+        # Half of the target: the verdict in the end takes residuals by products anew, with their
+        # rounding.
         return (basis.error > 0.5) & (basis.num_products < max_steps)
 
     start = _Basis(

@@ -86,6 +86,7 @@ def tangent_component(
         return _tree.subtract(remainder, jacobian.transpose_mv(inverse(jacobian.mv(remainder))))
 
     if _precision.is_double(_tree.dtype_of(vector)):
+        # A loop, so that the program holds one copy of the solve.
         return jax.lax.fori_loop(0, 2, lambda _, left: again(left, gram.solve), vector)
     # What a plain solve leaves in single precision takes more than another one.
     return again(again(vector, gram.solve), lambda value: refined_solve(jacobian, gram, value))

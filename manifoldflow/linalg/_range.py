@@ -122,6 +122,7 @@ def _pseudo_inverse_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     values, vectors, inside = range_spectrum(matrix, rank)
     inverse = _tree.where(inside, 1 / _tree.where(inside, values, 1), 0)
+    # (1/λⱼ − 1/λₖ)/(λⱼ − λₖ) in closed form, which equal eigenvalues do not harm.
     both = -inverse[:, None] * inverse[None, :]
     quotients = _difference_quotients(values, inside, inverse, both)
     rotated = _rotate(vectors.T, matrix_dot)
@@ -163,6 +164,7 @@ def _range_projection_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     values, vectors, inside = range_spectrum(matrix, rank)
     ones = inside.astype(matrix.dtype)
+    # The projector is 1 on all of the range, so that there its quotients are 0.
     quotients = _difference_quotients(values, inside, ones, jnp.zeros((), matrix.dtype))
     rotated = _rotate(vectors.T, matrix_dot)
     return _rotate(vectors, jnp.diag(ones)), _rotate(vectors, quotients * rotated)
@@ -204,6 +206,7 @@ def _log_pseudo_determinant(matrix: Matrix, rank: Rank) -> Scalar:
 @_log_pseudo_determinant.defjvp
 def _log_pseudo_determinant_jvp(rank, primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
+    # By functions with rules of their own, so that further derivatives pass no `eigh` of this one.
     change = jnp.sum(pseudo_inverse(matrix, rank) * matrix_dot)
     return log_pseudo_determinant(matrix, rank), change
 
@@ -249,6 +252,7 @@ def _square_root_jvp(rank, primals, tangents):
     inside = inside & (values > 0)
     roots = _root_of(values, inside)
     sums = _tree.where(inside[:, None] & inside[None, :], roots[:, None] + roots[None, :], 1)
+    # (√λⱼ − √λₖ)/(λⱼ − λₖ) = 1/(√λⱼ + √λₖ), which equal eigenvalues do not harm.
     quotients = _difference_quotients(values, inside, roots, 1 / sums)
     return _rotate(vectors, jnp.diag(roots)), _rotate(
         vectors, quotients * _rotate(vectors.T, matrix_dot)

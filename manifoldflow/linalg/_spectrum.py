@@ -54,6 +54,7 @@ def gram_log_determinant(jacobian: AbstractJacobian) -> Scalar:
 
 @jax.custom_jvp
 def _log_determinant(matrix: Float[Array, "n n"]) -> Scalar:
+    # The transpose of a symmetric matrix is for its layout, see `_gram._cholesky`.
     factor = cholesky(matrix.T)
     value = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
     value = jnp.where(jnp.isnan(value), -jnp.inf, value)
@@ -224,5 +225,6 @@ def _top_eigenvector_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     structure = jax.ShapeDtypeStruct(rhs.shape, rhs.dtype)
     operator = lx.FunctionLinearOperator(mv, structure, lx.positive_semidefinite_tag)
     eps = _precision.eps_of_dtype(rhs)
+    # No absolute tolerance: a derivative may come in any units.
     solver = lx.CG(rtol=10 * eps, atol=0.0, max_steps=10 * len(rhs))
     return vector, lx.linear_solve(operator, rhs, solver, throw=False).value

@@ -61,6 +61,7 @@ def _chord_steps(
         wanted = _tree.where(state.defect <= floors.near, 0.9, ratio) * state.defect
         left = space.shortfall(state.value_trial)
         # Damped steps have no business where f grows.
+        # A defect of NaN fails every comparison, and so ends the steps.
         shrinks = (defect <= wanted) & (is_full | (state.num_steps == 0) | (left < before))
         there = state.trial, state.value_trial, defect
         here = state.coordinates, state.value, state.defect

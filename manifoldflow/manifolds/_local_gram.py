@@ -90,6 +90,7 @@ class GramGeometry(AbstractLocalGeometry):
         """The third part −2P Σᵢ ∇²rᵢ (JᵀTK)ᵢ with KT + TK = J†ᵀΣJ†."""
         gram = self._gram
         solution = linalg.lyapunov_solve(gram, self._normal_covariance(sigma))
+        # T and K do not commute: column i is (JᵀTK)ᵢ, not (JᵀKT)ᵢ.
         coefficients = _precision.matmul(solution, gram)
         turned = linalg.contract_hessians(self._jacobian, self.coordinates, coefficients)
         return _tree.scale(-2, self.space.tangent(turned))

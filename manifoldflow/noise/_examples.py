@@ -67,6 +67,7 @@ def batch_spread(
         G, from N numbers to weights.
     """
     num_examples = loss.num_examples
+    # One example alone has no spread: 0, and not 0/0.
     finite = 1.0 if replacement else (num_examples - batch_size) / max(num_examples - 1, 1)
     # Columns (gᵢ − ḡ)·√(finite/(B·N)), and gᵢ has the factor N.
     weights = weights_of(loss, point) * math.sqrt(finite * num_examples / batch_size)

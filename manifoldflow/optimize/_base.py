@@ -220,6 +220,8 @@ class Problem(eqx.Module):
         def lagrangian(x: Coordinates) -> Scalar:
             return self.value(x) - _tree.inner(multipliers, self.manifold.constraint(self.point(x)))
 
+        # λ is held fixed: its change along a tangent multiplies ∇f, which is normal and drops out
+        # under P.
         _, product = jax.linearize(jax.grad(lagrangian), iterate.coordinates)
         return Hessian(iterate.space, product)
 

@@ -72,6 +72,8 @@ class RiemannianGradientDescent(AbstractMethod):
         rate, size = state.rate, iterate.gradient_norm
         trial = problem.moved(self.retraction, iterate, _tree.scale(-rate, iterate.gradient))
         there = trial.iterate
+        # Near the minimum values differ by rounding alone: without slack every step would be
+        # refused.
         slack = 10 * value_rounding(iterate, there)
         wanted = state.reference - _SUFFICIENT * rate * size**2
         is_accepted = trial.is_fine & (there.value <= wanted + slack)
@@ -85,6 +87,7 @@ class RiemannianGradientDescent(AbstractMethod):
         short = rate * turn / _tree.inner(change, change)
         guess = _tree.where(state.num_steps % 2 == 0, long, short)
         is_known = (turn > 0) & jnp.isfinite(guess)
+        # Where the function curves downwards there is no such length: a longer step is tried.
         guess = _tree.where(is_known, jnp.clip(guess, rate / 1e3, rate * 1e3), 4 * rate)
         # Zhang and Hager's average of the values so far: descent need not be monotone.
         weight = _MEMORY * state.weight + 1

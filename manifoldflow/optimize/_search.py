@@ -73,6 +73,7 @@ def landed(problem: Problem, coordinates: Coordinates, max_steps: int) -> tuple[
     A program of its own, which other functions and methods need not compile again.
     """
     manifold = problem.manifold
+    # `max_steps` is meant for the descent: a small one must not end the search for its start.
     point, info = manifold.project_with_info(
         problem.point(coordinates), max_steps=max(100, max_steps)
     )

@@ -80,6 +80,7 @@ class Rounding(AbstractObjective):
             for w, g in zip(weights, curvatures, strict=True)
             if w.ndim > 1
         ]
+        # ½·1/12: an error that is uniform in a step Δ has the variance Δ²/12.
         return sum(terms, jnp.zeros((), _tree.dtype_of(weights))) / 24
 
     @checked
@@ -111,6 +112,8 @@ class Rounding(AbstractObjective):
 
     def _smooth_size(self, w: Array) -> Array:
         axes = self._axes(w)
+        # In units of the largest weight, since 32nd powers leave the range of float32. The unit
+        # cancels in the value and needs no derivative.
         size = jax.lax.stop_gradient(jnp.max(jnp.abs(w), axis=axes, keepdims=True))
         is_there = size > 0
         unit = _tree.where(is_there, size, 1)

@@ -135,12 +135,15 @@ class StochasticWalk(AbstractStochasticGradient):
         (here,) = pull(weights(outputs))
         relative = self.relative_step
         if relative is None:
+            # The bias grows like h² and rounding like 1/h, so that their sum is least near the cube
+            # root.
             relative = _rounding(outputs_at, coordinates) ** (1 / 3)
         unit, size = _tree.in_own_units(here)
         step = _step(coordinates, unit, relative)
         moved = _tree.add(coordinates, _tree.scale(step, unit))
         outputs, pull = jax.vjp(outputs_at, moved)
         (there,) = pull(weights(outputs))
+        # h = step/size, as the direction is g/size.
         factor = 2 * self.strength * (size / step)
         bent = _tree.scale(factor, jax.tree.map(jnp.subtract, there, here))
         return _tree.add(slope, bent), _tree.inner(here, here)

@@ -185,5 +185,7 @@ def chunked_jacobian(
     """
     num_examples = jax.tree.leaves(data)[0].shape[0]
     example = jax.tree.map(lambda leaf: leaf[0], data)
+    # Arrays that the function closes over become leaves: derivatives in them then pass `scan` and
+    # `checkpoint`, and `frozen` finds them.
     fn = eqx.filter_closure_convert(fn, coordinates, example)
     return ChunkedJacobian(fn, coordinates, data, min(chunk_size, num_examples))

@@ -11,6 +11,7 @@ from manifoldflow import _tree
 from manifoldflow._boundary import checked
 
 
+# Compiled, so that a jaxpr shows one call of this name, by which `_through` knows it.
 @jax.jit
 def displaced(leaf: Array, origin: Array) -> Array:
     return leaf - origin

@@ -96,6 +96,7 @@ class Interpreter:
         outputs = self.by_rule(rule, eqn, inputs) if rule is not None else None
         if outputs is None:
             outputs = self.plain(eqn, inputs)
+            # Integers, as of a comparison or a shape, have no derivative that could be lost.
             if any(is_differentiable(value.array) for value in outputs):
                 self.give_up(inputs)
         return outputs
@@ -112,6 +113,7 @@ class Interpreter:
         try:
             return rule(self, eqn, inputs)
         except Exception:
+            # What the rule listed before it failed would be a tap that the second pass never meets.
             del self.sites[num_sites:], self.records[num_records:]
             self.give_up(inputs)
             return None

@@ -68,6 +68,7 @@ def jacobian(
     itemsize = _tree.dtype_of(coordinates).itemsize
     if num_rows * _tree.size(coordinates) * itemsize <= memory:
         return structured_jacobian(fn, coordinates, data)
+    # By shapes alone: nothing is computed to learn that it would not fit.
     kept = jax.eval_shape(lambda *at: structured_jacobian(fn, *at).blocks, coordinates, data)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     num_bytes = max(1, _mesh.share_of(kept))

@@ -325,6 +325,8 @@ def is_call_of(fn: Callable[..., Any], eqn: Any) -> bool:
         return False
     try:
         (call,) = jax.make_jaxpr(fn)(*(var.aval for var in eqn.invars)).eqns
+        # Two files may have functions of one name, so that the name alone does not tell. Print
+        # shows all of a program but its constants: with these only the same object is the same.
         mine, theirs = call.params["jaxpr"], eqn.params["jaxpr"]
         is_same = mine is theirs or (
             not mine.consts and not theirs.consts and str(mine) == str(theirs)

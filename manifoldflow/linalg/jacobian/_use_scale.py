@@ -32,6 +32,7 @@ def _product(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> list[Va
     for value, other in ((inputs[0], inputs[1]), (inputs[1], inputs[0])):
         if value.alias is not None and jnp.ndim(other.array) == 0 < jnp.ndim(value.array):
             (output,) = interpreter.plain(eqn, inputs)
+            # The number may be a leaf as well. The product is then a use of it that leaves no tap.
             interpreter.give_up([other])
             factor = 1 / other.array if divides else other.array
             alias = value.alias._replace(scale=times(value.alias.scale, factor))
