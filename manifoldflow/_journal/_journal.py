@@ -84,6 +84,7 @@ class Journal:
         self.step = step
 
     def _append(self, column: list[Any], value: Any) -> None:
+        # Without saves that were asked for, as in `minimize`, the start and the last one are kept.
         if self._wanted is None:
             del column[1:]
         column.append(value)
@@ -107,6 +108,7 @@ class Journal:
         Raises:
             OSError: it could not be written; what was there before is whole.
         """
+        # Not the time of day, which may be set back during a run.
         began = time.monotonic()
         if not must and began - self._written_at < self._write_seconds / _SHARE_OF_TIME:
             return

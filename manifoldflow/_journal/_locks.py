@@ -38,6 +38,7 @@ def locked(path: str) -> Iterator[bool]:
 def _acquired(path: str) -> int | None:
     if fcntl is None:
         return None
+    # Between opening and locking the file its holder may have removed it: then once more.
     while True:
         try:
             descriptor = os.open(_name(path), os.O_RDWR | os.O_CREAT, 0o666)

@@ -149,6 +149,7 @@ def drift(symmetry: Symmetries, noise: SGDNoise, point: Point) -> Float[Array, "
     """The drift G of every symmetry, (k,)."""
     mean, traces = noise_traces(symmetry, noise.example_loss, point, noise.data)
     charges = noether_charge(symmetries_of(symmetry), point)
+    # γ‖θ‖² pulls by 2γθ, and ∇C·2γθ = 2γθᵀAθ = 4γC.
     rates = noise.noise_scale * traces - 4 * noise.weight_decay * charges
     if noise.mean_scale is not None:
         rates += noise.mean_scale * quadratic_forms(symmetry, point)(mean)

@@ -290,6 +290,7 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
     is to go: while the slope goes on steps are doubled.
     """
     eps = _precision.eps_of_dtype(start)
+    # Beyond it one side of θ is rounding of the other: e^{λ‖A‖} = 1/eps.
     bound = -math.log(eps) / jnp.where(norms > 0, norms, 1)
 
     def pushed(at: Float[Array, " k"], local: Local) -> Float[Array, " k"]:
@@ -306,6 +307,7 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
         local = orbit(trial)
         step = trial - state.at
         slope = _precision.vdot(state.local.drift, step)
+        # Armijo's condition, the drift being −∇Φ. At the minimum Φ no longer falls but by rounding.
         allowed = state.local.potential * (1 + 8 * eps) - 1e-4 * slope
         is_good = (_is_finite(local) & (local.potential <= allowed)) | is_last
         goes_on = _precision.vdot(local.drift, step) > slope / 2
@@ -331,6 +333,7 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
 def _solved(linear: Any, right: Float[Array, " k"]) -> Float[Array, " k"]:
     """linear⁻¹(right), 0 where `linear` is flat: at infinity, or without any noise."""
     matrix = jax.jacfwd(linear)(jnp.zeros_like(right))
+    # The drift is −∇Φ of a convex Φ.
     return semidefinite_solve(-matrix, -right, jnp.ones(right.shape, bool))
 
 

@@ -61,6 +61,7 @@ def swept_orbit(generators: Sequence[AbstractGenerator], point: Point, noise: SG
         noisy = _kicks(noise, _tree.join(x, remainder), moments)
         decaying, gamma = moments(x), noise.weight_decay
         return Local(
+            # θ goes as e^{λA} and a gradient as e^{−λA}: each derivative of a square gives ±2.
             gamma * decaying[0] + noisy[0] / 2,
             noisy[1] - 2 * gamma * decaying[1],
             2 * noisy[2] + 4 * gamma * decaying[2],
