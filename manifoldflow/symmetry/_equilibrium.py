@@ -333,7 +333,6 @@ def _least(orbit: Orbit, start: Float[Array, " k"], norms: Float[Array, " k"]) -
 def _solved(linear: Any, right: Float[Array, " k"]) -> Float[Array, " k"]:
     """linear⁻¹(right), 0 where `linear` is flat: at infinity, or without any noise."""
     matrix = jax.jacfwd(linear)(jnp.zeros_like(right))
-    # The drift is −∇Φ of a convex Φ.
     return semidefinite_solve(-matrix, -right, jnp.ones(right.shape, bool))
 
 
