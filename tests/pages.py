@@ -1,11 +1,13 @@
 """Pages of README and docs/ as programs: their blocks of code, what they print, where they lead."""
 
+import decimal
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -109,6 +111,29 @@ def agree(shown: str, printed: str) -> bool:
         return False
     pairs = [(float(a), float(b)) for a, b in zip(NUMBER.findall(shown), found.groups())]
     return all(abs(a - b) <= max(0.1 * abs(a), 1e-4) for a, b in pairs)
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The tables of a page; of each its rows, as header → cell."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
+                          for line in table.splitlines())  # fmt: skip
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The rows that a benchmark has kept."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+def rounds(value: float, shown: str) -> bool:
+    """Whether a number as a page shows it is a value, rounded to as many digits."""
+    number = decimal.Decimal(shown.replace(",", ""))
+    unit = decimal.Decimal(1).scaleb(int(number.as_tuple().exponent))
+    return abs(decimal.Decimal(value) - number) <= unit / 2
 
 
 def dead_links(path: pathlib.Path) -> list[str]:

@@ -139,6 +139,40 @@ def test_custom_noise():
         custom(lx.MatrixLinearOperator(jnp.ones((2, 4)))).factor(SPHERE, POINT)
 
 
+class Arrays(mf.AbstractNoise):
+    """A noise of one's own, with an array or any operator for a factor."""
+
+    given: object
+
+    def gradient(self, loss, point, key):
+        return loss.gradient(point)
+
+    def factor(self, loss, point):
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (jnp.ones((3, 1)), ("array of shape (3, 1)", "linalg.factor_operator")),
+        (None, ("None", "linalg.factor_operator")),
+        (lx.MatrixLinearOperator(jnp.ones((2, 3))), ("f64[3]", "f64[2]", "transpose it")),
+    ],
+)
+def test_factors_that_are_no_operators_to_tangents(given, words):
+    noise, loss = Arrays(given), squares()
+    limit = mf.LimitDiffusion(mf.ZeroLossManifold(loss), noise)
+    for use in (
+        lambda: noise.covariance(loss, POINT),
+        lambda: limit.drift(POINT),
+        lambda: limit.diffusion(POINT),
+        lambda: mf.SGDDiffusion(loss, noise, 0.1).diffusion(POINT),
+        lambda: mf.diagnostics.stationary_covariance(loss, POINT, noise, 1e-3),
+    ):
+        with refused(ValueError, "Arrays.factor must return", *words):
+            use()
+
+
 def test_covariances():
     manifold, second = SPHERE_SET, mf.limit_map_second_derivative
     with refused(ValueError, "operator to tangents", "f64[3]"):

@@ -109,6 +109,12 @@ def test_a_landed_network_is_landed_once(tmp_path, capsys, monkeypatch):
         assert main(["walk", *SMALL, *data]) == 130
     err = capsys.readouterr().err
     assert f"goes on from the landed network, in {tmp_path / 'landed.npz'}" in err, err
+    said = [line for line in err.splitlines() if line.startswith("compiling")]
+    equal(
+        "what is compiled",
+        [line.split()[-2] for line in said],
+        ["manifold", "training", "manifold"],
+    )
     assert main(["walk", *SMALL, *data]) == 0
     first = capsys.readouterr()
     assert "landed by an earlier call" in first.out, first.out

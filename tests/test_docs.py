@@ -3,6 +3,7 @@
 import re
 import sys
 
+import numpy as np
 import pytest
 
 import manifoldflow as mf
@@ -94,6 +95,82 @@ def test_citation_file_has_every_reference():
     listed = re.findall(r"^- \*\*[A-Za-z]+(\d{4})\*\*", TEXTS["references.md"], re.MULTILINE)
     citation = (pages.ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^    year: (\d{4})$", citation, re.MULTILINE)) == sorted(listed)
+
+
+def test_bounds_on_slices_are_those_of_the_file():
+    """Every number of the table of several devices, and the memory of four chips in the text."""
+    text = TEXTS["how-to/several_devices.md"]
+    (table,) = [table for table in pages.tables(text) if "GB a chip" in table[0]]
+    kept = {(row["chip"], row["chips"]): row for row in pages.results("scaling-tpu-aot")}
+    assert kept.keys() == {(row["chip"], int(row["chips"])) for row in table}
+    for row in table:
+        found = kept[row["chip"], int(row["chips"])]
+        for name, shown in row.items():
+            value = found[name]
+            is_same = shown == value if isinstance(value, str) else pages.rounds(value, shown)
+            assert is_same, f"{row['chips']} chips: {name} is shown as {shown}; kept is {value}"
+    (shown,) = re.findall(r"with the Gram matrix spread ([\d.]+) GB", " ".join(text.split()))
+    assert pages.rounds(kept["v5p", 4]["GB a chip"], shown), f"{shown} GB with four chips"
+
+
+METHODS = {
+    "15 steps of `walk` on `Rounding(4)`": "walk",
+    "SAM, 13,000 gradients": "SAM",
+    "mean of the weights of 13,000 more gradients": "weights' mean",
+    "layers balanced by `symmetry.balance`": "balanced",
+}
+
+
+def test_what_survives_rounding_is_that_of_the_file():
+    """Means over seeds of the loss against that of the network as trained, ± standard errors."""
+    text, rows = TEXTS["how-to/walk.md"], pages.results("rounding-cpu")
+    (table,) = [table for table in pages.tables(text) if "convolutional" in table[0]]
+    assert [row[""] for row in table] == list(METHODS)
+
+    def kept(network, method, name):
+        rows_of = [r for r in rows if r["network"].lower() == network and r["method"] == method]
+        return np.array([r[name] for r in sorted(rows_of, key=lambda r: r["seed"])])
+
+    for row in table:
+        for network in ("convolutional", "transformer"):
+            name, where = "int4 per row: train loss", f"{row['']}, {network}: {row[network]}"
+            losses = kept(network, METHODS[row[""]], name)
+            if row[network] == "there is no rescaling":
+                assert not len(losses), where
+                continue
+            shares = losses / kept(network, "as trained", name)
+            assert len(shares) == 5, where
+            error = shares.std(ddof=1) / len(shares) ** 0.5
+            for shown, value in zip(row[network].split(" ± "), (shares.mean(), error), strict=True):
+                assert pages.rounds(value, shown), f"{where}; kept is {value}"
+    mean = lambda *key: f"{kept(*key).mean():.2f}"
+    four, plain, both = (
+        "int4 per row: test accuracy",
+        "test accuracy",
+        ("convolutional", "transformer"),
+    )
+    first, second = (f"{mean(n, 'as trained', four)} to {mean(n, 'walk', four)}" for n in both)
+    walked, trained = (
+        " and ".join(mean(n, method, plain) for n in both) for method in ("walk", "as trained")
+    )
+    five = " and ".join(mean(n, "as trained", "int5 per row: test accuracy") for n in both)
+    for sentence in (
+        f"with 4 bits rose from {first} and from {second};",
+        f"which has {walked} without rounding, where it had {trained}.",
+        f"With 5 bits the accuracy as trained is {five} already.",
+    ):
+        assert sentence in " ".join(text.split()), f"walk.md does not say: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "value", "agree"),
+    [
+        ("1.4", 1.3998, True), ("1.4", 1.46, False), ("1.0e8", 103018497, True),
+        ("10,240", 10240, True), ("0.035", 0.0346, True), ("0.035", 0.0344, False),
+    ],
+)  # fmt: skip
+def test_shown_numbers_are_rounded(shown, value, agree):
+    assert pages.rounds(value, shown) == agree
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_networks_of_every_library(name):
     equal("a sentence on kinks", any("kinks" in note for note in table.notes), bool(kinks))
     equal("kinks", kinks_of(loss, point), kinks)
     equal("a gauge", "balanced trace of G" in table.quantities, has_gauge)
+    reasons = {one.name: one.reason for one in table.left_out}
+    if has_gauge:
+        assert "Linear neurons of least norm" in table["balanced trace of G"].how
+    else:
+        for words in ("equinox.nn.Linear layers, and no two", "symmetry.balance(model, loss"):
+            assert words in reasons["balanced trace of G"], reasons
     equal("leaves", len(table.leaves), len(jax.tree.leaves(loss.split(point)[0])))
 
 

@@ -232,6 +232,18 @@ def test_jit_and_vmap():
     close("finals", jax.jit(jax.vmap(fn))(starts), jnp.ones((2, 2)), 1e-3)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_walk_says_that_it_compiles(progress, capsys):
+    run = lambda start: mf.walk(product(), start, max_steps=1, progress=progress)
+    run(jnp.array([4.0, 0.25]))
+    jax.effects_barrier()
+    lines = capsys.readouterr().out.splitlines()
+    expected = ["walk: compiling, and running …"] if progress else []
+    assert lines[:1] == expected, lines
+    jax.eval_shape(run, jnp.array([4.0, 0.25]))
+    assert "compiling" not in capsys.readouterr().out, "within another program nothing begins"
+
+
 def test_bad_input():
     start = jnp.array([4.0, 0.25])
     for options, words in (

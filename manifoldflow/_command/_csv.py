@@ -43,6 +43,7 @@ def read_csv(path: pathlib.Path, target: str | None, dropped: list[str]) -> Exam
 def _rows(path: pathlib.Path) -> tuple[list[str] | None, list[int], list[list[str]]]:
     """The header if there is one, and all other rows with their line numbers."""
     try:
+        # Spreadsheets put a mark before UTF-8, which would be part of the first name.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(

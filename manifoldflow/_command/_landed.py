@@ -65,6 +65,7 @@ class Landed:
         """Write a network, whole or not at all."""
         coordinates = eqx.filter(point, eqx.is_inexact_array)
         leaves = {f"leaf_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(coordinates))}
+        # A name of its own, since two calls may write at once; moved when it is whole.
         new = self.path.with_name(f"landed-{os.getpid()}.npz")
         np.savez(new, identity=np.asarray(self._identity), **leaves)
         os.replace(new, self.path)

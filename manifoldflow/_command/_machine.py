@@ -80,6 +80,7 @@ def threads(environment: Mapping[str, str] = os.environ) -> list[Finding]:
 def num_cores() -> int:
     """Those that this process may use."""
     try:
+        # Fewer than the machine has where a container or a batch system says so.
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1

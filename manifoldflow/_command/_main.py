@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"manifoldflow: {_how_to_go_on(options)}", file=sys.stderr)
+        # As shells report a program that Ctrl-C has ended.
         return 128 + signal.SIGINT
 
 

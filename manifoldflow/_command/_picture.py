@@ -44,6 +44,7 @@ def _draw_answers(axes: Any, model: ModularAddition, walk: Solution) -> None:
 
 def _draw_loss(axes: Any, walk: Solution) -> None:
     values = np.asarray(walk.observables["loss"])
+    # Residuals that are rounding have squares of the size eps².
     zero, least = (
         10 * _precision.eps_of_dtype(values) ** 2,
         _precision.eps_of_dtype(values) ** 2 / 500,

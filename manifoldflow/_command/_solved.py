@@ -19,6 +19,7 @@ def solved(flow: mf.AbstractFlow, start: Any, **options: Any) -> mf.Solution:
     except ValueError as error:
         elsewhere = "choose another folder (--out)"
         raise ValueError(re.sub(r"give this \w+ another file", elsewhere, str(error))) from error
+    # Rows of the table come by callbacks, which may be late: all are to stand above what follows.
     jax.effects_barrier()
     if bool(walk.result == mf.RESULTS.successful):
         return walk

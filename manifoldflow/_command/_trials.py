@@ -42,6 +42,7 @@ def factorisations(program: str = FACTORISATIONS, limit: float = LIMIT) -> list[
     They run in a process of their own, which is ended when it takes longer than the limit.
     """
     command = [sys.executable, "-c", program, str(min(8 * num_threads(), 32)), str(limit)]
+    # Factorisations hang on CPUs alone, and an accelerator may allow one process only.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     try:
         run = subprocess.run(

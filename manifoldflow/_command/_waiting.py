@@ -11,12 +11,14 @@ class Waiting:
     def __init__(self, what: str):
         self._what = what
         self._is_over = threading.Event()
+        # XLA compiles for long without coming back to Python. A daemon does not hold up the end.
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> "Waiting":
         if sys.stderr.isatty():
             self._thread.start()
         else:
+            # A log file has no line that could be written over.
             print(f"{self._what} …", file=sys.stderr, flush=True)
         return self
 

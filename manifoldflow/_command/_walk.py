@@ -32,9 +32,11 @@ def run(options: argparse.Namespace) -> None:
     coordinates, _ = loss.split(model)
     _check_sizes(options, problem, _tree.size(coordinates), _tree.dtype_of(coordinates).itemsize)
     manifold = mf.ZeroLossManifold(loss)
+    with Waiting("compiling, and measuring the manifold"):
+        dimension = manifold.dimension(model)
     print(
         f"{len(loss.targets)} examples, {loss.num_residuals} residuals, "
-        f"{_tree.size(coordinates)} parameters, manifold of dimension {manifold.dimension(model)}"
+        f"{_tree.size(coordinates)} parameters, manifold of dimension {dimension}"
     )
     flow = flow_of(options, manifold)
     if isinstance(flow, mf.LimitDiffusion):

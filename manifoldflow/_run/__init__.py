@@ -20,6 +20,7 @@ from manifoldflow._run._recorded import (
     Save as Save,
 )
 from manifoldflow._run._reports import (
+    announce as announce,
     checked_observables as checked_observables,
     meter_of as meter_of,
     observed as observed,

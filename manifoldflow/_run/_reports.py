@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from manifoldflow._errors import is_traced
 from manifoldflow._results import Observables
 from manifoldflow._types import Coordinates, Point, Scalar
 
@@ -31,6 +32,13 @@ def checked_observables(observe: Observables | None) -> dict[str, Callable[[Poin
 def observed(observe: Observables, point: Point) -> dict[str, PyTree[Array]]:
     """The observables at a point."""
     return {name: jax.tree.map(jnp.asarray, fn(point)) for name, fn in observe.items()}
+
+
+def announce(name: str, progress: Any, given: Any) -> None:
+    """Say that a run begins, whose first percentage comes when its program is compiled."""
+    # Within another program this line would be printed when that one is traced, and never again.
+    if progress is True and not is_traced(given):
+        print(f"{name}: compiling, and running …", flush=True)
 
 
 def meter_of(progress: Any) -> dfx.AbstractProgressMeter:

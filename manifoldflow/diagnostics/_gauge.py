@@ -91,15 +91,17 @@ def least_norm(
     coordinates, remainder = part.split(point)
     layers = _layers(coordinates)
     pairs = _pairs(layers)
-    outputs = outputs_at(part, point) if pairs else None
-    if outputs is not None:
-        found = _shares(part, point, pairs, outputs.slopes, random)
-        tolerance = _tree.eps_of(coordinates) ** (1 / 3)
-        pairs = [pair for pair in pairs if pair.look(*found[pair], tolerance)]
-    if outputs is None or not pairs:
+    if not pairs:
         raise ValueError(
-            "no rescaling was found: it is looked for between two equinox.nn.Linear layers with a "
-            "homogeneous activation, as ReLU, in between; layers of other libraries are not known"
+            _nothing("it is looked for between equinox.nn.Linear layers, and no two are in a row")
+        )
+    outputs = outputs_at(part, point)
+    found = _shares(part, point, pairs, outputs.slopes, random)
+    tolerance = _tree.eps_of(coordinates) ** (1 / 3)
+    pairs = [pair for pair in pairs if pair.look(*found[pair], tolerance)]
+    if not pairs:
+        raise ValueError(
+            _nothing("between these equinox.nn.Linear layers no activation is homogeneous, as ReLU")
         )
     for by_neuron in (True, False):
         moved = [_map(np.array, layer) for layer in layers]
@@ -113,6 +115,13 @@ def least_norm(
             is_each = by_neuron and all(pair.is_each for pair in pairs)
             return balanced, "neurons" if is_each else "layers"
     raise ValueError(f"what looked like rescalings changed the outputs by {float(change):.1g}")
+
+
+def _nothing(why: str) -> str:
+    return (
+        f"no rescaling was found: {why}. symmetry.balance(model, loss, kind='norm') looks between "
+        "layers of any kind; report on what it returns."
+    )
 
 
 def _shares(

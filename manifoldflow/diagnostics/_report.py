@@ -85,6 +85,11 @@ def report(
     at most `max_rows` rows, its whole spectrum is computed exactly. Otherwise traces are means over
     samples, one backward pass each, and a few eigenvalues come from products.
 
+    Balanced numbers are those of the same function where rescalings about homogeneous activations,
+    as ReLU, have brought `equinox.nn.Linear` layers to their least norm. Other layers stay as they
+    are, and a model without such layers has no balanced numbers: report on
+    `symmetry.balance(model, loss, kind="norm")`, which finds rescalings of layers of any kind.
+
     Args:
         loss: `LeastSquares`, or `PerExampleLoss` with any labels; others have less to say.
         point: the model, of finite numbers.

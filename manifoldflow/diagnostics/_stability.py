@@ -305,7 +305,7 @@ def _pushed(
     gram: Float[Array, "n n"],
 ) -> Float[Array, "n r"]:
     """The matrix AF for Σ = FFᵀ, through the residuals where the noise acts through them."""
-    factor = noise.factor(loss, point)
+    factor = noise.checked_factor(loss, point)
     if isinstance(factor, linalg.ResidualFactor) and isinstance(loss, LeastSquares):
         # A = √scale·J, so that AJᵀ = K/√scale.
         small = linalg.columns(factor.small)

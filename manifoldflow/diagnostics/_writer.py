@@ -380,13 +380,13 @@ class Writer:
         other._eigenvalues(_FOR_BALANCED)
         for quantity in ("trace of G", "largest eigenvalue", "gradient noise"):
             for q in [q for q in other.quantities if q.name == quantity]:
-                how = f"{what} of least norm; {q.how}"
+                how = f"Linear {what} of least norm; {q.how}"
                 place = 1 + [plain.name for plain in self.quantities].index(quantity)
                 self.quantities.insert(place, q._replace(name=f"balanced {q.name}", how=how))
 
         self.notes.append(
-            "Balanced numbers are those of the same function in other weights: to compare networks "
-            "by, no improvement."
+            "Balanced numbers are those of the same function in other weights, where the norms of "
+            "equinox.nn.Linear layers are least: to compare networks by, no improvement."
         )
 
     def _kinks(self, loss: AbstractExampleLoss) -> None:

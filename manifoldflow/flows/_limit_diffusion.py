@@ -184,7 +184,7 @@ class LimitDiffusion(AbstractDiffusion):
         tangents = _tree.structure_of(self.split(point)[0])
         project = self.manifold.normal_space(point).tangent
         projection = lx.FunctionLinearOperator(project, tangents, lx.symmetric_tag)
-        return projection @ self.noise.factor(self.manifold.loss, point)
+        return projection @ self.noise.checked_factor(self.manifold.loss, point)
 
     @checked
     @eqx.filter_jit
@@ -254,7 +254,7 @@ class LimitDiffusion(AbstractDiffusion):
 
     def _sigma(self, point: Point) -> linalg.AbstractSigma:
         """The covariance of the noise, through the residuals where it acts through them."""
-        factor = self.noise.factor(self.manifold.loss, point)
+        factor = self.noise.checked_factor(self.manifold.loss, point)
         # F = JᵀG is normal to the manifold: tangent and mixed part vanish, and n×n matrices do.
         if isinstance(factor, linalg.ResidualFactor) and self.manifold.residual_loss is not None:
             return linalg.NormalFactor(factor.small)

@@ -45,7 +45,7 @@ def scaling_limit(
     rows = lx.IdentityLinearOperator(jacobian.out_structure())
 
     def moments(x: Coordinates) -> Tangent:
-        return second_moments(noise.factor(loss, _tree.join(x, remainder)))
+        return second_moments(noise.checked_factor(loss, _tree.join(x, remainder)))
 
     known = moments(coordinates)
     scaling = jax.tree.map(update.preconditioner, known)

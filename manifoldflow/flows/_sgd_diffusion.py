@@ -79,4 +79,4 @@ class SGDDiffusion(AbstractDiffusion):
 
     def diffusion(self, point: Point) -> lx.AbstractLinearOperator:
         """The operator F, from the space of the noise to tangents."""
-        return self.noise.factor(self.loss, point)
+        return self.noise.checked_factor(self.loss, point)

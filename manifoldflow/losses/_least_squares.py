@@ -122,6 +122,8 @@ class LeastSquares(AbstractResidualLoss, AbstractExampleLoss):
         """The operator √scale·J."""
         coordinates, remainder = self.split(point)
         dtype = _tree.dtype_of(coordinates)
+        # √scale goes into the function: a multiple of a Jacobian would be an operator without rows
+        # and without a Gram matrix.
         root = jnp.sqrt(self.scale).astype(dtype)
         return linalg.jacobian(
             lambda x, example: root * self.example_residual(_tree.join(x, remainder), example),

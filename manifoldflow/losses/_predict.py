@@ -84,6 +84,7 @@ def _is_nnx(node: Any) -> bool:
 def _refuse_training_in_nnx(point: Point) -> None:
     modules = [node for node in jax.tree.leaves(point, is_leaf=_is_nnx) if _is_nnx(node)]
     names: set[str] = set()
+    # Modules of NNX may refer to each other in circles.
     seen: set[int] = set()
     while modules:
         module = modules.pop()

@@ -68,5 +68,6 @@ def shard_examples(loss: Loss, mesh: Mesh | None = None) -> Loss:
 
 
 def _with_data(loss: Loss, leaves: list[Array]) -> Loss:
+    # By identity: `data` gathers arrays from several fields, some of them of a loss within.
     found = dict(zip(map(id, jax.tree.leaves(loss.data)), leaves))
     return jax.tree.map(lambda leaf: found.get(id(leaf), leaf), loss)

@@ -62,6 +62,7 @@ class AbstractLinearNetwork(eqx.Module):
         # The rows of Σ_x^{1/2} as d_x examples: their squared loss is the expectation over all x.
         inputs = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
         targets = inputs @ self.data.target_map.T
+        # L = (scale/2)·Σ r², and E‖f − y‖² has no ½.
         return LeastSquares(inputs, targets, predict=self.predict, scale=2.0)
 
     @property

@@ -45,6 +45,7 @@ class AbstractTwoLayers(eqx.Module):
     def loss(self, key: Key, num_examples: int) -> LeastSquares:
         """The mean of ‖f − y‖² over examples that are drawn once, for descent without noise."""
         inputs, targets = self.data.sample(key, num_examples)
+        # L = (scale/2)·Σ r², and a mean of ‖f − y‖² has no ½.
         return LeastSquares(inputs, targets, predict=self.predict, scale=2 / num_examples)
 
     def initial(self, key: Key, scale: Any = 1.0) -> Layers:

@@ -160,6 +160,7 @@ class FlatTorus(eqx.Module):
     def distance(self, point: Vector, other: Vector) -> Scalar:
         """The distance (Σ rⱼ²αⱼ²)^½ with the angles αⱼ between the points of each circle."""
         norms = lambda x: jax.vmap(_tree.norm)(x.reshape(-1, 2))
+        # An arccos would lose half of the digits where its argument is near ±1.
         angles = 2 * jnp.arctan2(norms(point - other), norms(point + other))
         return _tree.norm(self.radii * angles)
 

@@ -4,10 +4,12 @@ import abc
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import lineax as lx
 
+from manifoldflow import _tree
 from manifoldflow._boundary import checked
-from manifoldflow._errors import described
+from manifoldflow._errors import described, shapes_of
 from manifoldflow._signatures import shown
 from manifoldflow._types import Key, Point, Scalar, Tangent
 from manifoldflow.losses import AbstractExampleLoss, AbstractLoss
@@ -57,9 +59,33 @@ class AbstractNoise(AbstractStochasticGradient):
     def factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         """The factor F, from the noise space to tangents; F Fᵀ is the gradient's covariance."""
 
+    def checked_factor(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
+        """The result of `factor`, where it is an operator to tangents.
+
+        Raises:
+            ValueError: it is no operator, or one to another space.
+        """
+        factor, name = self.factor(loss, point), type(self).__name__
+        # Before others compose it: lineax would name classes of its own, and not this noise.
+        if not isinstance(factor, lx.AbstractLinearOperator):
+            raise ValueError(
+                f"{name}.factor must return a lineax operator to tangents; got "
+                f"{described(factor)}. Give the columns of F to "
+                "linalg.factor_operator(loss.split(point)[0], columns)."
+            )
+        tangents, given = _tree.structure_of(loss.split(point)[0]), factor.out_structure()
+        shapes = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
+        if shapes(tangents) != shapes(given):
+            raise ValueError(
+                f"{name}.factor must return an operator to tangents, which are like the point's "
+                f"coordinates {shapes_of(tangents)}; it maps to {shapes_of(given)}. A factor takes "
+                "the numbers of the noise: transpose it, or unravel its values."
+            )
+        return factor
+
     def covariance(self, loss: AbstractLoss, point: Point) -> lx.AbstractLinearOperator:
         """The covariance Σ(point) = F Fᵀ, a self-adjoint lineax operator on tangents."""
-        factor = self.factor(loss, point)
+        factor = self.checked_factor(loss, point)
         # lineax does not see by itself that F Fᵀ is symmetric.
         return lx.TaggedLinearOperator(factor @ factor.T, lx.positive_semidefinite_tag)
 

@@ -37,6 +37,7 @@ def light_png(figure: Figure, num_colours: int = 64) -> bytes:
         raise ValueError(f"light_png: num_colours must be from 2 to 256; got {num_colours}.")
     drawn, saved = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=figure.dpi, bbox_inches="tight")
+    # Dithering would scatter pixels of other colours, which PNG cannot compress.
     picture = Image.open(drawn).convert("RGB").quantize(num_colours, dither=Image.Dither.NONE)
     picture.save(saved, "PNG", optimize=True, dpi=(figure.dpi, figure.dpi))
     return saved.getvalue()

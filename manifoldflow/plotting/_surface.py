@@ -47,6 +47,8 @@ def surface_axes(
     height = limit if height is None else float(checked_positive("height", height))
     angles = checked_number("elevation", elevation), checked_number("azimuth", azimuth)
     cell = place if isinstance(place, tuple) else (place,)
+    # In the order of drawing: matplotlib would sort whole objects by depth, and hide a curve behind
+    # the surface that it lies on.
     axes: Any = figure.add_subplot(*cell, projection="3d", computed_zorder=False)
     axes.set_proj_type("ortho")
     axes.view_init(*map(float, angles))

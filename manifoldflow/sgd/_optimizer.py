@@ -102,6 +102,7 @@ def check_clock(
             expected one nor 1.
     """
     try:
+        # None shows a decay of weights, twice as large a normalisation, and huge a clipping.
         gradients = 0, 1e-3, 2e-3, 1e6
         found = [_answers(optimizer, one, coordinates, gradient) for gradient in gradients]
     except ValueError as error:

@@ -235,6 +235,7 @@ def product_symmetry(
         )
     signs = (1,) * counts[0] + (-1,) * counts[1]
     found = ProductSymmetry(Both(first, second), spread[0] + spread[1], signs, num_blocks, name)
+    # Raises where lengths do not fit: here, and not in the loop of a search.
     found.size(point)
     return found
 

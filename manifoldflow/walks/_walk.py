@@ -14,7 +14,7 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import checked_count, checked_positive, described, is_traced
 from manifoldflow._journal import Place
 from manifoldflow._results import delivered, Observables, RESULTS, Solution
-from manifoldflow._run import checked_observables
+from manifoldflow._run import announce, checked_observables
 from manifoldflow._types import Flag, Key, Point, Scalar
 from manifoldflow.flows import RiemannianGradientFlow, solve, Stationary
 from manifoldflow.geometry import riemannian_gradient
@@ -74,7 +74,7 @@ def walk(
         stationarity: the walk ends where ‖P∇F‖ has fallen to this share of its first value.
         observe: name → function of a point, beside "objective", "loss", "weight norm" and
             "largest change of an output".
-        progress: as for `minimize` and `solve`.
+        progress: as for `minimize` and `solve`; True also says when compilation begins.
         checkpoint: as for `minimize` and `solve`.
         throw: raise when the walk fails.
 
@@ -100,6 +100,7 @@ def walk(
         [1. 1.]
     """
     objective = objective_of(objective)
+    announce("walk", progress, (loss, point))
     max_steps = checked_count("walk: max_steps", max_steps)
     if isinstance(method, StochasticWalk):
         key = _checked_key(loss, objective, manifold, end_time, learning_rate, key)

@@ -145,6 +145,7 @@ def register_with_lineax(
     kind: type[lx.AbstractLinearOperator], materialise: Callable[[Any], Any]
 ) -> None:
     """Tell lineax what operators of this kind are: general, real, and already linear."""
+    # Lineax asks these of every operator, and raises for a class that has no answer.
     for question in (
         lx.is_symmetric,
         lx.is_diagonal,
