@@ -213,6 +213,7 @@ def _orthogonalise(
     return basis.at[index].set(unit), column.at[index].set(jnp.where(is_new, left, 0))
 
 
+# Donated: else every new vector would copy the whole basis.
 _orthogonalised = jax.jit(_orthogonalise, donate_argnums=0)
 
 

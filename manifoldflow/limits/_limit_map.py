@@ -336,6 +336,7 @@ def _landed(
     landed, info = manifold.gauss_newton_project(_tree.join(end.coordinates, remainder))
     limit = manifold.split(landed)[0]
     reached = end.remaining <= rtol * _tree.norm(end.coordinates)
+    # Later lines overrule earlier ones: the order says which of several reasons is told.
     result = _tree.where(end.is_done, RESULTS.step_too_small, RESULTS.max_steps_reached)
     result = _tree.where(end.num_slow >= _MOST_SLOW, RESULTS.not_smooth, result)
     result = _tree.where(reached, info.result, result)

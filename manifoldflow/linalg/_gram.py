@@ -162,6 +162,7 @@ class DenseGramSolve(AbstractGramSolve):
     def damped(self, damping: Scalar) -> "DenseGramSolve":
         # A damping in float64 would make a float32 factor one of float64.
         damping = damping.astype(self.triangle.dtype)
+        # K is kept: another damping is one more factorisation, and no product with J.
         return DenseGramSolve.of(self.triangle, self.row_scale, damping)
 
     def eigenvalues(self) -> Float[Array, " n"]:
@@ -350,6 +351,7 @@ def numerical_rank(eigenvalues: Float[Array, " n"]) -> Int[Array, ""]:
         2
     """
     eps = _precision.eps_of_dtype(eigenvalues)
+    # What the rounding of a factorisation makes of a zero, as in `numpy.linalg.matrix_rank`.
     threshold = len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues))
     return jnp.sum(eigenvalues > threshold)
 

@@ -64,6 +64,7 @@ class Found(eqx.Module):
 
     def verdict(self, is_done: Flag, is_double: Flag) -> RESULTS:
         """The result of a search that ends here."""
+        # Later lines overrule earlier ones: the order says which of several reasons is told.
         result = _tree.where(self.is_on, RESULTS.successful, RESULTS.not_on_manifold)
         result = _tree.where(self.is_on & ~self.is_minimum, RESULTS.not_a_minimum, result)
         is_double = self.is_on & is_double

@@ -244,6 +244,7 @@ def solution_of(
 ) -> Solution:
     """The `Solution` for the user; NaN as final point where the run failed."""
     has_diverged = state.diverged_at >= 0
+    # A wrong learning rate diverges as well: the later line overrules, and names the cause.
     result = _tree.where(has_diverged, RESULTS.diverged, RESULTS.successful)
     result = _tree.where(jnp.isfinite(times[-1]), result, RESULTS.bad_learning_rate)
     is_fine = result == RESULTS.successful
