@@ -124,7 +124,7 @@ def nystroem_sketch(
     rank = min(rank, structure.shape[0])
     probes = jr.normal(key, (structure.shape[0], rank), structure.dtype)
     probes = _orthonormal(probes)
-    # One after the other: each product is a pass through the whole model.
+    # One after the other: each product may be a pass through the whole model.
     images = jax.lax.map(product, probes.T).T
     # The core of a matrix of low rank is singular, and its Cholesky factor would be NaN. The shift
     # prevents that, and is taken off the eigenvalues in the end.

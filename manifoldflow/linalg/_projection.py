@@ -224,7 +224,7 @@ def _refined(
         length = _tree.where(is_seen, size / curvature, plain)
         solution, left = state.solution + length * direction, state.left - length * change
         norm = norm_of(left)
-        # Plain corrections count as better each time: they are few, and end by their number alone.
+        # Plain corrections count as better each time: they are few, and never idle.
         is_better = (norm < state.least) | ~is_seen | is_first
         is_idle = ~(norm < 0.9 * state.least) & is_seen
         return _State(

@@ -102,7 +102,8 @@ def check_clock(
             expected one nor 1.
     """
     try:
-        # None shows a decay of weights, twice as large a normalisation, and huge a clipping.
+        # No gradient shows a decay of weights, one twice as large a normalisation, a huge one
+        # clipping.
         gradients = 0, 1e-3, 2e-3, 1e6
         found = [_answers(optimizer, one, coordinates, gradient) for gradient in gradients]
     except ValueError as error:

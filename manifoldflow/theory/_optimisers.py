@@ -158,6 +158,7 @@ def scalar_factorization_adam(
     decay = number("weight_decay", weight_decay, least=0.0)
 
     def velocity(_: float, state: np.ndarray) -> np.ndarray:
+        # μ = ‖∇f‖₁/δ with ∇f = (e⁻ˢ, eˢ): second moments that lag slow the descent by μ/(μ + b).
         relaxation = 2 * np.cosh(state) / std
         pulled = np.tanh(state) if decoupled else 2 * np.sinh(state) / std
         return -np.tanh(state) / 2 * relaxation / (relaxation + b) - decay * pulled

@@ -90,6 +90,7 @@ def ornstein_uhlenbeck_covariance(
         )
     rates = values[:, None] + values
     if discrete:
+        # (1 − ηλⱼ)(1 − ηλₖ) = 1 − η(λⱼ + λₖ − ηλⱼλₖ).
         rates = rates - eta * values[:, None] * values
     # The rate of a pair is 0 only where both are flat, but noise across is left out as well.
     kept = ~(is_flat[:, None] | is_flat)

@@ -325,6 +325,7 @@ def label_noise_num_steps(
             "by the number of examples."
         )
     landing = number("landing_time", landing_time, least=0.0) / eta
+    # Divided one by one, since η² may underflow.
     return _whole(landing, number("time", time, least=0.0) * fraction / variance / eta / eta)
 
 
