@@ -26,6 +26,12 @@ def test_example_runs(program, tmp_path):
     pages.run(program, tmp_path)
 
 
+@pytest.mark.parametrize("code", ["print('1 failed')", "print('4 passed'); 1 / 0", "import gone"])
+def test_a_bad_example_is_seen(code, tmp_path):
+    with pytest.raises(AssertionError, match="bad"):
+        pages.run(pages.Program("bad", {"block.py": code}, "4 passed"), tmp_path)
+
+
 def test_links_lead_somewhere():
     missing = {page.name: pages.dead_links(page) for page in PAGES}
     assert not any(missing.values()), missing

@@ -2,13 +2,11 @@
 
 import inspect
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections import Counter
 
 import fuzz
+import processes
 from fuzz_exempt import ELSEWHERE, RESULT_CLASSES
 from fuzz_table import CALLS
 from test_architecture import public_names
@@ -48,12 +46,8 @@ def test_every_argument_of_the_table_is_one():
 
 def test_bad_arguments_are_refused():
     """In a process without the tests' type checker, as users have it."""
-    run = subprocess.run(
-        [sys.executable, str(HERE / "fuzz.py"), "0", str(NUM_CASES)],
-        env=os.environ | {"JAX_TRACEBACK_FILTERING": "off", "PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-    )
+    words = HERE / "fuzz.py", 0, NUM_CASES
+    run = processes.Running(words, environment={"JAX_TRACEBACK_FILTERING": "off"}).finished(1200)
     assert run.returncode == 0, run.stderr[-2000:]
     outcomes = dict(json.loads(line) for line in run.stdout.splitlines())
     assert len(outcomes) == NUM_CASES, Counter(outcomes.values())

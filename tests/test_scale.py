@@ -1,8 +1,6 @@
 """What makes the drift affordable: chunks, several devices, subsets, no retracing."""
 
 import os
-import subprocess
-import sys
 import textwrap
 
 import equinox as eqx
@@ -12,6 +10,7 @@ import jax.random as jr
 import pytest
 
 import manifoldflow as mf
+import processes
 from checks import at_most, close, equal, refused
 from manifoldflow import _tree, flows, linalg
 
@@ -185,13 +184,8 @@ DEVICES = """
 
 
 def test_eight_devices_give_the_same_numbers_with_less_memory_each():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DEVICES)],
-        env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {EIGHT}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {EIGHT}"}
+    done = processes.Running(["-c", textwrap.dedent(DEVICES)], environment=flags).finished()
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     equal("what was compared", len(rows), 6)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import optax
 import pytest
 
 import manifoldflow as mf
+import processes
 from checks import close, equal, refused
 from sgd_runs import heavy_ball, KEY, LINEAR, NOISE, run, same_bits, short
 
@@ -49,9 +48,7 @@ def same_walk(value, expected):
 def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
     file = os.fspath(tmp_path / "folder" / "run.npz")
     script = KILLED.format(paths=[os.path.dirname(os.path.abspath(__file__))], file=file)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
-    )
+    done = processes.Running(["-c", script]).finished()
     equal(f"exit of the killed run {done.stderr[-500:]}", done.returncode, -signal.SIGKILL)
     time, point = mf.load_checkpoint(file, jnp.ones(3))
     assert 0 <= float(time) <= 0.06 + 1e-9, f"time in the file: {time}"

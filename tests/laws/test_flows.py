@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 
 import manifoldflow as mf
+import processes
 import zoo
 from checks import at_least, at_most, close, equal, flat, norm, refused
 from zoo import descent, height
@@ -223,9 +222,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     file = os.fspath(tmp_path / "run.npz")
     laws = os.path.dirname(os.path.abspath(__file__))
     script = KILLED.format(paths=[laws, os.path.dirname(laws)], file=file)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
-    )
+    done = processes.Running(["-c", script]).finished()
     equal(f"exit of the killed run {done.stderr[-500:]}", done.returncode, -signal.SIGKILL)
     time, point = mf.load_checkpoint(file, START)
     assert 0.1 - 1e-9 <= float(time) <= 0.3 + 1e-9, f"time in the file: {time}"
