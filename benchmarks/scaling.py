@@ -171,33 +171,29 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def wanted() -> list[dict[str, Any]]:
-    """What is compiled: every chip over slices, then sizes on a slice of 256 and smaller ones."""
-    rows = [("v5p", k, "1e8", "1e4") for k in (4, 256, 16, 64)]
-    rows += [("v5e", k, "1e8", "1e4") for k in (256, 16)]
-    rows += [("v6e", k, "1e8", "1e4") for k in (4, 256)]
-    rows += [("v5p", 256, d, "1e4") for d in ("1e10", "1e9", "1e6")]
+    """What is compiled: slices of every chip for one size, and all sizes on 256 chips of one."""
+    rows = [(chip, k, "1e8", "1e4") for chip in CHIPS for k in (1, 4, 16, 64, 256)]
+    rows += [("v5p", k, "1e9", "1e4") for k in (4, 16, 64)]
+    rows += [("v5p", 256, d, n) for n in NUMBERS for d in WIDTHS]
     rows += [("v5p", 1, d, "1e3") for d in ("1e6", "1e8")]
-    rows += [("v5p", 256, d, "1e5") for d in ("1e8", "1e10")]
     return [
         {"chip": chip, "chips": k, "D ≈": d, "n ≈": n} | shape(chip, k, d, n)
-        for chip, k, d, n in rows
+        for chip, k, d, n in dict.fromkeys(rows)
     ]
 
 
 def shape(chip: str, num_chips: int, size: str, number: str) -> dict[str, Any]:
-    """How the chips share: parameters too where whole ones would take much of a chip's memory."""
+    """How the chips share: from 16 of them on parameters too, where ten whole ones take 1 GB."""
     width, num_examples = WIDTHS[size], NUMBERS[number]
-    too_large = 8 * width**2 * 10 > CHIPS[chip][1]
-    root = {1: 1, 4: 2, 16: 4, 64: 8, 256: 16}[num_chips]
-    parameters = root if too_large and num_chips > 1 else 1
+    root = {16: 4, 64: 8, 256: 16}.get(num_chips, 1)
+    parameters = root if 8 * width**2 * 10 > 1e9 else 1
     return {
         "topology": f"{chip}:{SLICES[chip][num_chips]}",
         "examples": num_chips // parameters,
         "parameters": parameters,
         "width": width,
         "n": num_examples,
-        # Of several devices, whose program does not grow with n as XLA's own factorisation does.
-        "gram": "DenseGram(is_distributed=True)" if num_chips > 1 else "IterativeGram()",
+        "gram": f"DenseGram(is_distributed={num_chips > 1})",
     }
 
 

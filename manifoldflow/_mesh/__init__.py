@@ -14,6 +14,7 @@ from manifoldflow._mesh._axes import (
 from manifoldflow._mesh._cuts import (
     at_work as at_work,
     columns_cut as columns_cut,
+    fits_one_message as fits_one_message,
     in_blocks as in_blocks,
     in_one as in_one,
     in_turn as in_turn,

@@ -24,7 +24,7 @@ from manifoldflow._mesh._axes import axes_in_force, EXAMPLES, num_devices, num_s
 Tree = TypeVar("Tree", bound=PyTree[Any])
 
 # Below this, what counts is the number of messages; above, that products go on meanwhile.
-_ONE_MESSAGE = 2**26
+_ONE_MESSAGE = 2**23
 # Arrays of fewer bytes take no longer to send than to announce: they are not cut along widths.
 _SMALL = 2**16
 
@@ -170,11 +170,15 @@ def in_one(place: Callable[[Tree], Tree], tree: Tree) -> Tree:
     # A weight and its bias share a factor.
     distinct = {id(leaf): leaf for leaf in leaves}
     arrays = list(distinct.values())
-    is_small = sum(array.nbytes for array in arrays) <= _ONE_MESSAGE
-    if not is_small or len({array.dtype for array in arrays}) > 1:
+    if not fits_one_message(arrays):
         return tree
     found = dict(zip(distinct, _in_one(place, arrays)))
     return jax.tree.unflatten(treedef, [found[id(leaf)] for leaf in leaves])
+
+
+def fits_one_message(arrays: list[Array]) -> bool:
+    is_small = sum(array.nbytes for array in arrays) <= _ONE_MESSAGE
+    return is_small and len({array.dtype for array in arrays}) <= 1
 
 
 def _in_one(place: Callable[[Any], Any], arrays: list[Array]) -> list[Array]:

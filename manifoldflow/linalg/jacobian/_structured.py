@@ -10,6 +10,7 @@ than the loss. Leaves without such structure keep explicit rows, alone.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers
 from manifoldflow.linalg.jacobian import _taps
 from manifoldflow.linalg.jacobian._block import AbstractBlock
+from manifoldflow.linalg.jacobian._layers import Layer, products
 from manifoldflow.linalg.jacobian._operator import AbstractJacobian
 from manifoldflow.linalg.jacobian._sums import block_of, label_of, twins_of
+from manifoldflow.linalg.jacobian._tiles import has_tiles, tiles, triangle
 from manifoldflow.linalg.jacobian._use_matrix_product import OuterBlock
 from manifoldflow.linalg.jacobian._use_rows import DENSE_ROWS, RowBlock
 
@@ -124,23 +127,21 @@ class StructuredJacobian(AbstractJacobian):
         return _mesh.over_all(self._in_blocks(self))
 
     def _products(self, other: "StructuredJacobian") -> Float[Array, "rows other_rows"]:
-        total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
         twins = self._twins_with(other)
-        for layer in self._layers():
-            own = [leaf for leaf in layer if leaf not in twins]
-            pairs = [(self.blocks[leaf], other.blocks[leaf]) for leaf in own]
-            for leaf, (blocks, partners) in zip(own, _mesh.in_turn(total, pairs)):
-                blocks, partners = _mesh.rows_cut(blocks), _mesh.columns_cut(partners)
+
+        def pairs(layer: list[int]) -> Layer:
+            found: Layer = []
+            for leaf in (leaf for leaf in layer if leaf not in twins):
+                found += zip(self.blocks[leaf], other.blocks[leaf], strict=True)
                 if leaf in twins.values():
-                    weights = (cast(OuterBlock, found[0]) for found in (blocks, partners))
-                    # The bias is left out of `own`: its product δ·δ is made here, from the array of
-                    # its weight. The compiler then sees that both are one product.
-                    deltas = [(RowBlock(weight.delta),) for weight in weights]
-                    blocks, partners = blocks + deltas[0], partners + deltas[1]
-                for block, partner in zip(blocks, partners):
-                    total = total + block.cross_gram(partner).reshape(total.shape)
-            total = _mesh.in_blocks(total)
-        return total
+                    # The product δ·δ of the bias, from the array of the weight: the compiler then
+                    # sees that both are one product.
+                    both = (cast(OuterBlock, found[-1][0]), cast(OuterBlock, found[-1][1]))
+                    found.append((RowBlock(both[0].delta), RowBlock(both[1].delta)))
+            return found
+
+        total = jnp.zeros((self._num_rows, other._num_rows), self._dtype)
+        return products(total, [pairs(layer) for layer in self._layers()])
 
     def _twins_with(self, other: "StructuredJacobian") -> dict[int, int]:
         """The biases, with their weights, that are left out where rows of the two are multiplied.
@@ -167,18 +168,22 @@ class StructuredJacobian(AbstractJacobian):
         """Each device has its own rows, and gets the factors of its columns."""
         if not self._is_spread:
             return self._products(other)
-        twins = self._twins_with(other)
+        own = self._sent(_mesh.rows_cut, other)
+        return own._products(other._sent(_mesh.columns_cut, self))
 
-        def sent(jacobian: "StructuredJacobian", place: Any) -> "StructuredJacobian":
-            # Rows that come with those of the weight are not sent a second time.
-            blocks = [() if i in twins else found for i, found in enumerate(jacobian.blocks)]
-            return dataclasses.replace(jacobian, blocks=_mesh.in_one(place, blocks))
-
-        return sent(self, _mesh.rows_cut)._products(sent(other, _mesh.columns_cut))
+    def _sent(self, place: Any, partner: "StructuredJacobian") -> "StructuredJacobian":
+        """The factors that a product with the partner takes, where they are multiplied."""
+        twins = self._twins_with(partner)
+        # Rows that come with those of the weight are not sent a second time.
+        blocks = [() if i in twins else found for i, found in enumerate(self.blocks)]
+        return dataclasses.replace(self, blocks=_mesh.in_one(place, blocks))
 
     def gram_triangle(self) -> Float[Array, "rows rows"]:
         """K with zeros below the blocks on its diagonal: 10 of 16 products, or 36 of 64."""
         num_rows, strips = self._num_rows, []
+        if has_tiles(self.num_examples, num_rows):
+            parts = self._sent(_mesh.columns_cut, self)._parts()
+            return triangle(functools.reduce(jnp.add, map(_tiles_of, parts)))
         cuts = _strips(self.num_examples, num_rows)
         if len(cuts) == 1 or self._is_spread:
             return self.cross_gram(self)
@@ -188,6 +193,18 @@ class StructuredJacobian(AbstractJacobian):
             strip = self.examples(start, stop).cross_gram(rest)
             strips.append(jnp.pad(strip, ((0, 0), (num_rows - strip.shape[1], 0))))
         return jnp.concatenate(strips)
+
+    def _parts(self) -> list["StructuredJacobian"]:
+        """The factors that are sent together; layer by layer where they are large."""
+        if _mesh.fits_one_message(jax.tree.leaves(self.blocks)):
+            return [self]
+
+        def only(layer: list[int]) -> StructuredJacobian:
+            blocks = tuple(found if i in layer else () for i, found in enumerate(self.blocks))
+            twins = tuple(pair for pair in self.twins if set(pair) <= set(layer))
+            return dataclasses.replace(self, blocks=blocks, twins=twins)
+
+        return [only(layer) for layer in self._layers()]
 
     def examples(self, start: int, stop: int) -> "StructuredJacobian":
         """The rows of the examples from `start` to before `stop`."""
@@ -317,6 +334,18 @@ def _row_blocks(model: _taps.Model, leaves: Any, columns: Any) -> Any:
     """The same with explicit rows for every leaf, without a look at the jaxpr."""
     rows = jax.vmap(lambda column: _taps.read_rows(model, leaves, column))(columns)
     return [(RowBlock(row),) for row in rows], [DENSE_ROWS] * len(leaves), ()
+
+
+def _tiles_of(jacobian: StructuredJacobian) -> Float[Array, "tiles tile tile"]:
+    """The tiles of K from these factors, which all devices get."""
+
+    def product(*strips: Any) -> Float[Array, "tile tile"]:
+        size = jax.tree.leaves(strips)[0].shape[0]
+        of_strip = lambda blocks: dataclasses.replace(jacobian, blocks=blocks, num_examples=size)
+        first, second = map(of_strip, strips)
+        return first._products(second)
+
+    return tiles(product, _mesh.columns_cut(jacobian.blocks))
 
 
 def _strips(num_examples: int, num_rows: int) -> list[tuple[int, int]]:
