@@ -78,6 +78,7 @@ def planned(row: dict[str, Any], memory: int) -> dict[str, Any]:
         "GB a chip": plan.total / GB,
         "temporary GB": plan.drift / GB,
         "replicated GB": plan.replicated / GB,
+        "program GB": plan.program / GB,
         "chunk": plan.chunk_size or row["n"],
         "operations": plan.operations,
         "traffic": plan.traffic,

@@ -171,11 +171,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def wanted() -> list[dict[str, Any]]:
-    """What is compiled: slices of every chip for one size, and all sizes on 256 chips of one."""
-    rows = [(chip, k, "1e8", "1e4") for chip in CHIPS for k in (1, 4, 16, 64, 256)]
-    rows += [("v5p", k, "1e9", "1e4") for k in (4, 16, 64)]
-    rows += [("v5p", 256, d, n) for n in NUMBERS for d in WIDTHS]
+    """What is compiled: all sizes on 256 chips, and slices of every chip for one size."""
+    rows = [("v5p", 256, d, n) for n in ("1e4", "1e3", "1e5") for d in WIDTHS]
+    rows += [("v5p", k, "1e8", "1e4") for k in (64, 16, 4, 1)]
     rows += [("v5p", 1, d, "1e3") for d in ("1e6", "1e8")]
+    rows += [("v5p", k, "1e9", "1e4") for k in (64, 16, 4)]
+    # Few chips come last: they have the largest products, which take longest to compile.
+    rows += [(chip, k, "1e8", "1e4") for k in (256, 64, 16, 4, 1) for chip in ("v6e", "v5e")]
     return [
         {"chip": chip, "chips": k, "D ≈": d, "n ≈": n} | shape(chip, k, d, n)
         for chip, k, d, n in dict.fromkeys(rows)
@@ -239,6 +241,7 @@ def with_bounds(row: dict[str, Any]) -> dict[str, Any]:
     found = row | {f"{name} ms": 1e3 * value for name, value in seconds.items()}
     found |= {
         "Tflop a chip": row["operations"] / 1e12,
+        "GB beside its share": beside_its_share(row),
         "GB received": sum(size for _, size in row["messages"].values()) / 1e9,
         "drift ms ≥": 1e3 * max(seconds.values()),
         "limited by": slowest if fits else "does not fit",
@@ -248,10 +251,20 @@ def with_bounds(row: dict[str, Any]) -> dict[str, Any]:
 
 
 COLUMNS = (
-    "chip chips examples parameters D n|GB a chip|chunk|compile s|Tflop a chip|compute ms|memory ms"
+    "chip chips examples parameters D n|GB a chip|GB beside its share|chunk|compile s|Tflop a chip|compute ms|memory ms"
     "|GB received|network ms|drift ms ≥|limited by|messages"
 ).split("|")
 COLUMNS = COLUMNS[0].split() + COLUMNS[1:]
+
+
+def beside_its_share(row: dict[str, Any]) -> float | str:
+    """What docs/how-to/several_devices.md says that a chip holds where parameters are cut."""
+    if row["parameters"] == 1:
+        return "–"
+    layer = row["width"] ** 2
+    numbers = row["D"] / row["parameters"] + 2 * layer / row["parameters"]
+    numbers += 3 * row["n"] / row["examples"] * row["width"]
+    return 4e-9 * numbers + row["program GB"]
 
 
 def sent(row: dict[str, Any]) -> float:

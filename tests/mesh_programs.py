@@ -1,6 +1,7 @@
 """What test_mesh runs in processes of their own, as the number of devices is set at start.
 
 devices: the hot functions of one problem on meshes of 1, 2, 4 and 8 devices.
+tiles: Gram matrices in tiles, as those of many examples are made.
 elsewhere: a loss of one mesh under another.
 parameters: the same where parameters are spread as well, of a problem that is wide enough.
 process i port: one of two processes that share the examples, and then the parameters too.
@@ -20,10 +21,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import manifoldflow as mf
 from manifoldflow import linalg
 from manifoldflow._mesh import _cuts
+from manifoldflow.linalg.jacobian import _tiles
 
 NUM_EXAMPLES = 64
 WIDE = 160  # for leaves and factors of more than 64 kB
@@ -106,6 +109,28 @@ def devices():
             report[f"{name}, {count} devices"] = relative_gap(found, expected), sent
     spread = mf.shard_examples(loss, jax.make_mesh((8,), ("examples",)))
     report["control"] = 0, run(FUNCTIONS["in chunks"], spread, model)[1]
+    print(json.dumps(report))
+
+
+def tiles():
+    """In one message and layer by layer; with what one device makes, and a derivative."""
+    _tiles._SMALLEST = 1
+    loss, model = problem()
+    triangle = lambda loss, p: jnp.triu(loss.jacobian(p).gram_triangle())
+    squares = lambda p, loss: jnp.sum(triangle(loss, p) ** 2)
+    slope = lambda p, loss: ravel_pytree(eqx.filter_grad(squares)(p, loss))[0]
+    both = lambda loss, p: (triangle(loss, p), slope(p, loss), drift(loss, p))
+    expected, _ = run(both, loss, model)
+    report = {}
+    for count, most in ((2, _cuts._ONE_MESSAGE), (8, _cuts._ONE_MESSAGE), (4, 0)):
+        _cuts._ONE_MESSAGE = most
+        with mf.mesh(examples=count):
+            spread = mf.shard_examples(loss)
+            found, _ = run(both, spread, model)
+            _, sent = run(triangle, spread, model)
+            product = lambda a, b: a @ b.T
+            own = jax.jit(lambda x: _tiles.tiles(product, x))(loss.data[0]).addressable_shards[0]
+        report[f"{count} devices"] = relative_gap(found, expected), sent, own.data.shape
     print(json.dumps(report))
 
 
@@ -192,7 +217,7 @@ def process(index, port):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("devices", "parameters", "elsewhere"):
+    if sys.argv[1] in ("devices", "tiles", "parameters", "elsewhere"):
         globals()[sys.argv[1]]()
     else:
         process(int(sys.argv[2]), int(sys.argv[3]))

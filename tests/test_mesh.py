@@ -38,6 +38,18 @@ def test_meshes_change_nothing_but_the_messages():
     equal("messages on 2 and 8", report["drift, 2 devices"][1], report["drift, 8 devices"][1])
 
 
+def test_each_device_makes_an_equal_part_of_one_triangle():
+    report, _ = finished(start("mesh_programs.py", "tiles", num_devices=8))
+    for name, (gap, sent, _) in report.items():
+        at_most(f"{name}: relative difference from one device", gap, 1e-10)
+        equal(f"{name}: kinds of messages", set(sent), {"all-gather"})
+    equal("messages: the factors, and the tiles", report["8 devices"][1], {"all-gather": 2})
+    for count in (2, 4, 8):
+        size = 64 // (2 * count)
+        shape = [2 * count + 1, size, size]
+        equal(f"tiles of one of {count} devices", report[f"{count} devices"][2], shape)
+
+
 def test_parameters_are_spread():
     report, _ = finished(start("mesh_programs.py", "parameters", num_devices=8))
     for name, (gap, sent, _) in report.items():
