@@ -22,8 +22,8 @@ def mesh(
 
     It is `jax.set_mesh` for a mesh with the axis `"examples"`; any mesh with an axis of that name
     and of type Auto will do. Each device makes the rows of the Jacobian for its share of the
-    examples. It gets the factors of the others in one message, and makes its rows of the Gram
-    matrix, which is then put together on all of them.
+    examples. It gets the factors of the others in one message, and makes an equal part of the Gram
+    matrix's upper triangle, which is then put together on all of them.
 
     With `parameters` there is a second axis, `"parameters"`. Then no device holds all parameters,
     tangents or factors of the Jacobian: large leaves are cut over all devices, where
