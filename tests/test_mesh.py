@@ -40,8 +40,9 @@ def test_meshes_change_nothing_but_the_messages():
 
 def test_each_device_makes_an_equal_part_of_one_triangle():
     report, _ = finished(start("mesh_programs.py", "tiles", num_devices=8))
-    for name, (gap, sent, _) in report.items():
+    for name, (gap, sent, _, rows) in report.items():
         at_most(f"{name}: relative difference from one device", gap, 1e-10)
+        equal(f"{name}: arrays of all products of a device's rows", rows, 0)
         equal(f"{name}: kinds of messages", set(sent), {"all-gather"})
     equal("messages: the factors, and the tiles", report["8 devices"][1], {"all-gather": 2})
     for count in (2, 4, 8):
