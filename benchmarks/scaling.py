@@ -251,8 +251,8 @@ def with_bounds(row: dict[str, Any]) -> dict[str, Any]:
 
 
 COLUMNS = (
-    "chip chips examples parameters D n|GB a chip|GB beside its share|chunk|compile s|Tflop a chip|compute ms|memory ms"
-    "|GB received|network ms|drift ms ≥|limited by|messages"
+    "chip chips examples parameters D n|GB a chip|GB beside its share|chunk|compile s|Tflop a chip"
+    "|compute ms|memory ms|GB received|network ms|drift ms ≥|limited by|messages"
 ).split("|")
 COLUMNS = COLUMNS[0].split() + COLUMNS[1:]
 
