@@ -18,13 +18,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + QUICK
 import jax
 import pytest
 
+import quick
+
 jax.config.update("jax_enable_x64", True)
-# Tests compile much and compute little: a third of the time goes without optimisation.
-jax.config.update("jax_disable_most_optimizations", True)
-# A tenth of the time goes into the lines of the source that programs carry along.
-jax.config.update("jax_traceback_in_locations_limit", 0)
-# Tracing makes millions of objects: looking for garbage among them is a tenth of the time.
-gc.disable()
+quick.settle()
 
 MANY_MAPS = 10_000
 LONG_TABLE = 4

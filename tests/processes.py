@@ -5,7 +5,6 @@ takes three seconds. What must be set before that is set by a process that start
 """
 
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -61,15 +60,15 @@ class Running:
 
 def _run(words, folder, files, environment):
     """In the process of its own."""
+    # Not at the top: flags of XLA are set before.
     import jax
+
+    import quick
 
     began = time.process_time()
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(files, name), os.O_WRONLY | os.O_CREAT), stream)
-    # As in the tests themselves, see conftest.py.
-    gc.disable()
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick.settle()
     os.environ.update(environment)
     for name, value in environment.items():
         if name.startswith("JAX_"):
