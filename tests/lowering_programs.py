@@ -4,7 +4,6 @@ In a process of its own: only before Equinox is imported can its checks of value
 back to Python, be turned into NaN (EQX_ON_ERROR=nan).
 """
 
-import gc
 import json
 import sys
 from typing import Any
@@ -16,6 +15,7 @@ import jax.random as jr
 import optax
 
 import manifoldflow as mf
+import quick
 from manifoldflow import linalg
 
 SPHERE = mf.LevelSet(lambda x: jnp.sum(x**2) - 1.0)
@@ -112,8 +112,7 @@ def lower(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    gc.disable()  # see conftest.py
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    quick.settle()
     for name in sys.argv[1:] or PROGRAMS:
         print(json.dumps(lower(name)), flush=True)
 

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 # Whatever was a constant of a program stays in its context: one for all would grow for ever.
 PROGRAMS_OF_A_CONTEXT = 200
@@ -28,6 +29,9 @@ def share_contexts() -> None:
         return
 
     def context():
+        # A program that is lowered while another one is would become a part of it.
+        if ir.Context.current is not None:
+            return make()
         if next(number) % PROGRAMS_OF_A_CONTEXT == 0:
             contexts[:] = [make()]
         return contexts[0]

@@ -14,11 +14,13 @@ TESTS = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def lowered():
-    """What became of every program, in one process in which nothing calls back to Python."""
+def lowered(request):
+    """What became of the programs, in one process in which nothing calls back to Python."""
+    cases = [item for item in request.session.items if "lowered" in item.fixturenames]
+    names = [case.callspec.params["name"] for case in cases]
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(TESTS / "lowering_programs.py")],
+        [sys.executable, str(TESTS / "lowering_programs.py"), *names],
         env={**os.environ, "EQX_ON_ERROR": "nan", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
