@@ -7,6 +7,7 @@ are of one size, so that all devices run one program, and none waits for another
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
@@ -46,7 +47,7 @@ def tiles(
     whole, own = PartitionSpec(), PartitionSpec(_mesh.EXAMPLES)
     return jax.shard_map(
         of_device, in_specs=(whole, own), out_specs=own, axis_names={_mesh.EXAMPLES}
-    )(rows, np.stack(np.triu_indices(_num_strips()), axis=1))
+    )(rows, jnp.asarray(np.stack(np.triu_indices(_num_strips()), axis=1)))
 
 
 def triangle(tiles: Float[Array, "tiles tile tile"]) -> Float[Array, "rows rows"]:
