@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 import manifoldflow as mf
 from manifoldflow import linalg
 from manifoldflow._mesh import _cuts
-from manifoldflow.linalg.jacobian import _tiles
+from manifoldflow.linalg.jacobian import _layers, _tiles
 
 NUM_EXAMPLES = 64
 WIDE = 160  # for leaves and factors of more than 64 kB
@@ -118,7 +118,7 @@ def devices():
 
 def tiles():
     """In one message and layer by layer; with what one device makes, and a derivative."""
-    _tiles._SMALLEST = 1
+    _tiles._SMALLEST = _layers._LARGE = 1
     loss, model = problem()
     triangle = lambda loss, p: jnp.triu(loss.jacobian(p).gram_triangle())
     squares = lambda p, loss: jnp.sum(triangle(loss, p) ** 2)

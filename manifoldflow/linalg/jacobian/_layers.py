@@ -21,7 +21,7 @@ def products(
     total: Float[Array, "rows other_rows"], layers: list[Layer]
 ) -> Float[Array, "rows other_rows"]:
     """The total, with the products of all layers added."""
-    for alike in _alike(layers):
+    for alike in _alike([layer for layer in layers if layer]):
         if len(alike) > 1 and len(total) >= _LARGE:
             # XLA for TPUs takes a second to compile each of these products. For CPUs it takes
             # none, and there the loop runs half as long again.
