@@ -1,7 +1,7 @@
 """Settings for processes that compile much and compute little, as tests and smoke runs do."""
 
 import gc
-import itertools
+import threading
 
 import jax
 
@@ -29,17 +29,20 @@ def share_contexts() -> None:
     except ImportError:
         return
     make = getattr(mlir, "make_ir_context", None)
-    if make is None or hasattr(make, "contexts") or make() is make():
+    if make is None or hasattr(make, "is_shared") or make() is make():
         return
+
+    # Threads lower at the same time.
+    shared = threading.local()
 
     def context():
         # A program that is lowered while another one is would become a part of it.
         if ir.Context.current is not None:
             return make()
-        if next(number) % PROGRAMS_OF_A_CONTEXT == 0:
-            contexts[:] = [make()]
-        return contexts[0]
+        shared.number = getattr(shared, "number", -1) + 1
+        if shared.number % PROGRAMS_OF_A_CONTEXT == 0:
+            shared.context = make()
+        return shared.context
 
-    number, contexts = itertools.count(), []
-    context.contexts = contexts
+    context.is_shared = True
     mlir.make_ir_context = context

@@ -9,7 +9,7 @@ import quick
 from checks import at_most
 
 
-@pytest.mark.skipif(not hasattr(mlir.make_ir_context, "contexts"), reason="JAX shares them")
+@pytest.mark.skipif(not hasattr(mlir.make_ir_context, "is_shared"), reason="JAX shares them")
 def test_programs_share_contexts():
     """New ones come now and then, and within another program's always."""
     contexts = [mlir.make_ir_context() for _ in range(2 * quick.PROGRAMS_OF_A_CONTEXT)]
