@@ -10,7 +10,7 @@ PROGRAMS_OF_A_CONTEXT = 200
 
 
 def settle() -> None:
-    """Trace, lower and compile in half of the time; nothing that is computed changes."""
+    """Trace, lower and compile in less time; nothing that is computed changes."""
     # Tracing makes millions of objects: looking for garbage among them is a tenth of the time.
     gc.disable()
     # A third of the time goes without optimisation.

@@ -3,10 +3,11 @@
 import gc
 
 import pytest
-from jax._src.interpreters import mlir
 
 import quick
 from checks import at_most
+
+mlir = pytest.importorskip("jax._src.interpreters.mlir")
 
 
 @pytest.mark.skipif(not hasattr(mlir.make_ir_context, "is_shared"), reason="JAX shares them")
