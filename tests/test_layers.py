@@ -7,7 +7,7 @@ import jax.random as jr
 
 import manifoldflow as mf
 from checks import close, equal
-from manifoldflow.linalg.jacobian import _layers
+from manifoldflow.linalg.jacobian import _layers, _tiles
 
 LOSS = mf.LeastSquares(jr.normal(jr.key(1), (512, 3)), jnp.zeros(512))
 
@@ -53,3 +53,17 @@ def test_large_layers_and_others_are_not_copied(monkeypatch):
     equal("weights and biases of two hidden layers, in groups", sizes[-1] >= 2, True)
     monkeypatch.setattr(_layers, "_STACKED", 0)
     equal("each by itself", [len(group) for group in _layers._alike(layers)], [1] * len(layers))
+
+
+def test_tiles_are_made_from_a_size_on():
+    def has_tiles(num_examples, num_rows, *axes):
+        auto = (jax.sharding.AxisType.Auto,) * len(axes)
+        mesh = jax.sharding.AbstractMesh((2,) * len(axes), axes, axis_types=auto)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return _tiles.has_tiles(num_examples, num_rows)
+
+    equal("128 rows a strip", has_tiles(512, 512, "examples"), True)
+    equal("of two outputs", has_tiles(256, 512, "examples"), True)
+    equal("fewer", has_tiles(508, 508, "examples"), False)
+    equal("strips that differ", has_tiles(1022, 1022, "examples"), False)
+    equal("with parameters cut", has_tiles(512, 512, "examples", "parameters"), False)
