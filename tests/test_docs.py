@@ -127,6 +127,36 @@ def test_bounds_on_slices_are_those_of_the_file():
     assert pages.rounds(found(four[0])["GB a chip"], shown), f"{shown} GB with four chips"
 
 
+def test_sums_in_the_text_of_several_devices_are_those_of_the_files():
+    """The memory of one chip and of 256, what bounds the latter, and the gain of two cores."""
+    text = " ".join(TEXTS["how-to/several_devices.md"].split())
+    kept, cores = pages.results("scaling-tpu-aot"), pages.results("scaling-cpu")
+
+    def kept_of(number, chips, name="GB a chip"):
+        rows = [r for r in kept if (r["chip"], r["chips"], r["n"]) == ("v5p", chips, number)]
+        (one,) = [row for row in rows if pages.rounds(row["D"], "1.0e8")]
+        return one[name]
+
+    def sums(number):
+        share = 1.3 / 256 * kept_of(number, 1)
+        beside = kept_of(number, 256, "GB beside its share")
+        return share, beside, share + beside
+
+    share, beside, bound = sums(10_240)
+    (weak,) = [row for row in cores if (row["scaling"], row["devices"]) == ("weak", 2)]
+    low, high = weak["quartiles"].split("-")
+    for sentence in (
+        f"takes {kept_of(10_240, 1):.2f} GB on one v5p chip and {kept_of(10_240, 256):.3f} GB on",
+        f"1.3 shares of the former, {share:.3f} GB, and the items with the",
+        f"program, {beside:.3f} GB, make {bound:.3f}.",
+        f"n = 1,024 the two are {kept_of(1_024, 256):.3f} and {sums(1_024)[2]:.3f}:",
+        f"do {weak['examples/s ÷ one device']:.2f} times the examples per second of one",
+        f"(quartiles {low} to {high};",
+        f"and {weak['by processor time']:.2f} times by processor time.",
+    ):
+        assert sentence in text, f"several_devices.md does not say: {sentence}"
+
+
 METHODS = {
     "15 steps of `walk` on `Rounding(4)`": "walk",
     "SAM, 13,000 gradients": "SAM",
