@@ -6,7 +6,8 @@ scaling keeps the problem; weak scaling doubles the examples with the devices, a
 of parameters. Throughput is counted in examples per second: the Gram matrix then has four times
 the products, so that the gain in operations per second is larger. Processor time counts what
 cores were busy with, whatever else ran on the machine; it says nothing of waiting, so that it
-is the most that could be gained.
+is the most that could be gained. "Copies" are that many drifts of one device each, at once and
+without a message between them: what the machine itself has to give, as its cores share memory.
 
 Foreseen: `plan`, compiled ahead of time for TPU slices of 1 to 256 chips (`pip install
 "jax[tpu]"`; no TPU is needed, nothing is allocated). Memory, operations, traffic and messages are
@@ -46,7 +47,6 @@ SLICES = {
 # Width of the network, whose D is 2·width² and some more, and the nearest round D.
 WIDTHS = {"1e6": 704, "1e7": 2304, "1e8": 7168, "1e9": 22528, "1e10": 70656}
 NUMBERS = {"1e3": 1024, "1e4": 10240, "1e5": 102400}
-WEAK_NEEDS = 1.6
 
 
 # --- Measured ---------------------------------------------------------------------------
@@ -79,9 +79,9 @@ def serve(num_devices: int, width: int, num_examples: int) -> None:
 
 
 class Process:
-    """A server on the first cores, one for each device as long as there are some."""
+    """A server on cores from a first one on, one for each device as long as there are some."""
 
-    def __init__(self, num_devices: int, width: int, num_examples: int):
+    def __init__(self, num_devices: int, width: int, num_examples: int, first_core: int = 0):
         self.setting = {"devices": num_devices, "width": width, "n": num_examples}
         cores = min(num_devices, os.cpu_count() or 1)
         count = f"--xla_force_host_platform_device_count={num_devices}"
@@ -91,7 +91,9 @@ class Process:
             "JAX_PLATFORMS": "cpu",
         }
         held = (
-            ["taskset", "-c", ",".join(map(str, range(cores)))] if shutil.which("taskset") else []
+            ["taskset", "-c", ",".join(str(first_core + core) for core in range(cores))]
+            if shutil.which("taskset")
+            else []
         )
         call = f"import scaling; scaling.serve({num_devices}, {width}, {num_examples})"
         self._process = subprocess.Popen(
@@ -109,11 +111,10 @@ class Process:
             raise SystemExit(f"the process for {self.setting} ended")
         return json.loads(line)
 
-    def seconds(self) -> list[float]:
-        """Of the clock and of all cores together, for one drift."""
+    def start(self) -> None:
+        """One drift, whose seconds are to be read: of the clock, and of all cores together."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self.read()
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -124,30 +125,40 @@ def measured(smoke: bool, repeats: int, most: int) -> list[dict[str, Any]]:
     """Each setting beside one device in the same turns: medians, and the spread of the ratios."""
     width, num_examples = (64, 64) if smoke else (1024, 512)
     sizes = [1, 2] if smoke else [size for size in (1, 2, 4, 8) if size <= most]
+    cores = os.cpu_count() or 1
     settings = [("strong", k, num_examples) for k in sizes]
     settings += [("weak", k, k * num_examples) for k in sizes[1:]]
-    processes = [Process(k, width, n) for _, k, n in settings]
-    rows = [process.read() for process in processes]
-    times: list[list[list[float]]] = [[] for _ in settings]
+    settings += [("copies", k, k * num_examples) for k in sizes[1:] if k <= cores]
+    groups = [
+        [Process(1, width, num_examples, core) for core in range(k)]
+        if kind == "copies"
+        else [Process(k, width, n)]
+        for kind, k, n in settings
+    ]
+    rows = [[process.read() for process in group][0] for group in groups]
+    times: list[list[tuple[float, float]]] = [[] for _ in settings]
     for _ in range(repeats):
-        for taken, process in zip(times, processes):
-            taken.append(process.seconds())
-    for process in processes:
-        process.end()
+        for taken, group in zip(times, groups):
+            for process in group:
+                process.start()
+            clock, busy = zip(*(process.read() for process in group))
+            taken.append((max(clock), sum(busy)))
+    for group in groups:
+        for process in group:
+            process.end()
     found = []
     base = times[0]
     one = rows[0]["operations"]
     for (kind, k, n), row, taken in zip(settings, rows, times):
         # Turn by turn, so that what slows the machine for a while slows both.
-        cores = min(k, os.cpu_count() or 1)
         ratios = [a[0] / b[0] * n / num_examples for a, b in zip(base, taken)]
-        busy = [a[1] / b[1] * n / num_examples * cores for a, b in zip(base, taken)]
+        busy = [a[1] / b[1] * n / num_examples * min(k, cores) for a, b in zip(base, taken)]
         low, middle, high = quartiles(ratios)
         found.append(
             {
                 "scaling": kind,
                 "devices": k,
-                "cores": cores,
+                "cores": min(k, cores),
                 "D": row["D"],
                 "n": n,
                 "drift s": statistics.median(clock for clock, _ in taken),
