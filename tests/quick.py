@@ -1,5 +1,6 @@
 """Settings for processes that compile much and compute little, as tests and smoke runs do."""
 
+import functools
 import gc
 import threading
 
@@ -7,6 +8,15 @@ import jax
 
 # Whatever was a constant of a program stays in its context: one for all would grow for ever.
 PROGRAMS_OF_A_CONTEXT = 200
+
+# `jax.jit` for what runs for longer than it compiles, as simulations do: in a third of the time.
+long_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 1,
+        "xla_llvm_disable_expensive_passes": False,
+    },
+)
 
 
 def settle() -> None:

@@ -17,9 +17,11 @@ from scipy.integrate import solve_ivp
 import manifoldflow as mf
 from checks import at_least, at_most, close, refused
 from manifoldflow import theory
+from quick import long_jit
 
 START, TIME, STD = 0.8, 0.576, 0.7
 SEEDS = 3000
+key_of = functools.partial(jr.key, impl="unsafe_rbg")  # draws in a third of the time
 
 
 def signs(key, count):
@@ -31,19 +33,20 @@ def steps_in(time, rate):
     return round(time / rate**2)
 
 
-@functools.partial(jax.jit, static_argnames=("optimiser", "num_steps", "draw"))
-def trained(optimiser, start, decay, num_steps, key, draw):
+@functools.partial(long_jit, static_argnames="draw")
+def trained(make, start, decay, num_steps, key, draw):
     """Batches of points (N, 2) after steps on (xy − 1 − ε)²/2 + decay·|θ|²/2, N seeds."""
+    optimiser = make()
 
-    def step(carry, key):
+    def step(k, carry):
         points, state = carry
-        errors = points[:, 0] * points[:, 1] - 1 - STD * draw(key, len(points))
+        noise = STD * draw(jr.fold_in(key, k), len(points))
+        errors = points[:, 0] * points[:, 1] - 1 - noise
         gradients = errors[:, None] * points[:, ::-1] + decay * points
         updates, state = optimiser.update(gradients, state, points)
-        return (points + updates, state), None
+        return points + updates, state
 
-    carry = start, optimiser.init(start)
-    return jax.lax.scan(step, carry, jr.split(key, num_steps))[0][0]
+    return jax.lax.fori_loop(0, num_steps, step, (start, optimiser.init(start)))[0]
 
 
 def starts(num_seeds):
@@ -74,21 +77,19 @@ def difference(s):
 
 def adam_run(seed, *, draw=signs, num_seeds=SEEDS, **options):
     def run(rate):
-        optimiser, decay = adam(rate, **options)
-        points = trained(
-            optimiser, starts(num_seeds), decay, steps_in(TIME, rate), jr.key(seed), draw
-        )
+        make, decay = adam(rate, **options)
+        num_steps = steps_in(TIME, rate)
+        points = trained(make, starts(num_seeds), decay, num_steps, key_of(seed), draw)
         return (points[:, 0] - points[:, 1]) / 2
 
     return run
 
 
-@functools.cache
 def adam(rate, lag=0.0, slow=0.0, b1=0.0, decoupled=0.0, inside=0.0):
     """Optax's Adam with 1 − β₂ = lag·η + slow·η², and decays λ = (…)·η of either kind."""
     b2 = 1 - lag * rate - slow * rate**2
-    made = optax.adamw(rate, b1=b1, b2=b2, eps=0.0, weight_decay=decoupled * rate)
-    return made, inside * rate
+    options = {"b1": b1, "b2": b2, "eps": 0.0, "weight_decay": decoupled * rate}
+    return jax.tree_util.Partial(optax.adamw, rate, **options), inside * rate
 
 
 curve = functools.partial(theory.scalar_factorization_adam, START, TIME, label_std=STD)
@@ -143,26 +144,27 @@ slow_curve = functools.partial(
 )
 
 
-@functools.partial(jax.jit, static_argnames="num_steps")
+@long_jit
 def uncorrected(points, moments, rate, num_steps, key):
     """Adam by hand, without a first moment and without bias correction."""
 
-    def step(carry, key):
+    def step(k, carry):
         points, moments = carry
-        errors = points[:, 0] * points[:, 1] - 1 - STD * signs(key, len(points))
+        noise = STD * signs(jr.fold_in(key, k), len(points))
+        errors = points[:, 0] * points[:, 1] - 1 - noise
         gradients = errors[:, None] * points[:, ::-1]
         moments = moments + SLOW * rate**2 * (gradients**2 - moments)
-        return (points - rate * gradients / jnp.sqrt(moments), moments), None
+        return points - rate * gradients / jnp.sqrt(moments), moments
 
     carry = points, jnp.tile(moments, (len(points), 1))
-    return jax.lax.scan(step, carry, jr.split(key, num_steps))[0][0]
+    return jax.lax.fori_loop(0, num_steps, step, carry)[0]
 
 
 def test_slow_second_moments():
     begin = np.array([0.2, 0.6])
 
     def run(rate):
-        ends = uncorrected(starts(SEEDS), begin, rate, steps_in(TIME, rate), jr.key(3))
+        ends = uncorrected(starts(SEEDS), begin, rate, steps_in(TIME, rate), key_of(3))
         return (ends[:, 0] - ends[:, 1]) / 2
 
     wrong = {"corrected": difference(slow_curve()), "fast": difference(curve())}
@@ -272,33 +274,28 @@ def charge(s):
 
 def test_sgd_with_weight_decay():
     def run(rate):
-        optimiser = plain(rate)
-        options = steps_in(TIME, rate), jr.key(5), signs
-        points = trained(optimiser, starts(SEEDS), 0.3 * rate, *options)
+        make = jax.tree_util.Partial(optax.sgd, rate)
+        options = steps_in(TIME, rate), key_of(5), signs
+        points = trained(make, starts(SEEDS), 0.3 * rate, *options)
         return points[:, 0] ** 2 - points[:, 1] ** 2
 
     wrong = {"no decay": charge(sgd_curve())}
     meets("SGD", run, RATE, charge(sgd_curve(weight_decay=0.3)), wrong)
 
 
-@functools.cache
-def plain(rate):
-    return optax.sgd(rate)
-
-
-@functools.partial(jax.jit, static_argnames=("num_workers", "num_local", "num_rounds"))
+@functools.partial(long_jit, static_argnames="num_workers")
 def locally(points, rate, num_workers, num_local, num_rounds, key):
-    def step(workers, key):
-        noise = STD * signs(key, workers[..., 0].size).reshape(workers.shape[:-1])
+    def step(k, workers):
+        noise = STD * signs(jr.fold_in(key, k), workers[..., 0].size).reshape(workers.shape[:-1])
         errors = workers[..., 0] * workers[..., 1] - 1 - noise
-        return workers - rate * errors[..., None] * workers[..., ::-1], None
+        return workers - rate * errors[..., None] * workers[..., ::-1]
 
-    def round_of(points, key):
+    def round_of(number, points):
         workers = jnp.repeat(points[:, None], num_workers, axis=1)
-        workers, _ = jax.lax.scan(step, workers, jr.split(key, num_local))
-        return jnp.mean(workers, axis=1), None
+        first = number * num_local
+        return jnp.mean(jax.lax.fori_loop(first, first + num_local, step, workers), axis=1)
 
-    return jax.lax.scan(round_of, points, jr.split(key, num_rounds))[0]
+    return jax.lax.fori_loop(0, num_rounds, round_of, points)
 
 
 @pytest.mark.parametrize("num_workers, gradient_time", [(3, 0.24)])
@@ -308,7 +305,7 @@ def test_local_sgd(num_workers, gradient_time):
     def run(rate):
         num_local = round(gradient_time / rate)
         num_rounds = steps_in(TIME, rate) // num_local
-        ends = locally(starts(SEEDS), rate, num_workers, num_local, num_rounds, jr.key(6))
+        ends = locally(starts(SEEDS), rate, num_workers, num_local, num_rounds, key_of(6))
         return ends[:, 0] ** 2 - ends[:, 1] ** 2
 
     of = lambda a: charge(
@@ -342,17 +339,17 @@ def test_scale_invariant_loss_with_decay():
     begin = 1.3 * jnp.array([TARGET / SCALE, np.sqrt(1 - (TARGET / SCALE) ** 2)])
     close("tr H", jnp.sum(jax.grad(value)(begin / 1.3) ** 2), trace, 1e-12)
 
-    @functools.partial(jax.jit, static_argnames="num_steps")
+    @long_jit
     def sgd(points, rate, num_steps, key):
-        def step(points, key):
+        def step(k, points):
             values, slopes = jax.vmap(jax.value_and_grad(value))(points)
-            errors = values - TARGET - STD * signs(key, len(points))
-            return points - rate * (errors[:, None] * slopes + DECAY * rate * points), None
+            errors = values - TARGET - STD * signs(jr.fold_in(key, k), len(points))
+            return points - rate * (errors[:, None] * slopes + DECAY * rate * points)
 
-        return jax.lax.scan(step, points, jr.split(key, num_steps))[0]
+        return jax.lax.fori_loop(0, num_steps, step, points)
 
     def run(rate):
-        ends = sgd(jnp.tile(begin, (SEEDS, 1)), rate, steps_in(TIME, rate), jr.key(7))
+        ends = sgd(jnp.tile(begin, (SEEDS, 1)), rate, steps_in(TIME, rate), key_of(7))
         return jnp.linalg.norm(ends, axis=1)
 
     options = {"trace": trace, "noise_constant": STD**2}
