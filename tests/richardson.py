@@ -6,12 +6,13 @@ import jax.random as jr
 import numpy as np
 
 from checks import at_most
+from quick import long_jit
 
 
 def at_rates(fn, rates, num_runs, seed, *others):
     """fn(rate, …, key) for all rates and keys in one program, (rates, runs, …)."""
     over_rates, over_keys = [0] * (1 + len(others)) + [None], [None] * (1 + len(others)) + [0]
-    many = jax.jit(jax.vmap(jax.vmap(fn, over_keys), over_rates))
+    many = long_jit(jax.vmap(jax.vmap(fn, over_keys), over_rates))
     keys = jr.split(jr.key(seed), num_runs)
     return jax.tree.map(np.asarray, many(jnp.asarray(rates), *others, keys))
 

@@ -1,5 +1,7 @@
 """Optimisers as values, and clocks: what they are, and what they do to the limit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,7 +12,9 @@ import pytest
 import manifoldflow as mf
 from checks import at_most, close, equal, refused
 from manifoldflow import updates
+from quick import long_jit
 
+key_of = functools.partial(jr.key, impl="unsafe_rbg")  # draws in a third of the time
 CLOCKS = {
     "limit": (mf.LimitClock(), 2, 1.0),
     "limit, momentum": (mf.LimitClock(0.5), 2, 4.0),
@@ -114,20 +118,21 @@ def test_the_limit_of_sgd_with_decay():
     flow = mf.LimitDiffusion(GAMMA, noise, update)
     end = mf.solve(flow, POINT, end_time=1.0).final
     errors = []
+
+    def run(key, rate, steps):
+        transform = update.transform(rate)
+
+        def step(k, carry):
+            theta, state = carry
+            gradient = noise.gradient(LOSS, theta, jr.fold_in(key, k))
+            change, state = transform.update(gradient, state, theta)
+            return optax.apply_updates(theta, change), state
+
+        return jax.lax.fori_loop(0, steps, step, (POINT, transform.init(POINT)))[0]
+
+    many, keys = long_jit(jax.vmap(run, (0, None, None))), jr.split(key_of(0), 2000)
     for rate in (0.05, 0.025):
-        steps = update.clock.num_steps(rate, 1.0)
-
-        def run(key, rate=rate, steps=steps):
-            transform = update.transform(rate)
-
-            def step(carry, key):
-                theta, state = carry
-                change, state = transform.update(noise.gradient(LOSS, theta, key), state, theta)
-                return (optax.apply_updates(theta, change), state), None
-
-            return jax.lax.scan(step, (POINT, transform.init(POINT)), jr.split(key, steps))[0][0]
-
-        ends = jax.jit(jax.vmap(run))(jr.split(jr.key(0), 2000))
+        ends = many(keys, rate, update.clock.num_steps(rate, 1.0))
         mean, error = jnp.mean(ends, 0), jnp.std(ends, 0) / 2000**0.5
         errors.append((mean - end, error))
     extrapolated = 2 * errors[1][0] - errors[0][0]
@@ -163,19 +168,19 @@ def test_simulate_runs_an_update_on_its_clock():
 
 def test_clocks_that_differ_are_not_compared():
     descent = mf.solve(mf.GradientFlow(LOSS), POINT + 0.1, end_time=1.0)
-    walk = mf.solve(mf.LimitDiffusion(GAMMA, mf.LabelNoise(0.3)), POINT, end_time=0.5)
+    noise, run = mf.LabelNoise(0.3), RUN | {"num_saves": 2}
+    flow = mf.LimitDiffusion(GAMMA, noise)
+    walk = mf.solve(flow, POINT, end_time=0.5, num_saves=2)
     assert descent.clock == "Ση/(1−β)"
     with refused(ValueError, "compares runs on one clock; got those on Ση"):
         mf.ensembles.weak_error(descent, walk)
-    noise, run = mf.LabelNoise(0.3), RUN | {"num_saves": 2}
     sgd = lambda key: mf.simulate(LOSS, noise, updates.SGD(), POINT, **run | {"key": key})
     many = jax.vmap(sgd)(jr.split(jr.key(0), 200))
-    walk = mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=0.5, num_saves=2)
     error = mf.ensembles.weak_error(many, walk)
     assert error.error.shape == (3, 3)
     at_most("in standard errors", jnp.max(jnp.abs(error.error) - 5 * error.standard_error), 0.02)
     with refused(ValueError, "saves at the same times"):
-        mf.ensembles.weak_error(many, mf.solve(mf.LimitDiffusion(GAMMA, noise), POINT, end_time=1))
+        mf.ensembles.weak_error(many, mf.solve(flow, POINT, end_time=1.0, num_saves=2))
     along = mf.solve(mf.RiemannianGradientFlow(GAMMA, jnp.sum), POINT, end_time=0.5)
     assert along.clock is None
 

@@ -16,6 +16,7 @@ import optax
 import manifoldflow as mf
 from checks import at_least, at_most, norm
 from manifoldflow import models, symmetry
+from quick import long_jit
 
 WIDTH, NUM_EXAMPLES, BATCH_SIZE, SEEDS, SAVES = 3, 60, 2, 32, 200
 RATES = np.array([0.014, 0.02, 0.028])
@@ -79,7 +80,7 @@ def descending():
         ).observables["distances"]  # fmt: skip
 
     every = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
-    found = jax.jit(every)(jnp.asarray(RATES), jr.split(jr.key(1), SEEDS))
+    found = long_jit(every)(jnp.asarray(RATES), jr.split(jr.key(1), SEEDS))
     clocks = np.linspace(0, num_steps, SAVES + 1) * RATES[:, None] ** 2 / (2 * BATCH_SIZE)
     return clocks, np.asarray(found)
 

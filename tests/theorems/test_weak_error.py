@@ -13,9 +13,11 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_least, at_most
+from quick import long_jit
 
 RATES = np.array([0.1, 0.05, 0.025, 0.0125])
 END_TIME, NUM_RUNS, SEED = 1.0, 500, 1
+STEPS = 100  # to the end at the largest rate
 
 
 def two_layer(weights, x):
@@ -33,6 +35,23 @@ def sharpness_after_landing(point):
     return LOSS.trace_gauss_newton(mf.limit_map(LOSS, point, throw=False))
 
 
+@long_jit
+def ends(start, rate, num_parts, keys):
+    """Of SGD in so many parts of `STEPS` steps, for every key: one program for all rates."""
+
+    def run(key, start, rate, num_parts):
+        def part(number, point):
+            walk = mf.simulate(
+                LOSS, NOISE, optax.sgd, point, learning_rate=rate, num_steps=STEPS,
+                key=jr.fold_in(key, number), throw=False,
+            )  # fmt: skip
+            return walk.final
+
+        return jax.lax.fori_loop(0, num_parts, part, start)
+
+    return mf.ensemble(run, keys, start, rate, num_parts)
+
+
 @pytest.fixture(scope="module")
 def errors():
     """The weak error at every rate, with its standard error."""
@@ -45,12 +64,8 @@ def errors():
     keys = mf.member_keys(jr.key(SEED), NUM_RUNS)
     found = []
     for rate in RATES:
-        run = {"learning_rate": rate, "end_time": END_TIME, "throw": False}
-        ends = mf.ensemble(
-            lambda key, run=run: mf.simulate(LOSS, NOISE, optax.sgd, start, key=key, **run).final,
-            keys,
-        )
-        found.append(mf.ensembles.weak_error(landed(ends), reference))
+        num_parts = mf.LimitClock().num_steps(rate, END_TIME) // STEPS
+        found.append(mf.ensembles.weak_error(landed(ends(start, rate, num_parts, keys)), reference))
     assert sum(int(error.num_failed) for error in found) == 0
     return np.array([(error.error, error.standard_error) for error in found])
 

@@ -15,6 +15,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_least, at_most, close, equal, norm, refused
+from quick import long_jit
 
 SMALL = mf.models.ModularAddition(5, 16)
 TIME = 0.5
@@ -24,7 +25,7 @@ def half_square(point):
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(point)) / 2
 
 
-@jax.jit
+@long_jit
 def descend(point, rate, decay, num_steps):
     """Plain gradient descent on the loss with λ|θ|²/2."""
 
@@ -70,8 +71,8 @@ def predicted():
         )
         # A length of its own, so that the difference of the two loses no digits.
         size = jnp.linalg.norm(lift(x)) / jnp.linalg.norm(x)
-        up, down = (covariance(lift(x) / size + sign * x) for sign in (1, -1))
-        difference = jax.tree.map(lambda a, b: (a - b) * size / 4, up, down)
+        both = jax.lax.map(lambda sign: covariance(lift(x) / size + sign * x), jnp.array([1.0, -1]))
+        difference = jax.tree.map(lambda a: (a[0] - a[1]) * size / 4, both)
         return jax.flatten_util.ravel_pytree(difference)[0]
 
     def right(state):
@@ -81,10 +82,16 @@ def predicted():
 
     def step(state, _):
         h = TIME / 60
-        a = right(state)
-        b = right(state + h / 2 * a)
-        c = right(state + h / 2 * b)
-        return state + h / 6 * (a + 2 * b + 2 * c + right(state + h * c)), None
+
+        # In a loop, so that the program has the right side once.
+        def stage(carry, ahead_and_weight):
+            slope, total = carry
+            ahead, weight = ahead_and_weight
+            slope = right(state + h * ahead * slope)
+            return (slope, total + h / 6 * weight * slope), None
+
+        stages = jnp.array([0, 0.5, 0.5, 1]), jnp.array([1.0, 2, 2, 1])
+        return jax.lax.scan(stage, (jnp.zeros_like(state), state), stages)[0][1], None
 
     @jax.jit
     def integrate(x):
@@ -153,8 +160,9 @@ def balance(point):
     return jnp.sum(point["W"] ** 2) - 2 * jnp.sum(point["V"] ** 2)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_weight_decay_alone_groks_modular_addition(seed):
+# In two groups: with fewer cases one of each is tried.
+@pytest.mark.parametrize(("group", "seed"), [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4)])
+def test_weight_decay_alone_groks_modular_addition(group, seed):
     """For every one of five choices of the pairs and of the first weights."""
     model = mf.models.ModularAddition(seed=seed)
     start = mf.limit_map(model.loss, model.initial(jr.key(seed)), rtol=1e-4)
