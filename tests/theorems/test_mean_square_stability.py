@@ -23,6 +23,7 @@ from checks import (
 )
 from manifoldflow import diagnostics
 from manifoldflow.diagnostics._mean_square import Batches, eigenvector, Moments
+from quick import long_jit
 from stability_laws import example_hessians, fitted, N, network, one_step, point_of, radius
 
 CASES = [(1, False), (2, False), (N, False), (1, True), (2, True), (N, True), (7, True)]
@@ -126,7 +127,8 @@ def test_a_step_at_the_threshold_leaves_the_worst_moments_as_they_are():
     gram = loss.gauss_newton_root(point).gram()
     moments = Moments.of(gram, Batches.of(num, 2, batch_size, False))
     rate = float(mf.largest_stable_learning_rate(loss, point, batch_size))
-    worst = np.asarray(moments.turned_back(moments.root * eigenvector(moments)))
+    turned = lambda moments: moments.turned_back(moments.root * eigenvector(moments))
+    worst = np.asarray(eqx.filter_jit(turned)(moments))
     worst = worst * np.sign(np.trace(worst))
     at_least("positive", np.linalg.eigvalsh(worst)[0] / np.trace(worst), -1e-9)
     blocks = np.kron(np.eye(num), np.ones((2, 2)))
@@ -152,9 +154,10 @@ def test_its_derivatives_are_those_of_differences(batch_size, replacement):
         direction = jax.tree.map(lambda leaf: jr.normal(jr.key(leaf.size), leaf.shape), point)
         along = lambda t: rate(jax.tree.map(lambda x, v: x + t * v, point, direction))
         expected = central_difference(along, 1e-3)
-        found = eqx.filter_jit(lambda p: jax.jvp(rate, (p,), (direction,))[1])(point)
+        # In one program, which has what both share once.
+        both = jax.jit(lambda p: (jax.jvp(rate, (p,), (direction,))[1], jax.grad(rate)(p)))
+        found, gradient = both(point)
         close("forwards", found, expected, 1e-7)
-        gradient = eqx.filter_jit(jax.grad(rate))(point)
         close("backwards", jnp.vdot(flat(gradient), flat(direction)), expected, 1e-7)
 
 
@@ -283,7 +286,7 @@ def test_a_long_simulation_has_this_covariance():
 
         return jax.lax.scan(step, point, jr.split(key, num_steps))[1][200:].mean()
 
-    means = jax.jit(jax.vmap(chain))(jr.split(jr.key(3), num_chains))
+    means = long_jit(jax.vmap(chain))(jr.split(jr.key(3, impl="unsafe_rbg"), num_chains))
     error = float(jnp.std(means)) / num_chains**0.5
     in_window("standard errors", (float(means.mean()) - float(found.excess_loss)) / error, -4, 4)
     at_most("precision", error / float(found.excess_loss), 0.01)

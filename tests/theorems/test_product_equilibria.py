@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 
 from checks import at_least, at_most, close, equal, refused
 from manifoldflow import symmetry, theory
+from quick import long_jit
 
 SIGMA2 = 0.05
 RNG = np.random.default_rng(0)
@@ -154,8 +155,11 @@ def test_commuting_symmetries_leave_the_others_moving():
     at_least("off the diagonal", np.linalg.norm(left) / size, 0.05)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def charges_of_runs(point, rate, time=0.02, seeds=3000):
+RUN_TIME, LEAST_RATE = 0.02, 2e-4
+
+
+@functools.partial(long_jit, static_argnames="seeds")
+def charges_of_runs(point, rate, seeds=3000):
     """How far U'U - W W' has gone in runs of SGD with batches of one, in units of sigma^2 times
     time, (seeds, 3, 3)."""
     x, y = (jnp.asarray(part) for part in FULL_DATA)
@@ -163,14 +167,16 @@ def charges_of_runs(point, rate, time=0.02, seeds=3000):
 
     @jax.vmap
     def run(key):
-        def step(p, k):
-            gradient = jax.grad(example_loss)(p, (x[k], y[k]))
-            return jax.tree.map(lambda a, g: a - rate * g, p, gradient), None
+        picks = jr.randint(key, (round(RUN_TIME / LEAST_RATE),), 0, len(x))
 
-        picks = jr.randint(key, (round(time / rate),), 0, len(x))
-        return charge(jax.lax.scan(step, point, picks)[0]) - charge(point)
+        def step(k, p):
+            gradient = jax.grad(example_loss)(p, (x[picks[k]], y[picks[k]]))
+            return jax.tree.map(lambda a, g: a - rate * g, p, gradient)
 
-    return run(jr.split(jr.key(0), seeds)) / (rate / 2 * time)
+        num_steps = jnp.rint(RUN_TIME / rate).astype(int)
+        return charge(jax.lax.fori_loop(0, num_steps, step, point)) - charge(point)
+
+    return run(jr.split(jr.key(0), seeds)) / (rate / 2 * RUN_TIME)
 
 
 def test_sgd_does_not_move_the_charges_at_the_balance():
@@ -191,7 +197,7 @@ def test_sgd_does_not_move_the_charges_at_the_balance():
     unit = np.linalg.norm(drift(FULL, FULL_DATA)) / SIGMA2
     for what, point in (("start", FULL), ("balance", there), ("diagonal balance", halfway)):
         expected = drift(point, FULL_DATA)[0] / SIGMA2
-        coarse, fine = (charges_of_runs(point, rate) for rate in (4e-4, 2e-4))
+        coarse, fine = (charges_of_runs(point, rate) for rate in (2 * LEAST_RATE, LEAST_RATE))
         found = 2 * np.mean(fine, axis=0) - np.mean(coarse, axis=0)
         spread = [np.std(runs, axis=0, ddof=1) for runs in (coarse, fine)]
         bars = np.sqrt((spread[0] ** 2 + 4 * spread[1] ** 2) / len(fine))

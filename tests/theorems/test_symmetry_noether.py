@@ -1,5 +1,6 @@
 """Symmetries and noise equilibria: the theorems of [Ziyin2024], and what their print lacks."""
 
+import functools
 import itertools
 
 import jax
@@ -186,30 +187,30 @@ def test_the_drift_is_what_ensembles_of_sgd_do():
 # --- Theorem 4.3 -------------------------------------------------------------------------------
 
 
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None))
+def along_orbits(seed, decay):
+    """Slopes and charges along an orbit, and what is to vanish at its equilibrium."""
+    point, data, one = point_of(seed), data_of(seed + 100), rotation_of(matrix_of(seed + 200))
+    along = jax.vmap(lambda s: one.act(point, s))(jnp.linspace(-1.0, 1.0, 11))
+    slopes = jax.vmap(lambda p: drift(one, p, decay, data))(along)
+    charges = jax.vmap(lambda p: symmetry.noether_charge(one, p))(along)
+    star = equilibrium(one, point, decay, data)
+    again = equilibrium(one, one.act(point, 0.3), decay, data)
+    there = one.act(point, star)
+    potential = lambda p: (
+        decay * jnp.sum(jax.flatten_util.ravel_pytree(p)[0] ** 2)
+        + (SIGMA2 / 2 * jnp.sum(jnp.var(gradients(p, data), axis=0)))
+    )
+    beside = [potential(one.act(point, star + s)) for s in (-0.1, 0.1)]
+    low = jnp.min(jnp.stack(beside)) - potential(there)
+    return slopes, charges, drift(one, there, decay, data), star - again, low
+
+
 @pytest.mark.parametrize("decay", [0.0, DECAY])
 def test_one_equilibrium_on_every_orbit(decay):
     """G(θ_λ) falls, C(θ_λ) grows; G vanishes at λ*, wherever on the orbit one starts."""
-    grid = jnp.linspace(-1.0, 1.0, 11)
-
-    @jax.jit
-    @jax.vmap
-    def problem(seed):
-        point, data, one = point_of(seed), data_of(seed + 100), rotation_of(matrix_of(seed + 200))
-        along = jax.vmap(lambda s: one.act(point, s))(grid)
-        slopes = jax.vmap(lambda p: drift(one, p, decay, data))(along)
-        charges = jax.vmap(lambda p: symmetry.noether_charge(one, p))(along)
-        star = equilibrium(one, point, decay, data)
-        again = equilibrium(one, one.act(point, 0.3), decay, data)
-        there = one.act(point, star)
-        potential = lambda p: (
-            decay * jnp.sum(jax.flatten_util.ravel_pytree(p)[0] ** 2)
-            + (SIGMA2 / 2 * jnp.sum(jnp.var(gradients(p, data), axis=0)))
-        )
-        beside = [potential(one.act(point, star + s)) for s in (-0.1, 0.1)]
-        low = jnp.min(jnp.stack(beside)) - potential(there)
-        return slopes, charges, drift(one, there, decay, data), star - again, low
-
-    slopes, charges, left, shift, low = problem(jnp.arange(12))
+    slopes, charges, left, shift, low = along_orbits(jnp.arange(12), decay)
     assert np.all(np.diff(slopes, axis=1) < 0), "G must fall along every orbit"
     assert np.all(np.diff(charges, axis=1) > 0), "C must grow along every orbit"
     size = np.max(np.abs(slopes), axis=1)
@@ -281,6 +282,7 @@ def test_two_layers_are_balanced_for_all_rotations():
     units = [jnp.eye(3)[jnp.array([i, j])] for i in range(3) for j in range(i + 1)]
     many = [rotation_of(jnp.outer(a, b) + jnp.outer(b, a)) for a, b in units]
 
+    @jax.jit
     def imbalance(point, sigma2=SIGMA2, decay=DECAY):
         weights = 2 * sigma2 / len(inputs)
         residuals = inputs @ (point["U"] @ point["W"]).T - data[1]
