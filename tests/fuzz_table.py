@@ -124,7 +124,7 @@ CALLS = {
     "closest_point": {**ON, "throw": False},
     "covariant_derivative": {**ON, "field": field, "vector": V},
     "covariant_hessian": {**ON, "fn": height},
-    "distance": {**ON, "other": jnp.array([0.8, 0.6, 0]), "throw": False},
+    "distance": {**ON, "other": jnp.array([0.8, 0.6, 0]), "walk": WALK, "throw": False},
     "divergence": {**ON, "field": field, "key": KEY, "num_samples": 2},
     "ensemble": {"fn": lambda key: jr.normal(key), "keys": jr.split(KEY, 2), "chunk_size": 1},
     "explain": {"loss": LOSS, "point": X},
@@ -143,7 +143,7 @@ CALLS = {
     },
     "limit_map_derivative": {**ON, "vector": V},
     "limit_map_second_derivative": {**ON, "covariance": OPERATOR, "is_factor": False},
-    "logarithm_map": {**ON, "other": jnp.array([0.8, 0.6, 0]), "throw": False},
+    "logarithm_map": {**ON, "other": jnp.array([0.8, 0.6, 0]), "walk": WALK, "throw": False},
     "mean_curvature": {**ON, "key": KEY, "num_samples": 2},
     "member_keys": {"key": KEY, "num_members": 2},
     "minimize": {
@@ -276,7 +276,7 @@ CALLS = {
         **ON, "covariance": OPERATOR, "is_factor": False
     },
     "geometry.logarithm_map_with_info": {
-        **ON, "other": jnp.array([0.8, 0.6, 0]), "throw": False
+        **ON, "other": jnp.array([0.8, 0.6, 0]), "walk": WALK, "throw": False
     },
     "limits.normal_second_derivative_parts": {
         "manifold": ZERO, "point": X, "residual_factor": lx.MatrixLinearOperator(jnp.eye(2))

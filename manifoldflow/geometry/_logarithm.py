@@ -1,5 +1,6 @@
 """The inverse of the exponential map: the way from one point of a manifold to another."""
 
+import dataclasses
 from typing import Any
 
 import diffrax as dfx
@@ -24,7 +25,12 @@ _MAX_SHOTS = 64
 
 @checked
 def logarithm_map(
-    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
+    manifold: AbstractManifold,
+    point: Point,
+    other: Point,
+    *,
+    walk: GeodesicOptions | None = None,
+    throw: bool = True,
 ) -> Tangent:
     """The tangent v with exp_point(v) = other, by shooting.
 
@@ -36,6 +42,8 @@ def logarithm_map(
         manifold: the manifold.
         point: a point of the manifold.
         other: another.
+        walk: the options for solving for the geodesics, but for `adjoint`: this function
+            chooses its own.
         throw: raise if no geodesic is found; with `throw=False` the result is NaN.
 
     Returns:
@@ -53,12 +61,17 @@ def logarithm_map(
         >>> print(jnp.abs(mf.logarithm_map(circle, x, y)).round(3))  # π/6 along the circle
         [0.524 0.   ]
     """
-    return logarithm_map_with_info(manifold, point, other, throw=throw)[0]
+    return logarithm_map_with_info(manifold, point, other, walk=walk, throw=throw)[0]
 
 
 @checked
 def distance(
-    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = True
+    manifold: AbstractManifold,
+    point: Point,
+    other: Point,
+    *,
+    walk: GeodesicOptions | None = None,
+    throw: bool = True,
 ) -> Scalar:
     """The length of the geodesic that `logarithm_map` finds between two points.
 
@@ -68,6 +81,7 @@ def distance(
         manifold: the manifold.
         point: a point of the manifold.
         other: another.
+        walk: as for `logarithm_map`.
         throw: as for `logarithm_map`.
 
     Returns:
@@ -80,12 +94,17 @@ def distance(
         >>> print(f"{mf.distance(circle, x, jnp.array([0.0, 1.0])):.4f}")  # π/2
         1.5708
     """
-    return _tree.norm(logarithm_map(manifold, point, other, throw=throw))
+    return _tree.norm(logarithm_map(manifold, point, other, walk=walk, throw=throw))
 
 
 @checked
 def logarithm_map_with_info(
-    manifold: AbstractManifold, point: Point, other: Point, *, throw: bool = False
+    manifold: AbstractManifold,
+    point: Point,
+    other: Point,
+    *,
+    walk: GeodesicOptions | None = None,
+    throw: bool = False,
 ) -> tuple[Tangent, Info]:
     """The tangent of `logarithm_map`, with the `Info` of the search.
 
@@ -93,6 +112,7 @@ def logarithm_map_with_info(
         manifold: the manifold.
         point: a point of the manifold.
         other: another.
+        walk: as for `logarithm_map`.
         throw: raise if no geodesic is found; by default the result is then NaN.
 
     Returns:
@@ -109,7 +129,7 @@ def logarithm_map_with_info(
         >>> print(info.is_successful, info.defect < 1e-3)
         True True
     """
-    vector, info = _logarithm(manifold, point, other)
+    vector, info = _logarithm(manifold, point, other, walk or GeodesicOptions())
     return delivered(vector, info.result, throw), info
 
 
@@ -119,12 +139,13 @@ class _Shots(eqx.Module):
     manifold: AbstractManifold
     coordinates: Coordinates
     target: Coordinates
+    walk: GeodesicOptions
 
     def miss(self, v: Array, remainder: Point, adjoint: dfx.AbstractAdjoint) -> Array:
         """The miss exp(Pv) − other, and beside it P⊥v: as many equations as unknowns and more."""
         start = _tree.join(self.coordinates, remainder)
         vector = _tree.ravel(self.coordinates)[1](v)
-        walk = GeodesicOptions(adjoint=adjoint)
+        walk = dataclasses.replace(self.walk, adjoint=adjoint)
         ended, _, _ = walk_along(self.manifold, start, (vector,), jnp.ones(1, v.dtype), walk)
         end = jax.tree.map(lambda leaf: leaf[-1], self.manifold.split(ended)[0])
         gap = _tree.ravel(_tree.subtract(end, self.target))[0]
@@ -141,9 +162,43 @@ class _Shots(eqx.Module):
 
 
 @eqx.filter_jit
-def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[Tangent, Info]:
+def _variations(v: Array, shots: _Shots, remainder: Point, unit: Scalar) -> tuple[Array, Array]:
+    """The miss along v times the unit, and a row for each of its derivatives in v."""
+    along = lambda v: shots.miss(unit * v, remainder, dfx.ForwardMode())
+    push = lambda e: jax.jvp(along, (v,), (e,))
+    misses, rows = jax.vmap(push)(jnp.eye(v.size, dtype=v.dtype))
+    return misses[0], rows
+
+
+@eqx.filter_custom_jvp
+def _shot(v: Array, args: tuple[_Shots, Point, Scalar]) -> tuple[Array, Array]:
+    """The miss in units of the coordinates and as it is.
+
+    With its Jacobian as a matrix: as a function, Optimistix would have it in several places of
+    its program, with all variations of the geodesic in each.
+    """
+    return _as_shot(v, args)[0]
+
+
+@_shot.def_jvp
+def _shot_jvp(primals: Any, tangents: Any) -> Any:
+    shot, slopes = _as_shot(*primals)
+    along = tangents[0] @ slopes
+    return shot, (along, (along * primals[1][2]).astype(shot[1].dtype))
+
+
+def _as_shot(v: Array, args: tuple[_Shots, Point, Scalar]) -> tuple[tuple[Array, Array], Array]:
+    shots, remainder, unit = args
+    gap, rows = _variations(v.astype(unit.dtype), shots, remainder, unit)
+    return ((gap / unit).astype(v.dtype), gap), (rows / unit).astype(v.dtype)
+
+
+@eqx.filter_jit
+def _logarithm(
+    manifold: AbstractManifold, point: Point, other: Point, walk: GeodesicOptions
+) -> tuple[Tangent, Info]:
     coordinates, remainder = manifold.split(point)
-    shots = _Shots(manifold, coordinates, manifold.split(other)[0])
+    shots = _Shots(manifold, coordinates, manifold.split(other)[0], walk)
     fixed = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, shots
     )
@@ -152,18 +207,13 @@ def _logarithm(manifold: AbstractManifold, point: Point, other: Point) -> tuple[
     unit = _tree.size_of((fixed.coordinates, fixed.target)).astype(flat.dtype)
     # Optimistix keeps step sizes in JAX's default precision, and wants the rest in it too.
     default = jnp.promote_types(flat.dtype, jnp.result_type(float))
-
-    def shot(v: Array, args: None) -> tuple[Array, Array]:
-        del args
-        gap = fixed.miss(unit * v.astype(flat.dtype), remainder, dfx.ForwardMode())
-        return (gap / unit).astype(v.dtype), gap
-
     eps = _tree.eps_of(coordinates)
     # Least squares, not a root: the miss and P⊥v are 2D equations for D unknowns.
     search = optx.least_squares(
-        shot,
+        _shot,
         optx.LevenbergMarquardt(rtol=eps**0.6, atol=eps**0.6),
         (fixed.chord(remainder) / unit).astype(default),
+        args=(fixed, remainder, unit),
         has_aux=True,
         max_steps=_MAX_SHOTS,
         throw=False,
@@ -199,10 +249,8 @@ def _with_derivative_bwd(
     del residuals, perturbed
     # How the slopes change is not known: it matters to second order.
     found = _once(found, eqx.filter(shots, eqx.is_inexact_array))
-    along = lambda v: shots.miss(v, remainder, dfx.ForwardMode())
-    push = lambda e: jax.jvp(along, (found,), (e,))[1]
-    # D pushes, once: the rows of the transposed Jacobian of the miss, as `linear_solve` wants them.
-    slopes = jax.vmap(push)(jnp.eye(found.size, dtype=found.dtype))
+    # The rows of the transposed Jacobian of the miss, as `linear_solve` wants them.
+    slopes = _variations(found, shots, remainder, jnp.ones_like(found[0]))[1]
     solver = lx.AutoLinearSolver(well_posed=None)
     weights = lx.linear_solve(lx.MatrixLinearOperator(slopes), cotangent, solver, throw=False).value
     through = lambda s: s.miss(found, remainder, dfx.RecursiveCheckpointAdjoint())
