@@ -158,19 +158,31 @@ def _unit_directions(
                 "check_geodesic_convexity: got neither directions nor a key, expected one of "
                 "them; key=jax.random.key(0) draws random directions."
             )
-        draw = lambda key: manifold.random_tangent(point, key)
-        directions = jax.vmap(draw)(jr.split(key, num_directions))
+        directions = _drawn(manifold, point, jr.split(key, num_directions))
     _check_axes(manifold.split(point)[0], directions)
-    project = lambda vector: manifold.tangent_projection(point, vector)
-    before = np.asarray(jax.vmap(_tree.norm)(directions))
-    directions = jax.vmap(project)(directions)
-    sizes = jax.vmap(_tree.norm)(directions)
-    if not np.all(np.asarray(sizes) > 10 * _tree.eps_of(directions) * before):
+    before, sizes, units = _tangent_parts(manifold, point, directions)
+    if not np.all(np.asarray(sizes) > 10 * _tree.eps_of(directions) * np.asarray(before)):
         raise ValueError(
             f"check_geodesic_convexity: got directions with tangent parts of lengths {sizes}, "
             "expected all above 0; draw them by manifold.random_tangent."
         )
-    return jax.vmap(lambda size, vector: _tree.scale(1 / size, vector))(sizes, directions)
+    return units
+
+
+@eqx.filter_jit
+def _drawn(manifold: AbstractManifold, point: Point, keys: Array) -> Tangent:
+    return jax.vmap(lambda key: manifold.random_tangent(point, key))(keys)
+
+
+@eqx.filter_jit
+def _tangent_parts(
+    manifold: AbstractManifold, point: Point, directions: Tangent
+) -> tuple[Array, Array, Tangent]:
+    """The lengths before and after projection, and the parts scaled to length 1."""
+    before = jax.vmap(_tree.norm)(directions)
+    parts = jax.vmap(lambda vector: manifold.tangent_projection(point, vector))(directions)
+    sizes = jax.vmap(_tree.norm)(parts)
+    return before, sizes, jax.vmap(lambda size, part: _tree.scale(1 / size, part))(sizes, parts)
 
 
 def _check_axes(coordinates: Any, directions: Any) -> None:
