@@ -42,18 +42,17 @@ def rotated(x, angle):
     return turn @ x / jnp.linalg.norm(START)
 
 
-def solved(x, slope, adjoint, fn=height, told="final", **options):
+def solved(x, slope, adjoint, fn=height, **options):
     flow = mf.RiemannianGradientFlow(SPHERE, Partial(fn, slope))
     options = {"end_time": 0.5, "step_size": 0.25, "solver": dfx.Heun(), **options}
     observe = {"sum": jnp.sum}
     solution = mf.solve(flow, x, throw=False, observe=observe, adjoint=adjoint, **options)
-    return of_solution(solution, told)
+    return of_solution(solution)
 
 
-def of_solution(solution, told):
-    """One at a time: what is NaN in one of them must not hide what is not in the others."""
-    observed = solution.observables["sum"][-1] if "sum" in solution.observables else None
-    return {"final": solution.final, "points": solution.points[-1], "observables": observed}[told]
+def of_solution(solution):
+    observed = {name: values[-1] for name, values in solution.observables.items()}
+    return {"final": solution.final, "points": solution.points[-1], **observed}
 
 
 def pole(slope, x):
@@ -75,19 +74,19 @@ def wandered(x, square, adjoint, **options):
     return walked(mf.BrownianMotion(circle(square)), x, adjoint, **options)
 
 
-def walked(flow, x, adjoint, told="final", **options):
+def walked(flow, x, adjoint, **options):
     options = {"end_time": 0.1, "step_size": 0.05, "key": jr.key(0), **options}
-    return of_solution(mf.solve(flow, x, throw=False, adjoint=adjoint, **options), told)
+    return of_solution(mf.solve(flow, x, throw=False, adjoint=adjoint, **options))
 
 
-def simulated(x, target, adjoint, told="final"):
+def simulated(x, target, adjoint):
     del adjoint
     loss = mf.LeastSquares(jnp.array([[1.0, 0.5]]), target[None], predict=lambda p, z: (p**3) @ z)
     run = mf.simulate(
         loss, mf.IsotropicNoise(0.0), optax.sgd, x, learning_rate=0.1, num_steps=6,
         key=jr.key(0), observe={"sum": jnp.sum}, throw=False,
     )  # fmt: skip
-    return of_solution(run, told)
+    return of_solution(run)
 
 
 def product(p, example):
@@ -120,6 +119,7 @@ def on_circle(fn):
 
 
 NOWHERE = CENTRE, LOST
+OTHER_OUTPUTS = "saves, reverse", "observed, reverse"
 RETRACTION = mf.ProjectionRetraction()
 CASES = {
     "project": Case(on_circle(lambda m, x: m.project(x, throw=False)), NOWHERE),
@@ -149,7 +149,11 @@ CASES = {
         (LOST, -OTHER),
     ),
     "logarithm_map": Case(
-        on_circle(lambda m, x: mf.logarithm_map(m, x, OTHER, throw=False)), NOWHERE, ("reverse",)
+        lambda x, square, adjoint: mf.logarithm_map(
+            circle(square), x, OTHER, walk=geodesics(adjoint), throw=False
+        ),
+        NOWHERE,
+        ("reverse",),
     ),
     "exponential_map": Case(
         lambda x, square, adjoint: mf.exponential_map(
@@ -176,8 +180,6 @@ CASES = {
         NOWHERE,
     ),
     "solve": Case(solved, NOWHERE),
-    "solve, its saves": Case(functools.partial(solved, told="points"), NOWHERE),
-    "solve, what is observed": Case(functools.partial(solved, told="observables"), NOWHERE),
     "solve, adaptive": Case(functools.partial(solved, step_size=None, solver=None), NOWHERE),
     "solve, a pole on the way": Case(
         functools.partial(solved, fn=pole, num_saves=2, step_size=0.05), (jnp.array([-0.6, 0.8]),)
@@ -194,12 +196,6 @@ CASES = {
         functools.partial(diffused, solver=dfx.Euler(), num_saves=2), (LOST,)
     ),
     "simulate": Case(simulated, (LOST, 1e3 * START)),
-    "simulate, its saves": Case(
-        functools.partial(simulated, told="points"), (LOST, 1e3 * START)
-    ),
-    "simulate, what is observed": Case(
-        functools.partial(simulated, told="observables"), (LOST, 1e3 * START)
-    ),
     "minimize": Case(minimised, NOWHERE, ("forward",)),
     "noise_equilibrium": Case(
         functools.partial(
@@ -219,22 +215,35 @@ CASES = {
         ),
         (LOST, jnp.array([0.0, 1.0])),
     ),
+    "solve, its other outputs": Case(solved, NOWHERE, OTHER_OUTPUTS),
+    "simulate, its other outputs": Case(simulated, (LOST, 1e3 * START), OTHER_OUTPUTS),
 }  # fmt: skip
 
 
 def forward(fn, x, number):
     """The values, and their derivatives along ones in the start and in the number."""
-    value, push = jax.linearize(lambda *at: fn(*at, FORWARD), x, number)
-    zeros = jnp.zeros_like(x), jnp.zeros_like(number)
-    return value, push(jnp.ones_like(x), zeros[1]), push(zeros[0], jnp.ones_like(number))
+    along = lambda *directions: jax.jvp(lambda *at: fn(*at, FORWARD), (x, number), directions)
+    starts = jnp.stack([jnp.ones_like(x), jnp.zeros_like(x)])
+    numbers = jnp.stack([jnp.zeros_like(number), jnp.ones_like(number)])
+    # Once for both directions: each push of `jax.linearize` would hold all loops again.
+    values, slopes = jax.vmap(along)(starts, numbers)
+    member = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    return member(values, 0), member(slopes, 0), member(slopes, 1)
 
 
-def reverse(fn, x, number):
-    value, pull = jax.vjp(lambda *at: fn(*at, REVERSE), x, number)
+def reverse(fn, x, number, told="final"):
+    """The values of one output, and its derivatives: NaN in another must not hide what is not."""
+    output = lambda value: value[told] if isinstance(value, dict) else value
+    value, pull = jax.vjp(lambda *at: output(fn(*at, REVERSE)), x, number)
     return value, *pull(jax.tree.map(jnp.ones_like, value))
 
 
-MODES = {"reverse": reverse, "forward": forward}
+MODES = {
+    "reverse": reverse,
+    "forward": forward,
+    "saves, reverse": functools.partial(reverse, told="points"),
+    "observed, reverse": functools.partial(reverse, told="sum"),
+}
 WHAT = "value", "derivative in the start", "derivative in the number"
 
 
