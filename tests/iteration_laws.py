@@ -18,7 +18,10 @@ CASES = {"six by two": (6, 2, 1), "seven by three": (7, 3, 3)}  # D, n, seed
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Iteration:
-    """F = B(θ)ᵀ R(θ) ρ(r(θ)) with rows B that are not those of ∂r, and a noise."""
+    """F = B(θ)ᵀ R(θ) ρ(r(θ)) with rows B that are not those of ∂r, and a noise.
+
+    Laws differentiate these functions many times: they are traced once.
+    """
 
     size: int
     rank: int
@@ -34,12 +37,20 @@ class Iteration:
             "turn": 0.3 * rng.normal(size=(n, n)), "bend": rng.normal(size=(n, d, d)) / d,
         }  # fmt: skip
 
-    def residual(self, x):
+    @functools.cached_property
+    def residual(self):
+        return jax.jit(self._residual)
+
+    def _residual(self, x):
         c = self.constants
         bent = jnp.einsum("nab,a,b->n", c["bend"], x, x)
         return c["rows"] @ x + 0.4 * bent + 0.3 * jnp.sin(c["inside"] @ x + 0.5) - 0.2
 
-    def rows(self, x):
+    @functools.cached_property
+    def rows(self):
+        return jax.jit(self._rows)
+
+    def _rows(self, x):
         """B(θ), (n, D)."""
         c = self.constants
         return jax.jacfwd(self.residual)(x) + c["skew"] * jnp.cos(x)
@@ -48,7 +59,11 @@ class Iteration:
         """R(θ), (n, n), not symmetric."""
         return jnp.eye(self.rank) + self.constants["turn"] * jnp.cos(x[0] - x[1])
 
-    def field(self, x):
+    @functools.cached_property
+    def field(self):
+        return jax.jit(self._field)
+
+    def _field(self, x):
         r = self.residual(x)
         return self.rows(x).T @ self.gains(x) @ (jnp.sinh(r) + 0.3 * r**2)
 
@@ -68,7 +83,7 @@ class Iteration:
     def point(self):
         """A zero of F, by Gauss-Newton steps."""
         x = 0.3 * np.random.default_rng(self.seed + 200).normal(size=self.size)
-        residual, jacobian = jax.jit(self.residual), jax.jit(jax.jacfwd(self.residual))
+        residual, jacobian = self.residual, jax.jit(jax.jacfwd(self.residual))
         for _ in range(20):
             x = x - np.linalg.pinv(jacobian(x)) @ residual(x)
         return jnp.asarray(x)

@@ -46,12 +46,14 @@ class Problem:
         self.flat, self.unravel = ravel_pytree(self.point)
         at_most("distance", self.manifold.defect(self.point), 1e-12)
 
-    def residual(self, x):
-        return self.loss.residual(self.unravel(x))
+    @functools.cached_property
+    def residual(self):
+        return jax.jit(lambda x: self.loss.residual(self.unravel(x)))
 
-    def rows(self, x):
-        """∇rᵢ, (n, D)."""
-        return jax.jacfwd(self.residual)(x)
+    @functools.cached_property
+    def rows(self):
+        """∇rᵢ, (n, D). Laws take them many times: they are traced once."""
+        return jax.jit(jax.jacfwd(self.residual))
 
     def found(self, update, noise=None):
         noise = mf.LabelNoise(STD, batch_size=1) if noise is None else noise

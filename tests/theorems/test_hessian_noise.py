@@ -15,6 +15,7 @@ import zoo
 from checks import at_least, at_most, close, equal, norm, refused
 from limit_laws import covariance_matrix, problem, SIZE
 from manifoldflow import linalg, losses
+from quick import long_jit
 
 C = 0.7
 
@@ -173,7 +174,7 @@ def at_two_rates(observe, loss, noise, point, key, num_runs, rate, time):
         return jax.vmap(observe)(saves[jnp.array([1, 4])])
 
     rates, keys = jnp.array([rate, rate / 2]), jr.split(key, (num_runs, 2))
-    values = np.asarray(jax.jit(jax.vmap(jax.vmap(run), (0, None)))(keys, rates))
+    values = np.asarray(long_jit(jax.vmap(jax.vmap(run), (0, None)))(keys, rates))
     return values[:, 0, 0], values[:, 1, 1]
 
 

@@ -18,6 +18,7 @@ import manifoldflow as mf
 from checks import at_least, at_most, close, in_window, slope
 from manifoldflow import theory
 from manifoldflow.diagnostics import kernel_change
+from quick import long_jit
 
 SILENT = mf.IsotropicNoise(0.0)
 
@@ -71,7 +72,7 @@ COUNTS, SPARSITIES = (6, 15, 24, 30), (2, 5, 10)
 SCHEDULES = ("constant", "falling", "far too large at random", "constant, label noise")
 
 
-@jax.jit
+@long_jit
 def descents(inputs, truth, rates, noise_stds):
     """w after 8, 16, …, 48 steps for every draw of the inputs and every schedule."""
 
@@ -195,7 +196,7 @@ def runs():
         measure = lambda point: kernel_change(model.loss, start, point).relative_change
         return jax.vmap(measure)(walk.points)[1:], jax.vmap(model.weights)(walk.points)[1:]
 
-    members = jax.jit(jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None)))
+    members = long_jit(jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None)))
     rates, stds = jnp.array([*RATES, RATES[0]]), jnp.sqrt(jnp.array([10, 10, 0]))
     found = members(rates, stds, jr.split(jr.key(6), RUNS))
     return model, np.asarray(truth), tuple(map(np.asarray, found))

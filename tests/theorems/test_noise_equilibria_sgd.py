@@ -10,16 +10,30 @@ import pytest
 import manifoldflow as mf
 from checks import at_least, at_most, close
 from manifoldflow import models, symmetry, theory
+from quick import long_jit
 
 V = np.array([[1.0, 0.3, 0.0], [0.2, -0.8, 0.1], [0.0, 0.1, 0.6]])
 STREAM = models.LinearStream(V, [2.0, 1.0, 0.5], [0.3, 1.0, 0.2])
 
 
-def runs(model, start, *, rate, steps, observe, seeds, batch_size=1, saves=20, decay=0.0, seed=0):
+def runs(
+    model,
+    start,
+    *,
+    rate,
+    steps,
+    observe,
+    seeds,
+    batch_size=1,
+    saves=20,
+    decay=0.0,
+    seed=0,
+    jit=jax.jit,
+):
     """Observables of SGD with weight decay, (seeds, saves + 1, ...)."""
     optimizer = lambda eta: optax.chain(optax.add_decayed_weights(2 * decay), optax.sgd(eta))
 
-    @jax.jit
+    @jit
     @jax.vmap
     def run(key):
         of_start, of_steps = jr.split(key)
@@ -47,7 +61,7 @@ def test_sgd_ends_at_the_equilibrium_of_deep_networks_up_to_its_rate():
     gaps = {}
     for rate in (0.02, 0.01):
         found = runs(
-            net, start, rate=rate, steps=int(4 / rate**2), seeds=12,
+            net, start, rate=rate, steps=int(4 / rate**2), seeds=12, jit=long_jit,
             observe={"gains": net.layer_gains},
         )["gains"]  # fmt: skip
         at_least("the start's imbalance", np.ptp(found[:, 0].mean(0)) / predicted[0], 2)
@@ -184,7 +198,7 @@ def test_an_approximate_symmetry_under_sgd():
     noise = mf.noise.OnlineBatch(sample, noisy, 1)
     loss = mf.FunctionLoss(lambda p: (p[0] * p[1] - 0.75) ** 2)
     charge = lambda p: (p[0] ** 2 - p[1] ** 2) / 2
-    run = jax.jit(jax.vmap(lambda key: mf.simulate(
+    run = long_jit(jax.vmap(lambda key: mf.simulate(
         loss, noise, optax.sgd, target, learning_rate=rate, num_steps=30000, num_saves=60,
         observe={"charge": charge}, key=key).observables["charge"]))  # fmt: skip
     mean, error = mean_and_error(np.asarray(run(jr.split(jr.key(0), 64)))[:, 20:])
@@ -217,8 +231,8 @@ def test_nonlinear_networks_align_under_sgd(activation):
             key=jr.key(2), observe={"both": lambda p: jnp.stack(net.representations(p))},
         ).observables["both"]  # fmt: skip
 
-    sgd = jax.jit(lambda: run(net.noise(2), 0.01, 10000))()
-    descent = jax.jit(lambda: run(mf.IsotropicNoise(0.0), 0.05, 2000))()
+    sgd = long_jit(lambda: run(net.noise(2), 0.01, 10000))()
+    descent = long_jit(lambda: run(mf.IsotropicNoise(0.0), 0.05, 2000))()
     cosine = lambda pair: np.vdot(*pair) / np.prod([np.linalg.norm(side) for side in pair])
     aligned, apart = cosine(np.asarray(sgd[20:]).mean(0)), cosine(np.asarray(descent[-1]))
     at_least("cosine under SGD", aligned, 0.8)

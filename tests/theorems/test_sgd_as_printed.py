@@ -26,6 +26,7 @@ from circle_noise import (
     VARIANCE,
 )
 from limit_laws import EXAMPLES, outcome_law
+from quick import long_jit
 from richardson import agrees, at_rates
 
 SEED = 3
@@ -114,7 +115,7 @@ def test_lemma_b6_the_integrator():
         )  # fmt: skip
         return walk.points[-1], jnp.sum(jnp.diff(walk.points, axis=0) ** 2), walk.times[-1]
 
-    ends, brackets, times = jax.jit(jax.vmap(integrator))(jr.split(jr.key(SEED), 4000))
+    ends, brackets, times = long_jit(jax.vmap(integrator))(jr.split(jr.key(SEED), 4000))
     close("time", times, np.ones(4000), 1e-12)
     close("[Zₙ](1)", brackets, np.full(4000, count - 1.0), 1e-10)
     at_least("[Zₙ](1) against the printed bound", brackets[0], 4 + 1e-3)

@@ -18,6 +18,7 @@ import pytest
 
 import manifoldflow as mf
 from checks import at_least, at_most, in_window
+from quick import long_jit
 from richardson import extrapolated
 
 END_TIME, RATES, NUM_STEPS, NUM_RUNS, SEED = 0.5, (0.1, 0.05), (50, 200), 2000, 1
@@ -119,7 +120,7 @@ class Case:
             return moments(walk.points[jnp.array([1, every])]) - moments(jnp.stack(limits))
 
         keys = jr.split(jr.key(SEED), NUM_RUNS)
-        both = jax.jit(jax.vmap(jax.vmap(gap, (None, None, 0)), (None, 0, None)))
+        both = long_jit(jax.vmap(jax.vmap(gap, (None, None, 0)), (None, 0, None)))
         # (rates, runs, versions, times, 6): of each rate the time that it was meant for.
         found = np.asarray(both(self.table, jnp.array(RATES), keys))
         return np.stack([found[i, :, :, i] for i in range(2)]).transpose(2, 0, 1, 3)

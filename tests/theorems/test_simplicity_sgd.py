@@ -18,6 +18,7 @@ import pytest
 import manifoldflow as mf
 from checks import at_least, at_most, close, refused
 from manifoldflow import theory
+from quick import long_jit
 
 INPUTS = np.array([[1.0, 0.0, 0.0], [0.2, 0.96**0.5, 0.0]])
 MU = theory.coherence(INPUTS)
@@ -87,7 +88,7 @@ def runs(starts, noise, update, rate, num_steps):
             num_saves=NUM_SAVES, observe=OBSERVED, throw=False,
         )  # fmt: skip
 
-    found = jax.jit(jax.vmap(run))(starts.points, jr.split(jr.key(1), NUM_SEEDS))
+    found = long_jit(jax.vmap(run))(starts.points, jr.split(jr.key(1), NUM_SEEDS))
     assert np.all(np.asarray(found.stats["diverged_at"]) < 0)
     return {name: np.asarray(values) for name, values in found.observables.items()}
 
@@ -158,7 +159,7 @@ def test_the_clock_of_sgd_is_that_of_the_flow():
     start, time, variance, slow = jnp.array([[0.9, 0.1, 0.3], [-0.5, 0.6, 0.0]]), 0.06, 0.02, 0.02
     num_steps = theory.label_noise_num_steps(time, learning_rate=slow, label_variance=variance)
 
-    @jax.jit
+    @long_jit
     def means(rate):
         def run(key):
             found = mf.simulate(

@@ -12,6 +12,7 @@ import optax
 import manifoldflow as mf
 from checks import at_least, at_most, close
 from manifoldflow import theory
+from quick import long_jit
 
 
 def mean_and_error(values):
@@ -55,7 +56,7 @@ def test_sgd_and_its_diffusion_spread_as_predicted():
         ("SGD", descended, discrete, continuous),
         ("diffusion", diffused, continuous, discrete),
     ):
-        ends = np.asarray(jax.jit(jax.vmap(fn))(keys)) - np.asarray(limit)
+        ends = np.asarray(long_jit(jax.vmap(fn))(keys)) - np.asarray(limit)
         mean, error = mean_and_error(ends[:, :, None] * ends[:, None, :])
         slack = 0.02 * np.max(np.abs(expected)) if name == "diffusion" else 0.0
         misses = (np.abs(mean - expected) - slack) / error
@@ -85,7 +86,7 @@ def test_the_refined_regulariser():
         run = {"learning_rate": rate, "num_steps": steps, "key": key, "throw": False}
         return imbalance(mf.simulate(PRODUCT, UNIT, optax.sgd, start, **run).final)
 
-    mean, error = mean_and_error(jax.jit(jax.vmap(end))(jr.split(jr.key(0), 4000)) / 3.75)
+    mean, error = mean_and_error(long_jit(jax.vmap(end))(jr.split(jr.key(0), 4000)) / 3.75)
     refined, fine = 3.75, 20 * steps
     for _ in range(fine):
         refined -= steps * rate**2 / fine * refined / (1 - rate * np.sqrt(refined**2 + 4) / 2)
@@ -113,7 +114,7 @@ def test_label_noise_settles_where_the_regularised_loss_is_stationary():
         late = run.points[400:]
         return jnp.stack([jnp.mean(jax.vmap(imbalance)(late)), jnp.mean(late[:, 0] * late[:, 1])])
 
-    means, errors = mean_and_error(jax.jit(jax.vmap(observed))(jr.split(jr.key(0), 500)))
+    means, errors = mean_and_error(long_jit(jax.vmap(observed))(jr.split(jr.key(0), 500)))
     at_most("mean of x² − y²", abs(means[0]), 4 * errors[0] + 1e-4)
     shift = 1 - means[1]
     at_most(f"shift {shift:.4f} of xy", abs(shift - 2 * strength), 4 * errors[1] + 0.1 * rate**2)

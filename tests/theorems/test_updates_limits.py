@@ -4,6 +4,8 @@ Mean fields, covariances and second moments are written out here; `IterationLimi
 rows, gains or preconditioners.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -114,36 +116,48 @@ def test_sign_descent_does_not_move():
 # --- Adam ------------------------------------------------------------------------------------
 
 
-def with_moments(here, b, eps, decay, noise_of_moments=1.0):
-    """Adam as one iteration of θ and its second moments v; Cov g² matters to neither."""
+@functools.cache
+def with_moments(here):
+    """Adam as one iteration of θ and its second moments v; Cov g² matters to neither.
+
+    Of b, ε and the decay: all values go through one program.
+    """
     scale = float(here.loss.scale)
     strength = (scale * STD) ** 2 * here.count  # of batches of one
     moments = lambda x: strength * jnp.sum(here.rows(x) ** 2, axis=0)
     slope = lambda x: scale * here.rows(x).T @ here.residual(x)
-    preconditioner = lambda v: 1 / (jnp.sqrt(v) + eps)
+    preconditioner = lambda v, eps: 1 / (jnp.sqrt(v) + eps)
 
-    def field(p):
+    def field(b, eps, p):
         x, v = p["x"], p["z"]
         mean = slope(x)
-        return {"x": preconditioner(v) * mean, "z": b * (v - moments(x) - mean**2)}
+        return {"x": preconditioner(v, eps) * mean, "z": b * (v - moments(x) - mean**2)}
 
-    def covariance(p):
-        rows = here.rows(p["x"]) * preconditioner(p["z"])
+    def covariance(b, eps, p):
+        rows = here.rows(p["x"]) * preconditioner(p["z"], eps)
         zeros = jnp.zeros((len(p["x"]), len(p["x"])))
-        spread = noise_of_moments * b**2 * jnp.diag(2 * p["z"] ** 2)
+        spread = b**2 * jnp.diag(2 * p["z"] ** 2)
         return jnp.block([[strength * rows.T @ rows, zeros], [zeros, spread]])
 
-    def slow(p):
+    def slow(decay, p):
         return {"x": -decay * p["x"], "z": jnp.zeros_like(p["z"])}
 
-    flow = mf.IterationLimit(field, covariance, slow, rank=here.count + len(here.flat))
-    return flow.drift({"x": here.flat, "z": moments(here.flat)})["x"]
+    @jax.jit
+    def drift(b, eps, decay):
+        partial = jax.tree_util.Partial
+        flow = mf.IterationLimit(
+            partial(field, b, eps), partial(covariance, b, eps), partial(slow, decay),
+            rank=here.count + len(here.flat),
+        )  # fmt: skip
+        return flow.drift({"x": here.flat, "z": moments(here.flat)})["x"]
+
+    return drift
 
 
 @pytest.mark.parametrize("b, eps, decay", [(0.8, 0.0, 0.0), (5.0, 0.3, 0.4), (0.05, 0.02, 0.0)])
 def test_adam_whose_second_moments_lag(b, eps, decay):
     here = problem()
-    expected = with_moments(here, b, eps, decay)
+    expected = with_moments(here)(b, eps, decay)
     options = {"averaging": b, "eps": eps, "weight_decay": decay}
     flow = here.found(updates.Adam(**options))
     law("Adam", flow.drift(here.point), expected, 1e-8)
@@ -176,7 +190,7 @@ def test_adam_with_fast_second_moments(name, eps):
     here = problem(name)
     matrix, u = g_s(here, eps)
     potential = lambda x: jnp.sum(u(x) - eps * jnp.log(u(x) + eps))
-    expected = -matrix @ jax.grad(potential)(here.flat) / 2
+    expected = -matrix @ jax.jit(jax.grad(potential))(here.flat) / 2
     found = here.found(updates.Adam(eps=eps)).drift(here.point)
     law("Adam", found, expected, 1e-9)
     late = [flat(here.found(updates.Adam(averaging=b, eps=eps)).drift(here.point)) - flat(found)
@@ -240,7 +254,7 @@ def test_likelihoods_too():
     point = manifold.project(start)
     x0, unravel = ravel_pytree(point)
     outputs = lambda x: jax.vmap(lambda z: once(unravel(x), z))(jnp.asarray(inputs))
-    rows, b = jax.jacfwd(outputs), 0.7
+    rows, b = jax.jit(jax.jacfwd(outputs)), 0.7
     mean = lambda x: rows(x).T @ (jax.nn.sigmoid(outputs(x)) - labels) / 3
 
     def covariance_of_gradient(x):

@@ -51,17 +51,17 @@ def predicted():
     residual = lambda x: loss.residual(unravel(x))
 
     def spaces(x):
+        """J, and J† of full rank."""
         jacobian = jax.jacfwd(residual)(x)
-        inverse = jnp.linalg.pinv(jacobian)  # J†
-        return jacobian, inverse, jnp.linalg.inv(jacobian @ jacobian.T)
+        return jacobian, jacobian.T @ jnp.linalg.inv(jacobian @ jacobian.T)
 
     def velocity(x):
-        jacobian, _, gram = spaces(x)
-        return -(x - jacobian.T @ (gram @ (jacobian @ x)))
+        jacobian, inverse = spaces(x)
+        return -(x - inverse @ (jacobian @ x))
 
     def lift(x):
         """H†x."""
-        _, inverse, _ = spaces(x)
+        _, inverse = spaces(x)
         return inverse @ (inverse.T @ x) / loss.scale
 
     def bend(x):
@@ -70,8 +70,9 @@ def predicted():
             SMALL.manifold, unravel(x), jax.tree.map(lambda leaf: leaf[..., None], unravel(v))
         )
         # A length of its own, so that the difference of the two loses no digits.
-        size = jnp.linalg.norm(lift(x)) / jnp.linalg.norm(x)
-        both = jax.lax.map(lambda sign: covariance(lift(x) / size + sign * x), jnp.array([1.0, -1]))
+        lifted = lift(x)
+        size = jnp.linalg.norm(lifted) / jnp.linalg.norm(x)
+        both = jax.lax.map(lambda sign: covariance(lifted / size + sign * x), jnp.array([1.0, -1]))
         difference = jax.tree.map(lambda a: (a[0] - a[1]) * size / 4, both)
         return jax.flatten_util.ravel_pytree(difference)[0]
 
