@@ -42,6 +42,11 @@ class Running:
         self.process: Any = CONTEXT.Process(target=_run, args=arguments)
         self.process.start()
 
+    def printed(self) -> str:
+        """What it has printed so far."""
+        path = pathlib.Path(self.files.name) / "stdout"
+        return path.read_text() if path.exists() else ""
+
     def finished(self, timeout=300.0) -> Finished:
         """What it printed, once it is over or `timeout` seconds are."""
         self.process.join(timeout)

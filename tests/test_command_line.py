@@ -3,8 +3,6 @@
 import io
 import os
 import pathlib
-import subprocess
-import sys
 import time
 
 import jax
@@ -23,6 +21,7 @@ from manifoldflow._command._sizes import check_sizes, MAX_RESIDUALS
 from manifoldflow._command._solved import plainly
 from manifoldflow._command._waiting import Waiting
 from manifoldflow.plotting import plot_walk
+from processes import Running
 
 WALK = ["walk", "--examples", "8", "--width", "10", "--end-time", "2"]
 
@@ -205,26 +204,19 @@ def test_what_cannot_be_fitted_is_said(tmp_path, capsys):
 
 
 def test_a_killed_walk_on_digits_goes_on_to_its_end(tmp_path):
-    command = [sys.executable, "-m", "manifoldflow", *WALK, "--out", str(tmp_path)]
+    command = ["-m", "manifoldflow", *WALK, "--out", tmp_path]
     checkpoint = pathlib.Path(tmp_path) / "checkpoint.npz"
-    # Compiled quickly rather than well, and once for both.
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        rows = 0
-        for line in process.stdout:
-            rows += line.startswith("[")
-            if rows == 5:
-                break
-        process.kill()
+    # Compiled once for both.
+    environment = {"JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
+    first = Running(command, environment=environment)
+    while sum(line.startswith("[") for line in first.printed().splitlines()) < 5:
+        assert first.process.is_alive(), first.finished().stderr[-2000:]
+        time.sleep(0.01)
+    first.finished(0)
     with np.load(checkpoint) as stored:
         done = len(stored["point_0"])
         assert done >= 4, f"4 saves were shown, {done} are stored"
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    again = Running(command, environment=environment).finished()
     assert again.returncode == 0, again.stderr[-2000:]
     assert "landed by an earlier call" in again.stdout, "the landed network was on the disk"
     shown = sum(line.startswith("[") for line in again.stdout.splitlines())

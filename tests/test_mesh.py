@@ -15,7 +15,7 @@ MOST = 40
 # One for the factors, one for the Gram matrix, and for each product with J or its transpose: with
 # vectors that are not whole, a factorisation sends its columns about, some 30 in all.
 MOST_ALONG_EXAMPLES = {
-    "drift": 8, "project": 20, "limit_map": 28, "stochastic walk": 4, "in chunks": 16
+    "drift": 6, "project": 16, "limit_map": 24, "stochastic walk": 3, "in chunks": 13
 }  # fmt: skip
 # Of programs with several Jacobians, where each weight and factor is sent as well.
 MOST_OF = {"gram": 15, "limit_map": 110, "in chunks": 145}

@@ -122,17 +122,26 @@ def trace_sample(
     """
     slopes = outputs.slopes
     # One sign an example: cross terms of different examples vanish in the mean.
-    per_example = _signs(signs, (len(slopes),) + (1,) * (slopes.ndim - 1), slopes.dtype)
+    per_example = draw_signs(signs, (len(slopes),) + (1,) * (slopes.ndim - 1), slopes.dtype)
     spread = pulled(loss, point, slopes * per_example)
-    if outputs.roots is not None:
-        drawn = _signs(signs, slopes.shape, slopes.dtype)
-        left = right = pulled(loss, point, _rooted(outputs.roots, drawn))
-    else:
-        left = _signs(signs, spread.shape, spread.dtype)
-        right = pulled(loss, point, pushed(loss, point, None, left))
+    like = spread if outputs.roots is None else slopes
+    left, right = trace_pair(loss, point, outputs, draw_signs(signs, like.shape, like.dtype))
     sizes = [leaf.size for leaf in jax.tree.leaves(loss.split(point)[0])]
     norm = float(np.sum(np.asarray(spread, float) ** 2))
     return Sample(_by_leaf(sizes, left, right), loss.num_examples * norm)
+
+
+def trace_pair(
+    loss: AbstractExampleLoss, point: Point, outputs: Outputs, signs: Array
+) -> tuple[Vector, Vector]:
+    """Two vectors whose inner product is tr G, in the mean over random signs.
+
+    The signs are of outputs; of coordinates where there are no roots of W.
+    """
+    if outputs.roots is None:
+        return signs, pulled(loss, point, pushed(loss, point, None, signs))
+    pulled_back = pulled(loss, point, _rooted(outputs.roots, signs))
+    return pulled_back, pulled_back
 
 
 def curvature_sample(
@@ -140,7 +149,7 @@ def curvature_sample(
 ) -> Scalar:
     """An unbiased sample of tr(∇²L − G), less the weight decay; of tr ∇²L without outputs."""
     flat, _ = _tree.ravel(loss.split(point)[0])
-    return curvature_along(loss, point, slopes, _signs(signs, flat.shape, flat.dtype))
+    return curvature_along(loss, point, slopes, draw_signs(signs, flat.shape, flat.dtype))
 
 
 @eqx.filter_jit
@@ -185,7 +194,7 @@ def _plain(loss: AbstractExampleLoss) -> PerExampleLoss:
     return plain
 
 
-def _signs(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
+def draw_signs(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
     """Random signs by NumPy: in JAX each new shape would be one more program."""
     signs = generator.integers(0, 2, shape, np.int8)
     return jnp.asarray(2 * signs - 1, dtype)
