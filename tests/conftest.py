@@ -24,14 +24,13 @@ jax.config.update("jax_enable_x64", True)
 quick.settle()
 
 MANY_MAPS = 10_000
-LONG_TABLE = 4
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--fewer-cases",
         action="store_true",
-        help="try each law on one of its manifolds, in turn, and about half of each long table",
+        help="try each law on one of its manifolds, in turn, and about half of each table of cases",
     )
 
 
@@ -56,12 +55,13 @@ def fewer(cases, turn):
     """Some cases of a test. All where each case is the only test of something."""
     if "laws" in cases[0].path.parts:
         return [cases[turn % len(cases)]]
-    if len(cases) < LONG_TABLE or cases[0].get_closest_marker("every_case"):
+    if len(cases) == 1 or cases[0].get_closest_marker("every_case"):
         return cases
     rows = {}
     for case in cases:
         rows.setdefault(repr(list(case.callspec.params.values())[:-1]), []).append(case)
-    if len(rows) == 1:
+    # One parameter; or several that go together, so that no row has a second value.
+    if len(rows) in (1, len(cases)):
         return cases[turn % 2 :: 2]
     # Every row, and in turn every value of the last parameter.
     return [row[(turn + i) % len(row)] for i, row in enumerate(rows.values())]

@@ -62,17 +62,21 @@ def test_every_row_of_several_parameters_is_kept():
 
 
 def test_turns_go_through_all_of_a_table():
-    for parameters in (("abcdefg",), ("ab", (1, 2, 3))):
+    for parameters in (("ab",), ("abc",), ("abcdefg",), ("ab", (1, 2, 3))):
         cases = table(*parameters)
         turns = [values(conftest.fewer(cases, turn)) for turn in range(3)]
         equal("cases of three turns", set().union(*turns), set(values(cases)))
         assert all(len(kept) <= len(cases) / 2 + 0.5 for kept in turns), turns
 
 
-@pytest.mark.parametrize(
-    "cases", [table("abc"), table([1]), table("abcdefg", marks=["every_case"])]
-)
-def test_all_cases_of_short_tables_and_where_each_is_the_only_test(cases):
+def test_parameters_that_go_together_are_one_table():
+    cases = [case for case in table("abcd", "abcd") if len(set(case.callspec.params.values())) == 1]
+    turns = [values(conftest.fewer(cases, turn)) for turn in range(3)]
+    equal("cases", turns, [[("a", "a"), ("c", "c")], [("b", "b"), ("d", "d")], turns[0]])
+
+
+@pytest.mark.parametrize("cases", [table([1]), table("abcdefg", marks=["every_case"])])
+def test_all_cases_where_each_is_the_only_test(cases):
     for turn in range(3):
         equal("cases", conftest.fewer(cases, turn), cases)
 
