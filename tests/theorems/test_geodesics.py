@@ -141,6 +141,17 @@ def test_great_circles_and_times_of_any_kind():
             mf.geodesic(sphere, point, velocity, times)
 
 
+def test_the_logarithm_takes_the_options_of_its_geodesics():
+    """It inverts the map of these options, and not that of exact geodesics."""
+    walk = mf.geometry.GeodesicOptions(solver=dfx.Heun(), step_size=0.5)
+    point, other = jnp.array([1.0, 0.0, 0.0]), jnp.array([0.0, 0.6, 0.8])
+    vector = mf.logarithm_map(sphere, point, other, walk=walk)
+    close("there", mf.exponential_map(sphere, point, vector, walk=walk), other, 1e-8)
+    length = float(mf.distance(sphere, point, other, walk=walk))
+    close("its length", length, jnp.linalg.norm(vector), 1e-12)
+    assert abs(length - np.pi / 2) > 1e-4, length
+
+
 def test_exponential_and_logarithm():
     point = ellipsoid.project(jr.normal(jr.key(3), (5,)))
     vector = ellipsoid.random_tangent(point, jr.key(2))
