@@ -183,22 +183,27 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def wanted() -> list[dict[str, Any]]:
     """What is compiled: all sizes on 256 chips, and slices of every chip for one size."""
-    rows = [("v5p", 256, d, n) for n in ("1e4", "1e3", "1e5") for d in WIDTHS]
+    rows: list[Any] = [("v5p", 256, d, n) for n in ("1e4", "1e3", "1e5") for d in WIDTHS]
     rows += [("v5p", k, "1e8", "1e4") for k in (64, 16, 4, 1)]
     rows += [("v5p", 1, d, "1e3") for d in ("1e6", "1e8")]
     rows += [("v5p", k, "1e9", "1e4") for k in (64, 16, 4)]
     rows += [(chip, k, "1e8", "1e4") for k in (256, 64, 16) for chip in ("v6e", "v5e")]
+    # Where examples are few, more of the chips can share the parameters.
+    rows += [("v5p", 256, "1e8", "1e3", 32)]
     return [
-        {"chip": chip, "chips": k, "D ≈": d, "n ≈": n} | shape(chip, k, d, n)
-        for chip, k, d, n in dict.fromkeys(rows)
+        {"chip": chip, "chips": k, "D ≈": d, "n ≈": n} | shape(chip, k, d, n, *parameters)
+        for chip, k, d, n, *parameters in dict.fromkeys(rows)
     ]
 
 
-def shape(chip: str, num_chips: int, size: str, number: str) -> dict[str, Any]:
-    """How the chips share: from 16 of them on parameters too, where ten whole ones take 1 GB."""
+def shape(chip: str, num_chips: int, size: str, number: str, parameters: int = 0) -> dict[str, Any]:
+    """How the chips share: from 16 of them on parameters too, where ten whole ones take 1 GB.
+
+    The chips are a square then, unless it is said how many share the parameters.
+    """
     width, num_examples = WIDTHS[size], NUMBERS[number]
     root = {16: 4, 64: 8, 256: 16}.get(num_chips, 1)
-    parameters = root if 8 * width**2 * 10 > 1e9 else 1
+    parameters = parameters or (root if 8 * width**2 * 10 > 1e9 else 1)
     return {
         "topology": f"{chip}:{SLICES[chip][num_chips]}",
         "examples": num_chips // parameters,

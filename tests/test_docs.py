@@ -113,8 +113,8 @@ def test_bounds_on_slices_are_those_of_the_file():
         return shown == value if isinstance(value, str) else pages.rounds(value, shown)
 
     def found(row):
-        """The row of the file with this chip, this many of them, and these sizes."""
-        names = ("chip", "chips", "D", "n")
+        """The row of the file with this chip, as many of them alike, and these sizes."""
+        names = ("chip", "chips", "parameters", "D", "n")
         (one,) = [each for each in kept if all(is_same(each[name], row[name]) for name in names)]
         return one
 
@@ -132,14 +132,15 @@ def test_sums_in_the_text_of_several_devices_are_those_of_the_files():
     text = " ".join(TEXTS["how-to/several_devices.md"].split())
     kept, cores = pages.results("scaling-tpu-aot"), pages.results("scaling-cpu")
 
-    def kept_of(number, chips, name="GB a chip"):
-        rows = [r for r in kept if (r["chip"], r["chips"], r["n"]) == ("v5p", chips, number)]
+    def kept_of(number, chips, parameters, name="GB a chip"):
+        names, values = ("chip", "chips", "parameters", "n"), ("v5p", chips, parameters, number)
+        rows = [row for row in kept if tuple(row[name] for name in names) == values]
         (one,) = [row for row in rows if pages.rounds(row["D"], "1.0e8")]
         return one[name]
 
-    def sums(number):
-        share = 1.3 / 256 * kept_of(number, 1)
-        beside = kept_of(number, 256, "GB beside its share")
+    def sums(number, parameters=16):
+        share = 1.3 / 256 * kept_of(number, 1, 1)
+        beside = kept_of(number, 256, parameters, "GB beside its share")
         return share, beside, share + beside
 
     share, beside, bound = sums(10_240)
@@ -148,10 +149,12 @@ def test_sums_in_the_text_of_several_devices_are_those_of_the_files():
     )
     low, high = weak["quartiles"].split("-")
     for sentence in (
-        f"takes {kept_of(10_240, 1):.2f} GB on one v5p chip and {kept_of(10_240, 256):.3f} GB on",
+        f"takes {kept_of(10_240, 1, 1):.2f} GB on one v5p chip and "
+        f"{kept_of(10_240, 256, 16):.3f} GB on",
         f"1.3 shares of the former, {share:.3f} GB, and the items with the",
         f"program, {beside:.3f} GB, make {bound:.3f}.",
-        f"n = 1,024 the two are {kept_of(1_024, 256):.3f} and {sums(1_024)[2]:.3f}:",
+        f"n = 1,024 the two are {kept_of(1_024, 256, 16):.3f} and {sums(1_024)[2]:.3f}:",
+        f"8×32 take {kept_of(1_024, 256, 32):.3f} GB, and their bound is {sums(1_024, 32)[2]:.3f}.",
         f"do {weak['examples/s ÷ one device']:.2f} times the examples per second of one",
         f"(quartiles {low} to {high};",
         f"and {weak['by processor time']:.2f} times by processor time.",
