@@ -36,7 +36,9 @@ KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 def problem(width=32):
     model = eqx.nn.MLP(4, "scalar", width, 2, activation=jnp.tanh, key=jr.key(0))
     inputs = jr.normal(jr.key(1), (NUM_EXAMPLES, 4))
-    return mf.LeastSquares(inputs, jnp.sin(inputs[:, 0])), model
+    # Near what the model gives, so that gradient flow lands within a few steps.
+    targets = jax.jit(jax.vmap(model))(inputs) + 0.01 * np.sin(inputs[:, 0])
+    return mf.LeastSquares(inputs, targets), model
 
 
 def chunked(loss, point):
@@ -62,7 +64,7 @@ def in_rows(loss, _):
 FUNCTIONS = {
     "drift": drift,
     "project": lambda loss, p: mf.ZeroLossManifold(loss).project(p, throw=False),
-    "limit_map": lambda loss, p: mf.limit_map(loss, p, throw=False),
+    "limit_map": lambda loss, p: mf.limit_map(loss, p, rtol=1e-3, throw=False),
     "stochastic walk": lambda loss, p: mf.walks.StochasticWalk(
         1.0, relative_step=0.01
     ).gradient_and_trace(loss, p, jr.key(3)),
@@ -79,7 +81,9 @@ def collectives(text):
 
 
 def relative_gap(found, expected):
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    # By NumPy: each operation on arrays of several devices would be a program of its own.
+    found, expected = (map(np.asarray, jax.tree.leaves(tree)) for tree in (found, expected))
+    pairs = zip(found, expected, strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
