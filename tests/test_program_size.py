@@ -8,10 +8,12 @@ import pathlib
 import sys
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from diffrax import _integrate
 
 import manifoldflow as mf
 from checks import at_most, equal
@@ -28,6 +30,13 @@ MOST = {
     "solve": 6_000,
     "minimize": 4_500,
 }
+
+
+@pytest.fixture(autouse=True)
+def programs_of_users(monkeypatch):
+    """Without what `quick` takes out of them."""
+    monkeypatch.setattr(_integrate, "eqxi", eqxi)
+    monkeypatch.delattr(_integrate, "range", raising=False)
 
 
 def problem(layers):
