@@ -33,10 +33,23 @@ def run_script(path: pathlib.Path, folder: pathlib.Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
+def leave_layouts() -> None:
+    """Draw pictures, but find no room for their texts: that takes longer than drawing."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine, TightLayoutEngine
+
+    for engine in (ConstrainedLayoutEngine, TightLayoutEngine):
+        engine.execute = lambda self, figure: None
+    save = Figure.savefig
+    # Cutting off empty margins draws a picture twice.
+    Figure.savefig = lambda *args, **options: save(*args, **options | {"bbox_inches": None})
+
+
 def run_notebook(path: pathlib.Path) -> None:
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
+    leave_layouts()
     os.chdir(path.parent)
     shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
