@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from manifoldflow._boundary import checked_but
 from manifoldflow._errors import numbers, real_numbers, shapes_of
+from manifoldflow._jit import jit_part
 
 
 class Statistics(eqx.Module):
@@ -79,6 +80,13 @@ def statistics(
     if not all(0 <= level <= 1 for level in asked.reshape(-1)) or asked.ndim != 1:
         raise ValueError(f"levels must be a sequence of numbers in [0, 1]; got {levels}.")
     arrays = jax.tree.map(lambda leaf: _members_first(leaf, axis), arrays)
+    return _statistics(arrays, jnp.asarray(levels, float), num_members)
+
+
+@jit_part
+def _statistics(
+    arrays: PyTree[Array], levels: Float[Array, " levels"], num_members: int
+) -> Statistics:
     is_fine = _finite_members(arrays)
     count = jnp.sum(is_fine)
     mean = jax.tree.map(lambda leaf: _mean(leaf, is_fine), arrays)
@@ -90,7 +98,7 @@ def statistics(
             lambda leaf: leaf / jnp.sqrt(jnp.maximum(count, 1).astype(leaf.dtype)), deviation
         ),
         quantiles=jax.tree.map(lambda leaf: _quantiles(leaf, is_fine, levels), arrays),
-        levels=jnp.asarray(levels, float),
+        levels=levels,
         count=count,
         num_failed=num_members - count,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from manifoldflow._boundary import checked
 from manifoldflow._clock import check_same_clock
 from manifoldflow._errors import checked_count, checked_positive, is_traced, real_numbers, shapes_of
+from manifoldflow._jit import jit_part
 from manifoldflow._results import Solution
 from manifoldflow._types import Flag, Scalar
 from manifoldflow.ensembles._statistics import statistics
@@ -273,6 +274,7 @@ def _levels(
     return steps, values, sigmas
 
 
+@jit_part
 def _fitted(
     design: Float[Array, "levels terms"],
     values: Float[Array, " levels"],
