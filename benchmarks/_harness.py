@@ -38,7 +38,10 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in seconds")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls; the minimum counts")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="for JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.repeats = 1
+    return arguments
 
 
 class Compiled:

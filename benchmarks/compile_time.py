@@ -106,7 +106,7 @@ def measure(
 def main() -> None:
     arguments = _harness.options(__doc__)
     if arguments.smoke:
-        rows = measure(4, 2, 16, "label", 1) + measure(4, 3, 16, "label", 2, ("drift", "solve"))
+        rows = measure(4, 2, 16, "label", 1) + measure(4, 3, 16, "label", 2, ("drift",))
     else:
         rows = measure(60, 2, 128, "label", 1)
         hot = ("drift", "limit_map", "solve")
