@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 
 @dataclasses.dataclass
@@ -25,13 +26,26 @@ def module_case(module: Any, inputs: Any, treatments: tuple[str, ...], call: Any
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jr.normal(jr.key(seed), shape)
+    """By NumPy: in JAX each new shape would be a program more."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def integers(seed: int, shape: tuple[int, ...], bound: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(bound, size=shape))
+
+
+def drawn(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The module `make(*arguments, **options, key=…)`, its arrays drawn by NumPy."""
+    shapes = eqx.filter_eval_shape(lambda key: make(*arguments, **options, key=key), jr.key(0))
+    arrays, rest = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    leaves, structure = jax.tree.flatten(arrays)
+    new = [normal(i, *leaf.shape) / 2 for i, leaf in enumerate(leaves)]
+    return eqx.combine(jax.tree.unflatten(structure, new), rest)
 
 
 def mlp(out_size: Any, use_bias: bool = True) -> Case:
-    module = eqx.nn.MLP(
-        3, out_size, 4, 2, jnp.tanh, use_bias=use_bias, use_final_bias=use_bias, key=jr.key(0)
-    )
+    options = {"use_bias": use_bias, "use_final_bias": use_bias}
+    module = drawn(eqx.nn.MLP, 3, out_size, 4, 2, jnp.tanh, **options)
     labels = ("rank one", "elementwise") if use_bias else ("rank one",)
     return module_case(module, normal(1, 5, 3), 3 * labels)
 
@@ -92,16 +106,16 @@ def layer_norm() -> Case:
 
 
 def attention(length: int = 5, width: int = 4, label: str = "positions, summed") -> Case:
-    module = eqx.nn.MultiheadAttention(2, width, use_output_bias=True, key=jr.key(0))
+    module = drawn(eqx.nn.MultiheadAttention, 2, width, use_output_bias=True)
     call = lambda model, x: model(x, x, x).sum(0)[:1]
     return module_case(module, normal(1, 3, length, width), (label,) * 4 + ("elementwise",), call)
 
 
 def embedding() -> Case:
     """Two look-ups in one table, of several rows and of one."""
-    module = eqx.nn.Embedding(7, 3, key=jr.key(0))
+    module = drawn(eqx.nn.Embedding, 7, 3)
     call = lambda model, x: jnp.tanh(jax.vmap(model)(x)).mean(0) * model(x[0])
-    inputs = jr.randint(jr.key(1), (6, 2), 0, 7)
+    inputs = integers(1, (6, 2), 7)
     return module_case(module, inputs, ("embedding",), call)
 
 
@@ -113,7 +127,7 @@ def long_look_up() -> Case:
         rows = jnp.take(p["table"], x, axis=0, fill_value=0.0)
         return jnp.sin(rows).sum(0) + jnp.sum(p["shift"][x[:2] % 4]) ** 2
 
-    return Case(fn, params, jr.randint(jr.key(2), (5, 6), 0, 6), ("embedding",) * 2)
+    return Case(fn, params, integers(2, (5, 6), 6), ("embedding",) * 2)
 
 
 def tied_embedding(transposed: bool) -> Case:
@@ -127,7 +141,7 @@ def tied_embedding(transposed: bool) -> Case:
         return p["table"] @ hidden
 
     labels = ("positions, summed", "positions")
-    return Case(fn, params, jr.randint(jr.key(2), (4, 3), 0, 6), labels)
+    return Case(fn, params, integers(2, (4, 3), 6), labels)
 
 
 def wrappers() -> Case:
@@ -165,7 +179,7 @@ def repeated_and_complex() -> Case:
 
 
 def convolution(**options: Any) -> Case:
-    module = eqx.nn.Conv2d(2, 4, 3, key=jr.key(0), **options)
+    module = drawn(eqx.nn.Conv2d, 2, 4, 3, **options)
     call = lambda model, x: jnp.tanh(model(x)).sum((1, 2))
     labels = ("convolution, summed", "elementwise")
     return module_case(module, normal(1, 3, 2, 6, 7), labels, call)
@@ -204,7 +218,7 @@ def one_kernel_on_two_images() -> Case:
 
 def recurrent() -> Case:
     """A GRU in a scan: one weight, many steps."""
-    cell = eqx.nn.GRUCell(2, 3, key=jr.key(0))
+    cell = drawn(eqx.nn.GRUCell, 2, 3)
 
     def call(model, xs):
         return jax.lax.scan(lambda h, x: (model(x, h), None), jnp.zeros(3), xs, reverse=True)[0]
@@ -231,7 +245,7 @@ def nested_scans() -> Case:
         return h.sum() + jnp.sin(sums).sum()
 
     labels = ("dense rows", "elementwise", "dense rows", "embedding", "positions, summed")
-    return Case(fn, params, jr.randint(jr.key(2), (4, 3, 2), 0, 3), labels)
+    return Case(fn, params, integers(2, (4, 3, 2), 3), labels)
 
 
 def batched_weights() -> Case:

@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from manifoldflow.linalg.jacobian import _use_matrix_product
 from structured_models import (
     Case,
     CASES,
+    drawn,
     mlp,
     module_case,
     normal,
@@ -181,15 +181,26 @@ def test_derivatives_equal_dense(case):
 
 def test_lineax_sees_a_general_operator():
     case = mlp(10)
-    jac = structured_jacobian(case.fn, case.params, case.inputs)
-    assert jac.in_size() == dense_matrix(case, case.params).shape[1]
+    jac = jax.jit(builder(case))(case.params)
     assert not lx.is_symmetric(jac) and not lx.is_diagonal(jac.T)
-    assert_close("composition", (jac @ jac.T).as_matrix(), jac.gram())
-    assert_close("materialise", lx.materialise(jac).as_matrix(), jac.as_matrix())
-    assert_close("materialise T", lx.materialise(jac.T).as_matrix(), jac.as_matrix().T)
     assert jac.T.T is jac and lx.conj(jac) is jac and lx.linearise(jac) is jac
-    solution = lx.linear_solve(jac, jac.mv(case.params), lx.LSMR(1e-13, 1e-13)).value
-    assert_close("least squares", jac.mv(solution), jac.mv(case.params), 1e-8)
+
+    @jax.jit
+    def pairs(jac, params):
+        matrix, value = jac.as_matrix(), jac.mv(params)
+        solution = lx.linear_solve(jac, value, lx.LSMR(1e-13, 1e-13)).value
+        return {
+            "composition": ((jac @ jac.T).as_matrix(), jac.gram()),
+            "materialise": (lx.materialise(jac).as_matrix(), matrix),
+            "materialise T": (lx.materialise(jac.T).as_matrix(), matrix.T),
+            "dense": (matrix, dense_matrix(case, params)),
+        }, (jac.mv(solution), value)
+
+    equal_pairs, least_squares = pairs(jac, case.params)
+    for name, (found, expected) in equal_pairs.items():
+        assert_close(name, found, expected)
+    assert jac.in_size() == equal_pairs["dense"][1].shape[1]
+    assert_close("least squares", *least_squares, 1e-8)
 
 
 def test_no_retracing():
@@ -224,9 +235,14 @@ def test_custom_backward_rules_are_kept():
     fn = lambda p, x: p["b"] @ jnp.tanh(reversed_gradient(p["a"] @ x))
     params = {"a": normal(0, 4, 3), "b": normal(1, 2, 4)}
     case = Case(fn, params, normal(2, 5, 3), ("rank one",) * 2)
-    jac = structured_jacobian(fn, params, case.inputs)
-    assert_close("rows", jac.as_matrix(), dense_matrix(case, params))
-    assert_close("gram", jac.gram(), dense_products(case, params)["gram"])
+
+    @jax.jit
+    def found_and_expected(params):
+        jac, matrix = structured_jacobian(fn, params, case.inputs), dense_matrix(case, params)
+        return {"rows": (jac.as_matrix(), matrix), "gram": (jac.gram(), matrix @ matrix.T)}
+
+    for name, (found, expected) in found_and_expected(params).items():
+        assert_close(name, found, expected)
 
 
 def equations(fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -261,7 +277,7 @@ def test_every_product_asks_for_full_precision(name):
 
 def test_covered_leaves_have_no_explicit_rows():
     """No array of n·D numbers anywhere in value, gradient and Gram matrix."""
-    module = eqx.nn.MLP(8, "scalar", 64, 2, jnp.tanh, key=jr.key(0))
+    module = drawn(eqx.nn.MLP, 8, "scalar", 64, 2, jnp.tanh)
     case = module_case(module, normal(1, 16, 8), ())
     build = builder(case)
 
@@ -303,20 +319,36 @@ def test_a_bias_shares_the_factor_of_its_weight(name):
         return params["v"] @ (hidden + (more * params["b"] if more else 0.0))
 
     params = {"b": normal(0, 4), "v": normal(1, 2, 4), "w": normal(2, 4, 3)}
-    found = structured_jacobian(fn, params, normal(3, 5, 3))
-    other = structured_jacobian(fn, params, normal(4, 6, 3))
+
+    @jax.jit
+    def operator_and_grams(params, inputs, others):
+        found, other = (structured_jacobian(fn, params, x) for x in (inputs, others))
+        matrix, other_matrix = found.as_matrix(), other.as_matrix()
+        return found, {
+            "gram": (found.gram(), matrix @ matrix.T),
+            "cross gram": (found.cross_gram(other), matrix @ other_matrix.T),
+        }
+
+    found, grams = operator_and_grams(params, normal(3, 5, 3), normal(4, 6, 3))
     assert found.twins == twins
-    assert_close("gram", found.gram(), found.as_matrix() @ found.as_matrix().T)
-    assert_close("cross gram", found.cross_gram(other), found.as_matrix() @ other.as_matrix().T)
+    for what, (got, expected) in grams.items():
+        assert_close(what, got, expected)
 
 
 def test_dtype_follows_the_parameters():
     case = mlp(10)
     single = jax.tree.map(lambda x: x.astype(jnp.float32), case.params)
-    jac = structured_jacobian(case.fn, single, case.inputs.astype(jnp.float32))
-    results = (jac.gram(), jac.row_norms_squared(), jac.mv(single), jac.T.mv(jac.mv(single)))
-    assert {x.dtype for x in jax.tree.leaves(results)} == {jnp.dtype("float32")}
-    assert_close("gram", jac.gram(), jac.as_matrix() @ jac.as_matrix().T, 1e-5)
+
+    @jax.jit
+    def results(params, inputs):
+        jac = structured_jacobian(case.fn, params, inputs)
+        value, matrix = jac.mv(params), jac.as_matrix()
+        found = jac.gram(), jac.row_norms_squared(), value, jac.T.mv(value)
+        return found, matrix @ matrix.T
+
+    found, expected = results(single, case.inputs.astype(jnp.float32))
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert_close("gram", found[0], expected, 1e-5)
 
 
 def test_wrong_arguments_are_named():
@@ -327,6 +359,6 @@ def test_wrong_arguments_are_named():
         structured_jacobian(fn, {"w": normal(1, 2, 3)}, (x, x[:2]))
     with pytest.raises(ValueError, match="one real floating-point array"):
         structured_jacobian(lambda p, x: (p["w"] @ x, x), {"w": normal(1, 2, 3)}, x)
-    jac = structured_jacobian(fn, {"w": normal(1, 2, 3)}, x)
+    jac = jax.jit(lambda w: structured_jacobian(fn, {"w": w}, x))(normal(1, 2, 3))
     with pytest.raises(ValueError, match="shapes of the parameters"):
         jac.mv({"w": normal(1, 3, 2)})

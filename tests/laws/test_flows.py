@@ -1,5 +1,6 @@
 """`solve`: stays on the manifold, composes with JAX, reports, stops, resumes."""
 
+import functools
 import os
 import signal
 
@@ -13,11 +14,14 @@ import pytest
 import manifoldflow as mf
 import processes
 import zoo
-from checks import at_least, at_most, close, equal, flat, norm, refused
+from checks import at_least, at_most, close, equal, norm, refused
 from zoo import descent, height
 
 START = jnp.asarray(zoo.START)
 FLOW = zoo.descent_flow()
+# With as many saves everywhere: tests with the same options share a program.
+follow = functools.partial(mf.solve, FLOW, end_time=0.5, num_saves=4)
+BOWL = mf.GradientFlow(mf.FunctionLoss(lambda x: x @ x))
 
 
 def test_label_noise_flow_stays_on_the_manifold_and_flattens():
@@ -30,14 +34,14 @@ def test_label_noise_flow_stays_on_the_manifold_and_flattens():
     }
     walk = mf.solve(flow, place.point, end_time=1.0, num_saves=5, observe=observe)
     assert bool(walk.result == mf.RESULTS.successful), walk.result
-    defects = eqx.filter_vmap(lambda y: manifold.defect(eqx.combine(y, place.point)))(walk.points)
+    defect = lambda y: manifold.defect(eqx.combine(y, place.point))
+    defects = eqx.filter_jit(eqx.filter_vmap(defect))(walk.points)
     at_most(f"defects at the saves {defects}", jnp.max(defects), 1e-8)
-    traces = walk.observables["trace"]
-    at_most(f"the trace falls: {traces}", jnp.max(jnp.diff(traces)), 0.0)
+    traces = np.asarray(walk.observables["trace"])
+    at_most(f"the trace falls: {traces}", np.max(np.diff(traces)), 0.0)
+    trace = eqx.filter_jit(loss.trace_gauss_newton)
     for i in (0, 2, 5):
-        at_most(
-            f"observed at save {i}", abs(traces[i] - loss.trace_gauss_newton(walk.point(i))), 1e-10
-        )
+        at_most(f"observed at save {i}", abs(traces[i] - trace(walk.point(i))), 1e-10)
     equal("shape of an array that is observed", walk.observables["first weight"].shape, (6, 6, 3))
     assert callable(walk.final) and walk.final.activation is place.point.activation
     close(
@@ -58,29 +62,26 @@ def test_gradient_flow_has_no_manifold():
 @pytest.mark.quick
 def test_save_times_and_their_points():
     times = [0.03, 0.2, 0.21, 0.5]
-    walk = mf.solve(FLOW, START, end_time=0.5, save_times=times)
+    walk = follow(START, save_times=times)
     equal("times", np.asarray(walk.times).tolist(), [0.0, *times])
-    expected = jnp.stack([descent(START, t) for t in walk.times])
+    expected = jax.jit(jax.vmap(descent, (None, 0)))(START, walk.times)
     close("points between steps", walk.points, expected, 1e-5)
-    at_most(
-        "they lie on the manifold",
-        jnp.max(jnp.abs(jnp.linalg.norm(walk.points, axis=1) - 1)),
-        1e-12,
-    )
+    radii = np.linalg.norm(walk.points, axis=1)
+    at_most("they lie on the manifold", np.max(np.abs(radii - 1)), 1e-12)
 
 
 def test_save_times_inside_jit():
     """Arrays that are known while tracing, and a traced end whose multiples round above it."""
     times = jnp.linspace(0.1, 0.5, 3)
-    walk = jax.jit(lambda x: mf.solve(FLOW, x, end_time=0.5, save_times=times).times)(START)
+    walk = jax.jit(lambda x: mf.solve(BOWL, x, end_time=0.5, save_times=times).times)(START)
     close("times", walk[1:], times, 1e-15)
-    end = lambda t: mf.solve(FLOW, START, end_time=t, num_saves=10, throw=False).times[-1]
+    end = lambda t: mf.solve(BOWL, START, end_time=t, num_saves=10, throw=False).times[-1]
     equal("last time", float(jax.jit(end)(0.1)), 0.1)
 
 
 @pytest.mark.quick
 def test_the_start_is_projected():
-    walk = mf.solve(FLOW, 1.1 * START, end_time=0.5)
+    walk = follow(1.1 * START)
     close("from off the sphere", walk.final, descent(START, 0.5), 1e-5)
 
 
@@ -92,33 +93,39 @@ def test_single_precision_stays_single():
     close("float32", walk.final, descent(START, 0.5), 2e-3)
 
 
-def ends(start):
-    walk = mf.solve(FLOW, start, end_time=0.5, num_saves=2, throw=False)
-    return walk.points, walk.result == mf.RESULTS.successful
+def quietly(start):
+    return follow(start, throw=False)
+
+
+@functools.cache
+def members():
+    """Three starts, and the walks from them all in one program."""
+    starts = jnp.stack([START, jnp.zeros(3), jnp.array([0.0, -0.6, 0.8])])
+    return starts, jax.jit(jax.vmap(quietly))(starts)
 
 
 def test_jit_and_vmap_and_one_failed_member():
     """The sphere has no normal space at the origin; that member alone fails."""
-    starts = jnp.stack([START, jnp.zeros(3), jnp.array([0.0, -0.6, 0.8])])
-    points, fine = jax.jit(jax.vmap(ends))(starts)
+    starts, walks = members()
+    fine = np.asarray(walks.result == mf.RESULTS.successful)
     equal("successful", fine.tolist(), [True, False, True])
-    assert bool(jnp.all(jnp.isnan(points[1, 1:]))), points[1]
+    assert np.all(np.isnan(walks.points[1, 1:])), walks.points[1]
+    compiled = jax.jit(quietly)
     for i in (0, 2):
-        close(f"vmap against loop, member {i}", points[i], ends(starts[i])[0], 1e-6)
-        close(
-            f"jit against eager, member {i}", jax.jit(ends)(starts[i])[0], ends(starts[i])[0], 1e-9
-        )
+        eager = quietly(starts[i]).points
+        close(f"vmap against loop, member {i}", walks.points[i], eager, 1e-6)
+        close(f"jit against eager, member {i}", compiled(starts[i]).points, eager, 1e-9)
 
 
 def test_failures_are_named():
-    walk = mf.solve(FLOW, START, end_time=0.5, num_saves=2, max_steps=2, throw=False)
+    walk = follow(START, max_steps=2, throw=False)
     assert bool(walk.result == mf.RESULTS.max_steps_reached), walk.result
     assert bool(jnp.all(jnp.isnan(walk.points[-1]))) and bool(jnp.all(jnp.isnan(walk.final)))
     close("the start is still there", walk.points[0], START, 1e-12)
     with refused(eqx.EquinoxRuntimeError, "max_steps"):
-        jax.block_until_ready(mf.solve(FLOW, START, end_time=0.5, max_steps=2).final)
+        jax.block_until_ready(follow(START, max_steps=2).final)
     with refused(eqx.EquinoxRuntimeError, "derivative has full rank"):
-        jax.block_until_ready(mf.solve(FLOW, jnp.zeros(3), end_time=0.5).final)
+        jax.block_until_ready(follow(jnp.zeros(3)).final)
 
 
 def test_fixed_steps_that_run_into_infinity_are_a_failure():
@@ -156,18 +163,18 @@ def test_until_a_predicate():
     walk = mf.solve(FLOW, START, end_time=5.0, num_saves=50, until=lambda x: height(x) < 0)
     assert bool(walk.result == mf.RESULTS.stopped_early) and bool(walk.is_successful), walk.result
     assert float(height(walk.final)) < 0, f"height at the end {height(walk.final)}"
-    heights = np.asarray(jax.vmap(height)(walk.points))
+    heights = np.asarray(walk.points) @ (3 * zoo.POLE)
     stopped = int(np.argmax(heights < 0))
     assert 0 < stopped < 25, f"stopped at save {stopped}: {heights}"
-    tail = walk.points[stopped + 1 :]
-    at_most("remaining saves repeat the final point", jnp.max(jnp.abs(tail - walk.final)), 1e-12)
-    at_most("and its time", jnp.max(walk.times) - walk.times[stopped + 1], 1e-12)
+    tail, times = np.asarray(walk.points[stopped + 1 :]), np.asarray(walk.times)
+    at_most("remaining saves repeat the final point", np.max(np.abs(tail - walk.final)), 1e-12)
+    at_most("and its time", np.max(times) - times[stopped + 1], 1e-12)
 
 
 def test_until_stationary():
     until = mf.Stationary(1e-3)
     walk = mf.solve(FLOW, START, end_time=1e3, num_saves=3, until=until, observe={"h": height})
-    speed = norm(FLOW.drift(walk.final))
+    speed = norm(jax.jit(FLOW.drift)(walk.final))
     at_most("speed at the end", speed, 1e-3)
     at_least("speed at the end", speed, 1e-6)
     at_most("time at the end", walk.times[-1], 10.0)
@@ -262,14 +269,13 @@ def test_a_checkpoint_is_read_by_the_name_it_was_given(tmp_path):
 
 
 def test_a_solution_is_an_output_of_jit_and_vmap():
-    walks = jax.jit(jax.vmap(lambda x: mf.solve(FLOW, x, end_time=0.5, throw=False)))(
-        jnp.stack([START, -START])
-    )
-    equal("shape of the points", walks.points.shape, (2, 2, 3))
-    close("batched final points", walks.final[1], descent(-START, 0.5), 1e-5)
+    starts, walks = members()
+    equal("shape of the points", walks.points.shape, (3, 5, 3))
+    close("batched final points", walks.final[2], descent(starts[2], 0.5), 1e-5)
     equal(
         "names in stats",
         sorted(walks.stats),
         sorted(["num_steps", "num_rejected", "num_gradients", "num_factorizations", "max_defect"]),
     )
-    at_least("factorisations", flat(walks.stats["num_factorizations"]).min(), 1)
+    counts = np.asarray(walks.stats["num_factorizations"])
+    at_least("factorisations of those that arrived", np.min(counts[[0, 2]]), 1)
