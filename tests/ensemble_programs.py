@@ -36,9 +36,10 @@ def sgd(key, start, data, num_steps=60):
 
     def step(carry, k):
         point, state = carry
-        batch = data[jr.randint(jr.fold_in(key, k), (4,), 0, len(data))]
-        update, state = optimizer.update(jax.grad(loss)(point, batch), state)
-        return (optax.apply_updates(point, update), state), loss(point, data)
+        batch = data[jr.bits(jr.fold_in(key, k), (4,)) % len(data)]
+        height, slope = jax.value_and_grad(loss)(point, batch)
+        update, state = optimizer.update(slope, state)
+        return (optax.apply_updates(point, update), state), height
 
     (point, _), losses = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(num_steps))
     return {"point": point, "losses": losses, "key": key}
@@ -50,17 +51,21 @@ def ensemble_of_sgd(keys, **options):
 
 def one_by_one(keys):
     alone = jax.jit(sgd)
-    results = [alone(key, START, jnp.asarray(DATA)) for key in keys]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    results = [numbers(alone(key, START, jnp.asarray(DATA))) for key in keys]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
+
+
+def numbers(tree):
+    """The arrays of NumPy, of keys their data."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: np.asarray(jr.key_data(x) if is_key(x) else x), tree)
 
 
 def gap(results, expected):
     """The largest difference in any leaf, keys too; inf if the shapes differ."""
     worst = 0.0
-    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jr.key_data(a), jr.key_data(b)
-        a, b = np.asarray(a, float), np.asarray(b, float)
+    pairs = zip(*(jax.tree.leaves(numbers(tree)) for tree in (results, expected)), strict=True)
+    for a, b in ((a.astype(float), b.astype(float)) for a, b in pairs):
         worst = max(worst, np.max(np.abs(a - b)) if a.shape == b.shape else np.inf)
     return float(worst)
 
@@ -92,7 +97,7 @@ def devices():
     # 19 members on 8 devices: cutting the superfluous ones off comes after the devices' part.
     report["collectives"]["jaxpr"] = collectives(str(jax.make_jaxpr(ensemble_of_sgd)(keys)))
     # The control: what a sum over the members is made of.
-    total = lambda keys: jnp.sum(ensemble_of_sgd(keys)["losses"])
+    total = lambda keys: jnp.sum(mf.ensemble(draw, keys))
     report["control"] = collectives(compiled(total, keys[:16]))
     report["others"] = others(keys)
     print(json.dumps(report))
@@ -105,9 +110,12 @@ def mesh_of(num_devices):
     return jax.make_mesh((num_devices,), ("x",), devices=jax.devices()[:num_devices])
 
 
+def draw(key, scale=1.0):
+    return scale * jr.normal(key, (2,))
+
+
 def others(keys):
     """Derivatives, progress, ensembles of ensembles, keys and data that live elsewhere."""
-    draw = lambda key, scale: scale * jr.normal(key, (2,))
     on_one = lambda scale: mf.ensemble(draw, keys, scale, mesh=mesh_of(1), chunk_size=4)
     on_all = lambda scale: mf.ensemble(draw, keys, scale, chunk_size=2)
     square = lambda fn: lambda scale: jnp.sum(fn(scale) ** 2)
@@ -118,11 +126,12 @@ def others(keys):
     jax.effects_barrier()
     inner = lambda key: mf.ensemble(draw, mf.member_keys(key, 3), scale)
     nested = mf.ensemble(inner, keys)
-    alone = jnp.stack([jnp.stack([draw(k, scale) for k in mf.member_keys(q, 3)]) for q in keys])
+    one = jax.jit(draw)
+    alone = np.array([[one(key, scale) for key in mf.member_keys(q, 3)] for q in keys])
     third = jax.devices()[3]
     moved = mf.ensemble(draw, jax.device_put(keys, third), jax.device_put(scale, third))
     sharded = mf.ensemble(lambda key, rows: draw(key, rows[0, 0]), keys[:16], on_all(scale))
-    first = np.asarray(draw(keys[0], scale))[0]
+    first = np.asarray(one(keys[0], scale))[0]
     return {
         "gradient": gap(jax.grad(square(on_all))(scale), jax.grad(square(on_one))(scale)),
         "vmap": gap(jax.vmap(on_all)(jnp.arange(2.0)), jax.vmap(on_one)(jnp.arange(2.0))),
@@ -147,7 +156,6 @@ def process(index, port):
         )
         results["key"] = jr.key_data(results["key"])
         together = multihost_utils.process_allgather(results, tiled=True)
-        together["key"] = jr.wrap_key_data(together["key"])
         some = jax.tree.map(lambda leaf, n=num_members: leaf[:n], expected)
         gaps[f"{num_members} members"] = gap(together, some)
     # Without a mesh, each process has an ensemble of its own.

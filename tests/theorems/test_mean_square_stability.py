@@ -122,19 +122,23 @@ def test_second_moments_shrink_below_it_and_grow_above(num):
 
 def test_a_step_at_the_threshold_leaves_the_worst_moments_as_they_are():
     """At sizes where nothing can be iterated to its end: of the eigenvector, in one step."""
-    num, batch_size = 300, 8
-    loss, point = fitted(num=num, outputs=2, width=80, scale=1e-3)
-    gram = loss.gauss_newton_root(point).gram()
-    moments = Moments.of(gram, Batches.of(num, 2, batch_size, False))
+    num, batch_size = 200, 8
+    # 300 weights, so that the 400×400 matrix K is singular.
+    loss, point = fitted(num=num, outputs=2, width=60, scale=1e-3)
     rate = float(mf.largest_stable_learning_rate(loss, point, batch_size))
-    turned = lambda moments: moments.turned_back(moments.root * eigenvector(moments))
-    worst = np.asarray(eqx.filter_jit(turned)(moments))
+
+    @jax.jit
+    def gram_and_worst(point):
+        gram = loss.gauss_newton_root(point).gram()
+        moments = Moments.of(gram, Batches.of(num, 2, batch_size, False))
+        return gram, moments.turned_back(moments.root * eigenvector(moments))
+
+    gram, worst = map(np.asarray, gram_and_worst(point))
     worst = worst * np.sign(np.trace(worst))
     at_least("positive", np.linalg.eigvalsh(worst)[0] / np.trace(worst), -1e-9)
     blocks = np.kron(np.eye(num), np.ones((2, 2)))
     together = num * (batch_size - 1) / (batch_size * (num - 1))
     spread = worst * (together + (num / batch_size - together) * blocks)
-    gram = np.asarray(gram)
     linear = gram @ worst
 
     def stepped(rate):

@@ -257,12 +257,13 @@ def test_likelihoods_too():
     rows, b = jax.jit(jax.jacfwd(outputs)), 0.7
     mean = lambda x: rows(x).T @ (jax.nn.sigmoid(outputs(x)) - labels) / 3
 
+    @jax.jit
     def covariance_of_gradient(x):
         """The labels of all three are drawn in every batch."""
         return (rows(x).T * labels * (1 - labels)) @ rows(x) / 9
 
     noise = mf.ResampledLabels()
-    dense = noise.factor(loss, unravel(x0 + 0.01)).as_matrix()
+    dense = jax.jit(lambda x: noise.factor(loss, unravel(x)).as_matrix())(x0 + 0.01)
     close("Σ off the manifold", dense @ dense.T, covariance_of_gradient(x0 + 0.01), 1e-9)
 
     def field(p):
@@ -275,7 +276,7 @@ def test_likelihoods_too():
         zeros = jnp.zeros((9, 9))
         return jnp.block([[s @ covariance_of_gradient(p["x"]) @ s, zeros], [zeros, zeros]])
 
-    start = {"x": x0, "z": jnp.diag(covariance_of_gradient(x0))}
+    start = {"x": x0, "z": jnp.asarray(np.diag(covariance_of_gradient(x0)))}
     expected = mf.IterationLimit(field, covariance, rank=12).drift(start)["x"]
     found = mf.LimitDiffusion(manifold, noise, updates.Adam(averaging=b)).drift(point)
     law("Adam on a likelihood", found, expected, 1e-8)
