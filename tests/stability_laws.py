@@ -2,6 +2,7 @@
 
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -16,6 +17,9 @@ def network(point, x):
     return point["out"] @ jnp.tanh(point["in"] @ x)
 
 
+outputs_of = jax.jit(jax.vmap(network, (None, 0)))
+
+
 def point_of(seed, width=3, outputs=2):
     first, second = jr.split(jr.key(seed))
     return {"in": jr.normal(first, (width, 3)), "out": jr.normal(second, (outputs, width))}
@@ -25,13 +29,24 @@ def fitted(seed=0, num=N, outputs=2, scale=0.3, width=3):
     """A network, and the loss on targets that are its own outputs."""
     point = point_of(seed, width, outputs)
     inputs = jr.normal(jr.key(seed + 100), (num, 3))
-    targets = jax.vmap(lambda x: network(point, x))(inputs)
+    targets = outputs_of(point, inputs)
     return mf.LeastSquares(inputs, targets, predict=network, scale=scale), point
+
+
+@eqx.filter_jit
+def root_matrix(loss, point):
+    """A of the Gauss-Newton matrix AᵀA."""
+    return loss.gauss_newton_root(point).as_matrix()
+
+
+@eqx.filter_jit
+def covariance_matrix(noise, loss, point):
+    return noise.covariance(loss, point).as_matrix()
 
 
 def example_hessians(loss, point):
     """N·AᵢᵀAᵢ: the Gauss-Newton matrix of the loss on example i alone."""
-    rows = np.asarray(loss.gauss_newton_root(point).as_matrix())
+    rows = np.asarray(root_matrix(loss, point))
     rows = rows.reshape(loss.num_examples, -1, rows.shape[1])
     return loss.num_examples * np.einsum("nki,nkj->nij", rows, rows)
 

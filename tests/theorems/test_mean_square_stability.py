@@ -24,7 +24,18 @@ from checks import (
 from manifoldflow import diagnostics
 from manifoldflow.diagnostics._mean_square import Batches, eigenvector, Moments
 from quick import long_jit
-from stability_laws import example_hessians, fitted, N, network, one_step, point_of, radius
+from stability_laws import (
+    covariance_matrix,
+    example_hessians,
+    fitted,
+    N,
+    network,
+    one_step,
+    outputs_of,
+    point_of,
+    radius,
+    root_matrix,
+)
 
 CASES = [(1, False), (2, False), (N, False), (1, True), (2, True), (N, True), (7, True)]
 
@@ -87,7 +98,7 @@ def test_the_linear_model_of_a_step_is_that_of_the_loss():
     loss, point = fitted()
     hessians = example_hessians(loss, point)
     indices = np.array([1, 4])
-    step = loss.select(indices).hessian(point).as_matrix()
+    step = eqx.filter_jit(lambda p: loss.select(indices).hessian(p).as_matrix())(point)
     close("H_B", step, hessians[indices].mean(0), 1e-12)
 
 
@@ -223,11 +234,11 @@ def test_the_stationary_covariance_against_all_batches(noise, share):
     loss, point = fitted()
     size = getattr(noise, "batch_size", None) or N
     rate = share * float(mf.largest_stable_learning_rate(loss, point, size))
-    added = np.asarray(noise.covariance(loss, point).as_matrix())
+    added = np.asarray(covariance_matrix(noise, loss, point))
     expected = exact_covariance(loss, point, size, False, rate, added)
     found = diagnostics.stationary_covariance(loss, point, noise, rate)
     close("covariance", found.covariance.as_matrix(), expected, 1e-8)
-    jacobian = np.asarray(loss.gauss_newton_root(point).as_matrix())
+    jacobian = np.asarray(root_matrix(loss, point))
     close("residuals", found.residuals, jacobian @ expected @ jacobian.T, 1e-8)
     close("excess loss", found.excess_loss, np.trace(jacobian @ expected @ jacobian.T) / 2, 1e-8)
     close("η*", found.largest_stable, rate / share, 1e-12)
@@ -242,7 +253,7 @@ def test_where_the_examples_are_not_fitted_their_spread_is_noise():
     for replacement in (False, True):
         noise = mf.MinibatchNoise(2, replacement)
         rate = 0.5 * float(mf.largest_stable_learning_rate(loss, point, 2, replacement=replacement))
-        added = np.asarray(noise.covariance(loss, point).as_matrix())
+        added = np.asarray(covariance_matrix(noise, loss, point))
         expected = exact_covariance(loss, point, 2, replacement, rate, added)
         found = diagnostics.stationary_covariance(loss, point, noise, rate)
         close("covariance", found.covariance.as_matrix(), expected, 1e-8)
@@ -251,11 +262,11 @@ def test_where_the_examples_are_not_fitted_their_spread_is_noise():
 def test_a_classifier_with_resampled_labels():
     loss, _ = classifier()
     point = point_of(3, outputs=3)
-    targets = jax.vmap(lambda x: jax.nn.softmax(network(point, x)))(loss.inputs)
+    targets = jax.nn.softmax(outputs_of(point, loss.inputs))
     loss = mf.PerExampleLoss(loss.inputs, targets, cross_entropy, predict=network)
     noise = mf.ResampledLabels(2)
     rate = 0.5 * float(mf.largest_stable_learning_rate(loss, point, 2))
-    added = np.asarray(noise.covariance(loss, point).as_matrix())
+    added = np.asarray(covariance_matrix(noise, loss, point))
     expected = exact_covariance(loss, point, 2, False, rate, added)
     found = diagnostics.stationary_covariance(loss, point, noise, rate)
     close("covariance", found.covariance.as_matrix(), expected, 1e-8)
