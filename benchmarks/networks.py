@@ -223,10 +223,11 @@ def measure(
 
 def main() -> None:
     arguments = _harness.options(__doc__)
-    found, questions, chunks = problems(), QUESTIONS, CHUNKS
     if arguments.smoke:
         # The others compile for longer than a smoke test should take.
         found, questions, chunks = tiny_problems()[1:2], QUESTIONS[:1], CHUNKS[:1]
+    else:
+        found, questions, chunks = problems(), QUESTIONS, CHUNKS
     rows = []
     for problem in found:
         rows += measure(problem, questions, chunks, arguments.repeats)

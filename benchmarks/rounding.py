@@ -142,7 +142,7 @@ def one_seed(kind: type, seed: int, size: int, num_steps: int, max_steps: int, w
     keys = jr.split(jr.key(1), min(NUM_OFFSETS, size))
     test = mf.LeastSquares(*(a[: 20 * size] for a in mf.models.digits(test=True, seed=seed)))
     classes = jnp.argmax(test.targets, axis=1)
-    model, _ = trained(kind(width, jr.key(seed)), train, num_steps, 3e-3)
+    model, _ = trained(eqx.filter_jit(kind)(width, jr.key(seed)), train, num_steps, 3e-3)
     budget = 10 if max_steps < 5 else NUM_GRADIENTS
 
     def timed(move: Callable[[], Any]) -> tuple[Any, float]:

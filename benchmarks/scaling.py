@@ -129,7 +129,8 @@ def measured(smoke: bool, repeats: int, most: int) -> list[dict[str, Any]]:
     settings = [("strong", k, num_examples) for k in sizes]
     if not smoke:  # there they would be one more of the same kind
         settings += [("weak", k, k * num_examples) for k in sizes[1:]]
-    settings += [("copies", k, k * num_examples) for k in sizes[1:] if k <= cores]
+    copies = sizes[:1] if smoke else sizes[1:]
+    settings += [("copies", k, k * num_examples) for k in copies if k <= cores]
     groups = [
         [Process(1, width, num_examples, core) for core in range(k)]
         if kind == "copies"

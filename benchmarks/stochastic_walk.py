@@ -38,7 +38,7 @@ LARGE = {
 }  # fmt: skip
 MIDDLE = {**LARGE, "width": 200}
 SMALL = {
-    "width": 32, "num_examples": 100, "batch": 50, "num_train": 200, "num_leg": 20, "most_legs": 3
+    "width": 16, "num_examples": 40, "batch": 20, "num_train": 30, "num_leg": 5, "most_legs": 2
 }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ class Clock:
 
 
 def against_the_limit(is_smoke: bool, dtype: Any, seed: int) -> dict[str, Any]:
-    width, num_steps, end_time = (16, 200, 0.5) if is_smoke else (128, 20_000, 5.0)
-    images, labels = (a.astype(dtype) for a in mf.models.digits(num_examples=60, seed=seed))
+    size, width, num_steps, end_time = (6, 16, 20, 0.5) if is_smoke else (60, 128, 20_000, 5.0)
+    images, labels = (a.astype(dtype) for a in mf.models.digits(num_examples=size, seed=seed))
     model = eqx.nn.MLP(64, 10, width, 1, activation=jnp.tanh, key=jr.key(seed), dtype=dtype)
     loss, noise = mf.LeastSquares(images, labels), mf.LabelNoise(std=1.0, batch_size=1)
     start = mf.limit_map(loss, model, throw=False)
@@ -83,7 +83,7 @@ def against_the_limit(is_smoke: bool, dtype: Any, seed: int) -> dict[str, Any]:
     per_gradient = _harness.fastest(lambda: arrays(plain(start)), 5)
     per_step = _harness.fastest(lambda: arrays(bent(loss, start, jr.key(0))), 5)
     return {
-        "what": f"60 digits, {jnp.dtype(dtype).name}",
+        "what": f"{size} digits, {jnp.dtype(dtype).name}",
         "seed": seed,
         "D": num_weights(start),
         "N": len(labels),
