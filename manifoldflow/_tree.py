@@ -5,6 +5,7 @@ coordinates; nothing here flattens a point into one long vector unless it says s
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -282,6 +283,15 @@ def random_normal_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:
     keys = jr.split(key, len(leaves))
     drawn = [jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
     return jax.tree.unflatten(treedef, drawn)
+
+
+def probe_like(key: Key, tree: PyTree[Any]) -> PyTree[Array]:
+    """Normal numbers drawn as one array: a generator for each shape compiles for seconds."""
+    leaves, treedef = jax.tree.flatten(tree)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    drawn = jr.normal(key, (ends[-1],), jnp.result_type(*leaves))
+    parts = zip(jnp.split(drawn, ends[:-1]), leaves)
+    return jax.tree.unflatten(treedef, [x.reshape(y.shape).astype(y.dtype) for x, y in parts])
 
 
 def ravel(tree: PyTree[Any]) -> tuple[Float[Array, " D"], Callable[[Array], PyTree[Array]]]:

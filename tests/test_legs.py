@@ -83,7 +83,8 @@ def test_empty_legs_and_a_way_after_the_last_save():
     for end in (0.5, 0.7):
         walk = traced(end)
         close(f"saves before {end}", walk.points, points, 1e-5)
-        close(f"the end {end}", walk.final, solved(START, end_time=end)[-1], 1e-5)
+        there = solved(START, save_times=jnp.array([0.2, 0.4, end]))[-1]  # the program from above
+        close(f"the end {end}", walk.final, there, 1e-5)
 
 
 def test_saves_that_are_not_come_to_are_not_shown():

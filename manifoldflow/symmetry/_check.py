@@ -165,7 +165,7 @@ def _measured(
 
 def asymmetry_of(generator: AbstractGenerator, like: Tangent) -> Scalar:
     # One pair of random vectors: a matrix that differs from Aᵀ passes with probability 0.
-    u, v = (_tree.random_normal_like(jax.random.key(seed), like) for seed in (0, 1))
+    u, v = (_tree.probe_like(jax.random.key(seed), like) for seed in (0, 1))
     image = generator.mv(u)
     gap = jnp.abs(_tree.inner(u, generator.mv(v)) - _tree.inner(image, v))
     size = _tree.norm(image) * _tree.norm(v)

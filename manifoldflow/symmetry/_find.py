@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from manifoldflow import _tree
 from manifoldflow._boundary import checked_concrete
 from manifoldflow._errors import checked_positive, refuse_nonfinite
-from manifoldflow._types import Coordinates, Point, Tangent
+from manifoldflow._types import Coordinates, Key, Point, Tangent
 from manifoldflow.symmetry._check import check_symmetry, default_tolerance, SymmetryCheck
 from manifoldflow.symmetry._gradients import checked_examples, ExampleLoss, num_examples
 from manifoldflow.symmetry._paths import layer_names, Leaf, leaves_of
@@ -99,7 +99,8 @@ def search(
     tolerance = float(checked_positive(f"{name}: tolerance", tolerance))
     # With few examples relations hold by chance; other weights make more equations.
     num_others = 1 if num_examples(data) >= 16 else 3
-    others = [_tree.join(_shaken(coordinates, seed), remainder) for seed in range(num_others)]
+    keys = [jax.random.key(seed) for seed in range(num_others)]
+    others = [_tree.join(_shaken(coordinates, key), remainder) for key in keys]
     shares = shares_of(example_loss, [network, *others], data, plain_slices(coordinates))
     losses = shares.losses[: len(shares.losses) // (1 + num_others)]
     if not np.all(np.isfinite(losses)):
@@ -231,13 +232,14 @@ def _symmetry(found: Search, relation: Relation, rates: np.ndarray) -> Exponenti
     return ExponentialSymmetry(jax.tree.unflatten(jax.tree.structure(coordinates), leaves))
 
 
-def _shaken(coordinates: Coordinates, seed: int) -> Tangent:
+@eqx.filter_jit
+def _shaken(coordinates: Coordinates, key: Key) -> Tangent:
     """The coordinates with every leaf moved by a tenth of its size, where chance relations break.
 
     Leaves that are zero, such as fresh biases, are moved by a tenth of the mean size: else they
     tell nothing.
     """
-    noise = _tree.random_normal_like(jax.random.key(seed), coordinates)
+    noise = _tree.probe_like(key, coordinates)
     mean = _tree.norm(coordinates) / _tree.size(coordinates) ** 0.5
 
     def shaken(leaf: Array, kick: Array) -> Array:
