@@ -1,5 +1,7 @@
 """Walks keep the outputs and lower what they are asked to; objectives are what they say."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,20 @@ CROSS_ENTROPY = mf.PerExampleLoss(INPUTS, LABELS, lambda f, y: jax.nn.logsumexp(
 NETWORK = eqx.nn.MLP(3, 2, 8, 1, activation=jnp.tanh, key=jr.key(0))
 
 
+def times(w, x):
+    return w[0] * w[1] * x
+
+
 def product(data=1.0):
     """w₀w₁x = 1: a hyperbola, whose shortest point is (1, 1)."""
-    predict = lambda w, x: w[0] * w[1] * x
-    return mf.LeastSquares(jnp.full(1, data), jnp.ones(1), predict=predict)
+    return mf.LeastSquares(jnp.full(1, data), jnp.ones(1), predict=times)
+
+
+@functools.cache
+def two_walks():
+    """To the shortest point, from two starts at once."""
+    walk = lambda start: mf.walk(product(), start, objective="weight_norm", stationarity=1e-4)
+    return jax.jit(jax.vmap(walk))(jnp.array([[4.0, 0.25], [0.5, 2.0]]))
 
 
 def fitted():
@@ -216,10 +228,14 @@ def test_the_change_of_outputs_is_measured():
     close("change", change, jnp.array([0.0, 1.0]), 1e-6)
 
 
+def squares(factor, w):
+    return factor * jnp.sum(w**2)
+
+
 def test_units_do_not_matter():
     """The same way for an objective in other units."""
     start = jnp.array([4.0, 0.25])
-    objective = lambda factor: jax.tree_util.Partial(lambda c, w: c * jnp.sum(w**2), factor)
+    objective = lambda factor: jax.tree_util.Partial(squares, jnp.asarray(factor))
     run = lambda factor: mf.walk(product(), start, objective=objective(factor), method="flow")
     expected = run(1.0)
     for factor in (1e8, 1e-8):
@@ -227,9 +243,7 @@ def test_units_do_not_matter():
 
 
 def test_jit_and_vmap():
-    fn = lambda start: mf.walk(product(), start, objective="weight_norm", stationarity=1e-4).final
-    starts = jnp.array([[4.0, 0.25], [0.5, 2.0]])
-    close("finals", jax.jit(jax.vmap(fn))(starts), jnp.ones((2, 2)), 1e-3)
+    close("finals", two_walks().final, jnp.ones((2, 2)), 1e-3)
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -266,7 +280,5 @@ def test_bad_input():
 
 
 def test_before_after_takes_one_solution():
-    starts = jnp.array([[4.0, 0.25], [0.5, 2.0]])
-    run = lambda start: mf.walk(product(), start, objective="weight_norm", throw=False)
     with refused(ValueError, "before_after", "batch", "(2,)"):
-        walks.before_after(jax.vmap(run)(starts))
+        walks.before_after(two_walks())
