@@ -199,15 +199,8 @@ def check_retraction(
         3 True
     """
     vector = _unit_tangent(manifold, point, key)
-
-    @eqx.filter_jit
-    def gap(size: Any) -> Any:
-        step = _tree.scale(size, vector)
-        there = retraction(manifold, point, step, throw=False)
-        ended = exponential_map(manifold, point, step, throw=False)
-        return _tree.norm(_tree.subtract(manifold.split(there)[0], manifold.split(ended)[0]))
-
-    errors = np.array([float(gap(size)) for size in _sizes(point)])
+    gap = lambda size: float(_gap(manifold, retraction, point, vector, size))
+    errors = np.array([gap(size) for size in _sizes(point)])
     return _check("retraction", errors, retraction.order + 1, point, _scale(manifold, point))
 
 
@@ -325,13 +318,36 @@ def _sizes(point: Point) -> np.ndarray:
 def _values(
     manifold: AbstractManifold, fn: Callable[[Point], Any], point: Point, vector: Tangent
 ) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    retraction = NewtonRetraction()
+    fn = _tree.as_pytree_callable(fn)
+    value = lambda size: float(_value(manifold, fn, point, vector, size))
+    # A float of Python would be a constant of a second program.
+    return lambda sizes: np.array([value(t) for t in sizes]), value(np.float64(0))
 
-    @eqx.filter_jit
-    def value(size: Any) -> Any:
-        return fn(retraction(manifold, point, _tree.scale(size, vector), throw=False))
 
-    return lambda sizes: np.array([float(value(t)) for t in sizes]), float(value(0.0))
+@eqx.filter_jit
+def _value(
+    manifold: AbstractManifold,
+    fn: Callable[[Point], Any],
+    point: Point,
+    vector: Tangent,
+    size: Any,
+) -> Any:
+    there = NewtonRetraction()(manifold, point, _tree.scale(size, vector), throw=False)
+    return fn(there)
+
+
+@eqx.filter_jit
+def _gap(
+    manifold: AbstractManifold,
+    retraction: AbstractRetraction,
+    point: Point,
+    vector: Tangent,
+    size: Any,
+) -> Any:
+    step = _tree.scale(size, vector)
+    there = retraction(manifold, point, step, throw=False)
+    ended = exponential_map(manifold, point, step, throw=False)
+    return _tree.norm(_tree.subtract(manifold.split(there)[0], manifold.split(ended)[0]))
 
 
 def _scale(manifold: AbstractManifold, point: Point) -> float:
