@@ -148,6 +148,10 @@ def test_sums_in_the_text_of_several_devices_are_those_of_the_files():
         row for row in cores if row["scaling"] in ("weak", "copies") and row["devices"] == 2
     )
     low, high = weak["quartiles"].split("-")
+    many = {
+        (row["scaling"], row["devices"]): row["examples/s ÷ one device"]
+        for row in pages.results("scaling_many-cpu")
+    }
     for sentence in (
         f"takes {kept_of(10_240, 1, 1):.2f} GB on one v5p chip and "
         f"{kept_of(10_240, 256, 16):.3f} GB on",
@@ -159,6 +163,9 @@ def test_sums_in_the_text_of_several_devices_are_those_of_the_files():
         f"(quartiles {low} to {high};",
         f"and {weak['by processor time']:.2f} times by processor time.",
         f"no message between them, do {copies['examples/s ÷ one device']:.2f} times:",
+        f"runs at {many['strong', 4]:.2f} and {many['strong', 8]:.2f} times the rate of one device",
+        f"two devices did {many['weak', 2]:.2f} times, and two drifts without messages "
+        f"{many['copies', 2]:.2f} times",
     ):
         assert sentence in text, f"several_devices.md does not say: {sentence}"
 
