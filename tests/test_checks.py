@@ -40,6 +40,21 @@ def test_single_precision():
     assert mf.diagnostics.check_geodesic(torus, point, torus.random_tangent(point, jr.key(1)))
 
 
+def test_hessians_in_single_precision_whatever_the_draw():
+    """Only large steps are above rounding, where errors of the next order bend the line."""
+    wave = lambda x: x[2] * x[0] + jnp.sin(x[1])
+    point = torus.project(jnp.array([1.9, 0.9, 0.4], jnp.float32))
+    hessian = mf.covariant_hessian(torus, wave, point)
+
+    def num_held(operator):
+        check = lambda key: mf.diagnostics.check_hessian(torus, wave, point, key, hessian=operator)
+        return sum(bool(check(jr.key(seed))) for seed in range(20))
+
+    right, wrong = num_held(hessian), num_held(hessian * jnp.float32(1.1))
+    assert right >= 18, f"right Hessians: {right} of 20 pass"
+    assert wrong == 0, f"wrong Hessians: {wrong} of 20 pass"
+
+
 def test_constant_functions_have_no_error_to_measure():
     check = mf.diagnostics.check_gradient(torus, lambda x: jnp.asarray(3.0), POINT, jr.key(0))
     assert check and np.isnan(check.slope)

@@ -28,8 +28,8 @@ from manifoldflow.manifolds import (
     NewtonRetraction,
 )
 
-_NUM_SIZES = 41
-_WINDOW = 9
+_NUM_SIZES, _WINDOW, _FEW = 41, 9, 3
+_MOST_BENT = 2.0
 
 
 class SlopeCheck(eqx.Module):
@@ -37,8 +37,8 @@ class SlopeCheck(eqx.Module):
 
     Attributes:
         name: of the check.
-        slope: measured over the window of sizes where it is steadiest; NaN if the error is at
-            rounding everywhere.
+        slope: at vanishing t, from the window of sizes where it is steadiest; NaN if the error is
+            at rounding everywhere.
         expected: the slope by theory.
         window: (smallest, largest) t of that window.
         sizes: all t.
@@ -357,7 +357,11 @@ def _scale(manifold: AbstractManifold, point: Point) -> float:
 def _check(
     name: str, errors: np.ndarray, expected: float, point: Point, scale: float
 ) -> SlopeCheck:
-    """The slope in log-log scale over the window where it is steadiest, above rounding."""
+    """The slope in log-log scale over the window where it is steadiest, above rounding.
+
+    It is that at vanishing steps: log error = offset + slope · log t + bend · t, since errors
+    of the next order bend the line where single precision leaves large steps only.
+    """
     sizes, errors = _sizes(point), np.abs(errors)
     # Errors are differences of numbers of size `scale`, wrong by some eps of it.
     floor = 50 * _tree.eps_of(_tree.split(point, None)[0]) * max(1.0, abs(scale))
@@ -367,13 +371,30 @@ def _check(
         part = slice(start, start + _WINDOW)
         if not usable[part].all():
             continue
-        x, y = np.log(sizes[part]), np.log(errors[part])
-        slope, offset = np.polyfit(x, y, 1)
-        misfit = float(np.sqrt(np.mean((y - slope * x - offset) ** 2)))
+        slope, bend, misfit = _slope(sizes[part], errors[part])
+        # Errors of higher orders alone, as where the sum of all changes its sign.
+        if abs(bend) * sizes[part][0] > _MOST_BENT:
+            continue
         # Among windows that are straight, the one of smaller steps says more.
         if misfit < 0.8 * best[0] or (misfit < 0.01 and best[0] < 0.01):
             best = misfit, float(slope), (float(sizes[part][-1]), float(sizes[part][0]))
+    if np.isinf(best[0]) and np.sum(usable) >= _FEW:
+        # No window: too few errors are above rounding, since they fall so fast.
+        few = sizes[usable]
+        slope = float(np.polyfit(np.log(few), np.log(errors[usable]), 1)[0])
+        best = 0.0, slope, (float(few[-1]), float(few[0]))
     slope = best[1]
     is_zero = bool(np.all(errors[np.isfinite(errors)] <= floor)) and bool(np.isfinite(errors).any())
     holds = is_zero if np.isnan(slope) else slope >= expected - 0.1
     return SlopeCheck(name, slope, expected, best[2], sizes, errors, bool(holds))
+
+
+def _slope(sizes: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
+    """The slope at vanishing steps, the bend, and how far the errors are from such a curve."""
+    terms = np.stack([np.log(sizes), np.ones_like(sizes), sizes], axis=1)
+    found, *_ = np.linalg.lstsq(terms, np.log(errors), rcond=None)
+    return (
+        float(found[0]),
+        float(found[2]),
+        float(np.sqrt(np.mean((np.log(errors) - terms @ found) ** 2))),
+    )
