@@ -11,7 +11,6 @@ from manifoldflow.diagnostics._checks import (
     check_hessian as check_hessian,
     check_retraction as check_retraction,
     GeodesicCheck as GeodesicCheck,
-    SlopeCheck as SlopeCheck,
 )
 from manifoldflow.diagnostics._convexity import (
     check_geodesic_convexity as check_geodesic_convexity,
@@ -41,6 +40,7 @@ from manifoldflow.diagnostics._potential import (
 )
 from manifoldflow.diagnostics._program import Message as Message
 from manifoldflow.diagnostics._report import Report as Report, report as report
+from manifoldflow.diagnostics._slopes import SlopeCheck as SlopeCheck
 from manifoldflow.diagnostics._stability import (
     largest_stable_learning_rate as largest_stable_learning_rate,
     stationary_covariance as stationary_covariance,
