@@ -64,7 +64,7 @@ def in_rows(loss, _):
 FUNCTIONS = {
     "drift": drift,
     "project": lambda loss, p: mf.ZeroLossManifold(loss).project(p, throw=False),
-    "limit_map": lambda loss, p: mf.limit_map(loss, p, rtol=1e-3, throw=False),
+    "limit_map": lambda loss, p: mf.limit_map(loss, p, throw=False),
     "stochastic walk": lambda loss, p: mf.walks.StochasticWalk(
         1.0, relative_step=0.01
     ).gradient_and_trace(loss, p, jr.key(3)),
